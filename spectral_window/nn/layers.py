@@ -1,0 +1,77 @@
+"""The small parts around a mixer: RMSNorm, the feed-forward layers, and which parameters must not
+be decayed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectral_window.nn.kernels import Kernel
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype (statistics in at
+    least float32)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class SwiGLU(nn.Module):
+    """W_down(silu(W_gate x) * W_up x): the feed-forward layer of the paper's language models. [..,
+    D] -> [.., D]"""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    @staticmethod
+    def default_hidden(dim: int) -> int:
+        return int(4 * dim * 2 / 3)
+
+
+class GeluMLP(nn.Module):
+    """W_down gelu(W_up x): the feed-forward layer of the paper's synthetic tasks. [.., D] -> [..,
+    D]"""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+    @staticmethod
+    def default_hidden(dim: int) -> int:
+        return 4 * dim
+
+
+MLPS: dict[str, type[SwiGLU] | type[GeluMLP]] = {"swiglu": SwiGLU, "gelu": GeluMLP}
+
+
+def no_weight_decay(module: nn.Module) -> set[str]:
+    """Qualified names of the parameters that weight decay must leave alone: dynamics, gains, norms
+    and biases.
+
+    Decaying a decay rate or a frequency does not regularise it, it moves the kernel; the paper's
+    code does so unnoticed. Matrices and embeddings are decayed. The answer comes from the modules
+    and not from marks on the parameters, which loading a checkpoint would lose.
+    """
+    names = set()
+    for prefix, part in module.named_modules():
+        for name, parameter in part.named_parameters(prefix, recurse=isinstance(part, Kernel)):
+            if isinstance(part, Kernel) or parameter.dim() < 2:
+                names.add(name)
+    return names

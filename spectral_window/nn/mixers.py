@@ -1,0 +1,363 @@
+"""Mixers: the part of a block that lets tokens see one another.
+
+One face for all: `forward(x, positions=None, state=None) -> (y, state)`. The state is a typed
+tuple of tensors whose first dimension is the batch, so that beams can be reordered and rows
+selected without knowing what is inside.
+
+    spectral_window  the paper's layer: Y = (RMSNorm(Y_spec) + Y_local) W_out, constant state
+    attention        the Transformer baseline: full causal attention with RoPE, state grows with
+    every token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectral_window.errors import UserError, unknown
+from spectral_window.nn.fusions import FUSIONS
+from spectral_window.nn.kernels import KERNELS
+from spectral_window.ops.dispatch import resolve
+from spectral_window.ops.documents import find_documents
+from spectral_window.ops.modes import exact_dtype
+from spectral_window.ops.rotary import rotate
+from spectral_window.ops.spectral import spectral_conv
+from spectral_window.ops.window import WindowState, empty_state, window_attention
+
+BRANCHES = ("spectral", "window")
+MIXERS: dict[str, type[Mixer]] = {}
+State = TypeVar("State")
+
+
+def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
+    """Class decorator: make a mixer known under `name` (a name is given once)."""
+
+    def enrol(mixer: type[Mixer]) -> type[Mixer]:
+        if name in MIXERS:
+            raise ValueError(f"mixer '{name}' is registered already: choose another name")
+        MIXERS[name] = mixer
+        return mixer
+
+    return enrol
+
+
+def map_state(state: State, fn: Callable[[Tensor], Tensor]) -> State:
+    """Apply `fn` to every tensor of a state; the result has the same type. Branches that are off
+    (None) stay so."""
+    if state is None:
+        return state
+    if isinstance(state, Tensor):
+        return fn(state)  # type: ignore[return-value]
+    return type(state)(*(map_state(part, fn) for part in state))  # type: ignore
+
+
+class Mixer(nn.Module):
+    """[B, T, D] -> [B, T, D] with a state.
+
+    hidden_size D, num_heads H (D / H is the head size), window W, rope_theta, kernel and fusion
+    names, branches, eps of
+    norms: every mixer takes all of them and uses what it needs.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        window: int,
+        rope_theta: float = 10000.0,
+        kernel: str = "damped_oscillator",
+        fusion: str = "norm_add",
+        branches: tuple[str, ...] = BRANCHES,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        if hidden_size % num_heads:
+            near = min(
+                (h for h in range(1, hidden_size + 1) if hidden_size % h == 0),
+                key=lambda h: abs(h - num_heads),
+            )
+            raise UserError(
+                f"hidden_size {hidden_size} is not divisible by {num_heads} heads: {near} would do"
+            )
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.window = window
+        self.rope_theta = rope_theta
+        self.methods = {"spectral": "auto", "window": "auto"}  # a speed choice: see `set_methods`
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, state: Any = None
+    ) -> tuple[Tensor, Any]:
+        """x [B, T, D], positions [B, T] int64 or None (see `spectral_window.ops`), state of the
+        tokens before or None."""
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """The state before any token."""
+        raise NotImplementedError
+
+    def state_bytes(
+        self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
+    ) -> int:
+        """Bytes of the state after `context` tokens."""
+        raise NotImplementedError
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating-point operations of a forward pass a token (2 a multiply-add), averaged over
+        `context` tokens."""
+        raise NotImplementedError
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim))
+
+
+class SpectralWindowState(NamedTuple):
+    """spectral: [B, D, M, 2] float64; window: `WindowState`, at most 2W keys and values. None
+    where a branch is off."""
+
+    spectral: Tensor | None
+    window: WindowState | None
+
+
+@register("spectral_window")
+class SpectralWindowMixer(Mixer):
+    """The paper's layer (section 1): Y = (RMSNorm(Y_spec) + Y_local) W_out.
+
+    Y_spec is the causal convolution of X W_conv + b with damped oscillators, Y_local =
+    Attention(X) W_local in chunks. The convolution's projection alone has a bias. `branches`
+    switches one of them off for ablations.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        branches = tuple(options.get("branches", BRANCHES))
+        if not branches or set(branches) - set(BRANCHES):
+            raise UserError(f"branches are {branches}: choose one or both of {BRANCHES}")
+        dim = self.hidden_size
+        kernel, fusion = (
+            options.get("kernel", "damped_oscillator"),
+            options.get("fusion", "norm_add"),
+        )
+        if kernel not in KERNELS:
+            raise unknown("kernel", kernel, KERNELS)
+        if fusion not in FUSIONS:
+            raise unknown("fusion", fusion, FUSIONS)
+        self.branches = branches
+        if "spectral" in branches:
+            self.conv_proj = nn.Linear(dim, dim, bias=True)
+            self.kernel = KERNELS[kernel](dim)
+        if "window" in branches:
+            if self.head_dim % 2:
+                raise UserError(
+                    f"head size {self.head_dim} is odd (hidden_size / heads): rotary needs even"
+                )
+            self.q_proj = nn.Linear(dim, dim, bias=False)
+            self.k_proj = nn.Linear(dim, dim, bias=False)
+            self.v_proj = nn.Linear(dim, dim, bias=False)
+            self.local_proj = nn.Linear(dim, dim, bias=False)
+        self.fusion = FUSIONS[fusion](dim, options.get("eps", 1e-6), branches)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, state: SpectralWindowState | None = None
+    ) -> tuple[Tensor, SpectralWindowState]:
+        spectral = local = spectral_state = window_state = None
+        before = state or SpectralWindowState(None, None)
+        if "spectral" in self.branches:
+            spectral, spectral_state = spectral_conv(
+                self.conv_proj(x),
+                self.kernel(),
+                state=before.spectral,
+                positions=positions,
+                method=self.methods["spectral"],
+            )
+        if "window" in self.branches:
+            q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            attended, window_state = window_attention(
+                q,
+                k,
+                v,
+                window=self.window,
+                rope_theta=self.rope_theta,
+                state=before.window,
+                positions=positions,
+                method=self.methods["window"],
+            )
+            local = self.local_proj(attended.flatten(-2))
+        return self.out_proj(self.fusion(spectral, local)), SpectralWindowState(
+            spectral_state, window_state
+        )
+
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> SpectralWindowState:
+        spectral = window = None
+        if "spectral" in self.branches:
+            shape = (batch_size, self.hidden_size, self.kernel.modes_per_channel, 2)
+            spectral = torch.zeros(shape, dtype=exact_dtype(torch.device(device)), device=device)
+        if "window" in self.branches:
+            size = self.head_dim
+            window = empty_state(
+                batch_size, self.window, self.num_heads, size, size, dtype=dtype, device=device
+            )
+        return SpectralWindowState(spectral, window)
+
+    def state_bytes(
+        self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
+    ) -> int:
+        total = 0
+        if "spectral" in self.branches:
+            total += self.hidden_size * self.kernel.modes_per_channel * 2 * 8
+        if "window" in self.branches:
+            total += 2 * 2 * self.window * self.hidden_size * dtype.itemsize + 8
+        return batch_size * total
+
+    def flops_per_token(self, context: int) -> int:
+        total = 2 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        if "spectral" in self.branches:
+            total += (
+                8 * self.hidden_size * self.kernel.modes_per_channel
+            )  # one complex multiply-add a mode
+        if "window" in self.branches:
+            seen = _mean_window(context, self.window)
+            total += int(4 * self.hidden_size * seen)  # scores and weighted sum
+        return total
+
+
+def _mean_window(context: int, window: int) -> float:
+    """Mean number of keys a query sees in a document of `context` tokens: (t mod W) + 1, and W
+    more after chunk 0."""
+    if context < 1:
+        return 0.0
+    full, rest = divmod(context, window)
+    own = full * window * (window + 1) / 2 + rest * (rest + 1) / 2
+    return (own + max(context - window, 0) * window) / context
+
+
+class AttentionState(NamedTuple):
+    """key, value: [B, S, H, K] in the model's dtype, keys already rotated; position: [B, S] int64,
+    -1 where a key is padding or belongs to a document that has ended. S grows with every call."""
+
+    key: Tensor
+    value: Tensor
+    position: Tensor
+
+
+@register("attention")
+class AttentionMixer(Mixer):
+    """Full causal attention with RoPE, by PyTorch's fused kernel: the Transformer baseline. No
+    biases."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        if self.head_dim % 2:
+            raise UserError(
+                f"head size {self.head_dim} is odd (hidden_size / heads): rotary needs even"
+            )
+        dim = self.hidden_size
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, state: AttentionState | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        batch, time = x.shape[:2]
+        q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        past = 0 if state is None else state.key.shape[1]
+        # where every row is one document without padding, no mask is built and the fused causal
+        # kernel is used
+        plain = positions is None
+        if positions is None:
+            begin = x.new_zeros(batch, dtype=torch.int64) if state is None else self._next(state)
+            positions = begin[:, None] + torch.arange(time, device=x.device)
+        q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        if state is not None:
+            k, v = torch.cat((state.key, k), 1), torch.cat((state.value, v), 1)
+        key_position = positions if state is None else torch.cat((state.position, positions), 1)
+        mask = None
+        if not plain or past:
+            mask, key_position = self._mask(positions, key_position, state)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=None if mask is None else mask[:, None],
+            is_causal=mask is None and past == 0,
+        ).transpose(1, 2)
+        if not plain:
+            y = torch.where((positions >= 0)[..., None, None], y, 0.0)
+        return self.out_proj(y.flatten(-2)), AttentionState(k, v, key_position)
+
+    @staticmethod
+    def _next(state: AttentionState) -> Tensor:
+        if not state.position.shape[1]:
+            return state.position.new_zeros(state.position.shape[0])
+        return state.position.amax(1) + 1
+
+    def _mask(
+        self, positions: Tensor, key_position: Tensor, state: AttentionState | None
+    ) -> tuple[Tensor, Tensor]:
+        """Which keys a query sees [B, T, S], and the keys' positions with those of ended documents
+        set to -1."""
+        continued = None if state is None else self._next(state)
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            find_documents(positions, continued)  # raises where positions do not count on
+        past = key_position.shape[1] - positions.shape[1]
+        token = key_position >= 0
+        begins = (key_position == 0) & (
+            torch.arange(key_position.shape[1], device=token.device) >= past
+        )
+        document = begins.cumsum(1)
+        query = document[:, past:]
+        mask = (
+            (query[..., None] == document[:, None])
+            & (key_position[:, None] <= positions[..., None])
+            & token[:, None]
+        )
+        itself = torch.arange(key_position.shape[1], device=token.device) == past + torch.arange(
+            positions.shape[1], device=token.device
+        ).unsqueeze(-1)
+        mask = mask | (
+            itself & (positions < 0)[..., None]
+        )  # padding attends to itself: no row is empty
+        return mask, torch.where(document == document[:, -1:], key_position, -1)
+
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> AttentionState:
+        empty = torch.zeros(
+            batch_size, 0, self.num_heads, self.head_dim, dtype=dtype, device=device
+        )
+        return AttentionState(
+            empty, empty, torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+        )
+
+    def state_bytes(
+        self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
+    ) -> int:
+        return batch_size * context * (2 * self.hidden_size * dtype.itemsize + 8)
+
+    def flops_per_token(self, context: int) -> int:
+        return 2 * sum(p.numel() for p in self.parameters()) + 2 * self.hidden_size * (context + 1)
+
+
+def set_methods(module: nn.Module, *, spectral: str = "auto", window: str = "auto") -> None:
+    """Choose the operators' methods in every mixer below `module`. A choice of speed: it is never
+    saved.
+
+    Raises ValueError for an unknown method.
+    """
+    probe = torch.empty(0)
+    for op, method in (("spectral", spectral), ("window", window)):
+        resolve(op, method, probe)
+    for part in module.modules():
+        if isinstance(part, Mixer):
+            part.methods = {"spectral": spectral, "window": window}

@@ -1,0 +1,41 @@
+"""Rotary position embedding (RoPE): turn each pair (x_2i, x_2i+1) by the angle position *
+theta^(-2i/K).
+
+Paper section 1: theta = 10000, interleaved pairs, *global* positions, applied before the chunks
+are cut. Angles are
+built in float64 and cast once: in float32 an angle at position 10^6 is off by 3e-2 radians.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_window.ops.modes import exact_dtype
+
+
+def angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of shape [*positions.shape, dim / 2] in `dtype`."""
+    home = positions.device
+    if exact_dtype(home) is not torch.float64:
+        positions = positions.cpu()
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    angle = positions.to(torch.float64)[..., None] * theta**-exponent
+    return torch.cos(angle).to(home, dtype), torch.sin(angle).to(home, dtype)
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """x [B, T, H, K] turned to `positions` ([T] or [B, T]); computed in at least float32, returned
+    in x's dtype.
+
+    Raises ValueError for an odd K.
+    """
+    dim = x.shape[-1]
+    if dim % 2:
+        raise ValueError(f"head size {dim} is odd (rotary): pairs need an even head size")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles(positions, dim, theta, dtype)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    even, odd = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,346 @@
+"""The local branch: causal attention in chunks of W, each seeing itself and the chunk before.
+
+The window grows and shrinks: a query at position t sees (t mod W) + 1 + W keys (fewer in the first
+chunk); `reference.visible` is the rule and draws it. Because the chunk grid is anchored to each
+document's position 0, the
+memory of a row is at most 2W keys and values, kept in a ring: the key of position p lies in slot p
+mod 2W.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_window.ops import reference
+from spectral_window.ops.dispatch import resolve
+from spectral_window.ops.documents import Documents, chunk_grid, find_documents, given_positions
+from spectral_window.ops.rotary import rotate
+
+
+class WindowState(NamedTuple):
+    """What the tokens to come may still see.
+
+    key, value: [B, 2W, H, K] and [B, 2W, H, V] in the model's dtype, keys already rotated;
+                position p lies in slot p mod 2W; slots that no later query can see hold zeros.
+    position:   [B] int64, the position of each row's next token.
+    """
+
+    key: Tensor
+    value: Tensor
+    position: Tensor
+
+
+def empty_state(
+    batch: int,
+    window: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> WindowState:
+    """The state before any token."""
+    slots = 2 * window
+    return WindowState(
+        torch.zeros(batch, slots, heads, key_dim, dtype=dtype, device=device),
+        torch.zeros(batch, slots, heads, value_dim, dtype=dtype, device=device),
+        torch.zeros(batch, dtype=torch.int64, device=device),
+    )
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    rope_theta: float | None = None,
+    state: WindowState | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    method: str = "auto",
+) -> tuple[Tensor, WindowState]:
+    """Softmax attention of every query to its own chunk, causally, and to the whole chunk before
+    (paper section 1).
+
+    q, k:       [B, T, H, K] floating; any T >= 0 and B >= 0.
+    v:          [B, T, H, V].
+    window:     W >= 1, the chunk length.
+    rope_theta: turn q and k to their positions first (interleaved pairs); None where they are
+                turned already.
+    state:      as returned by an earlier call for the same rows; None for none.
+    positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
+    method:     "auto", "chunked" or "reference"; with "auto" a single token attends to the ring
+                directly.
+
+    Returns out [B, T, H, V] (0 at padding) and the state after each row's last token. Raises
+    ValueError or TypeError before any work.
+    """
+    _check(q, k, v, window, rope_theta, state)
+    method, _ = resolve("window", method, q)
+    batch, time, heads, key_dim = q.shape
+    positions = given_positions(positions, cu_seqlens, q, None if state is None else state.position)
+    if state is None and (positions is not None or method == "step" or time == 0 or batch == 0):
+        state = empty_state(
+            batch, window, heads, key_dim, v.shape[3], dtype=k.dtype, device=k.device
+        )
+    if q.numel() == 0:
+        assert state is not None
+        return q @ k.transpose(-1, -2) @ v if time else v.clone(), state
+    if state is None:
+        where = torch.arange(time, device=q.device)
+    else:
+        if positions is None:
+            positions = state.position[:, None] + torch.arange(time, device=q.device)
+        where = positions
+    if rope_theta is not None:
+        q, k = rotate(q, where, rope_theta), rotate(k, where, rope_theta)
+    if method == "step":
+        assert state is not None
+        assert positions is not None
+        return _step(q, k, v, window, state, positions[:, 0])
+    if state is None:
+        attend = _reference_rows if method == "reference" else _chunked_rows
+        return attend(q, k, v, window), _last_two_chunks(k, v, window)
+    assert positions is not None
+    docs = find_documents(positions, state.position)
+    attend = _reference_documents if method == "reference" else _chunked_documents
+    return attend(q, k, v, window, state, docs), _next_state(k, v, window, state, docs)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    rope_theta: float | None,
+    state: WindowState | None,
+) -> None:
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window is {window!r} (window_attention): expected a whole number >= 1")
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise ValueError(
+            f"q, k, v have shapes {shapes} (window_attention): expected [B, T, H, K] twice "
+            "and [B, T, H, V]"
+        )
+    if not q.dtype.is_floating_point or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype} (window_attention): "
+            "expected one floating dtype"
+        )
+    if not (q.device == k.device == v.device):
+        raise ValueError(
+            f"q, k, v are on {q.device}, {k.device}, {v.device} (window_attention): "
+            "move them together"
+        )
+    if rope_theta is not None and q.shape[-1] % 2:
+        raise ValueError(
+            f"head size {q.shape[-1]} is odd (window_attention): rotary needs an even one"
+        )
+    if state is not None:
+        want = (q.shape[0], 2 * window, *q.shape[2:])
+        if state.key.shape != want or state.value.shape != (*want[:3], v.shape[3]):
+            raise ValueError(
+                f"state holds keys {tuple(state.key.shape)} (window_attention): expected {want}; "
+                "it belongs to another batch, window or head size"
+            )
+        if state.key.dtype != k.dtype or state.key.device != k.device:
+            raise ValueError(
+                f"state is {state.key.dtype} on {state.key.device} (window_attention): "
+                f"the keys are {k.dtype} on {k.device}"
+            )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over [G, W, H, *] queries and [G, 2W, H, *] keys, mask [G, W,
+    2W]."""
+    q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None]
+    # the fused kernel is not twice differentiable in float64, and on a CPU in bfloat16 2-5 times
+    # slower than products
+    if q.dtype == torch.float64 or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
+    """Attention over G chunks laid end to end: [G, W, H, *] each, first [G] marks chunks with
+    nothing before."""
+    window = q.shape[1]
+    place = torch.arange(2 * window, device=q.device)
+    mask = reference.visible(
+        place[window:, None], place, window
+    )  # a query's chunk is the second of its two
+    mask = mask & ~(first[:, None, None] & (place < window))
+
+    def with_previous(x: Tensor) -> Tensor:
+        # zeros and not the neighbour's values where a document begins: 0 * NaN would let a NaN
+        # cross
+        before = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
+        return torch.cat((torch.where(first[:, None, None, None], 0.0, before), x), 1)
+
+    return _attend(q, with_previous(k), with_previous(v), mask)
+
+
+def _chunked_rows(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    batch, time = q.shape[:2]
+    per_row = -(-time // window)
+
+    def grid(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, per_row * window - time)).reshape(-1, window, *x.shape[2:])
+
+    first = torch.arange(batch * per_row, device=q.device) % per_row == 0
+    out = _attend_chunks(grid(q), grid(k), grid(v), first)
+    return out.reshape(batch, per_row * window, *out.shape[2:])[:, :time]
+
+
+def _chunked_documents(
+    q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState, docs: Documents
+) -> Tensor:
+    key, value, key_document, key_position = _with_remembered(k, v, window, state, docs)
+    tokens = len(docs.token)
+    if not tokens:
+        return v * 0
+    slot, first = chunk_grid(key_document, key_position, window)
+
+    def grid(x: Tensor, at: Tensor) -> Tensor:
+        room = x.new_zeros(len(first) * window, *x.shape[1:])
+        return room.index_copy(0, at, x).view(-1, window, *x.shape[1:])
+
+    at = slot[-tokens:]  # remembered keys come first, then the tokens of this call
+    query = q.flatten(0, 1).index_select(0, docs.token)
+    out = _attend_chunks(grid(query, at), grid(key, slot), grid(value, slot), first)
+    out = out.flatten(0, 1).index_select(0, at)
+    return torch.zeros_like(v).flatten(0, 1).index_copy(0, docs.token, out).view(v.shape)
+
+
+def _with_remembered(
+    k: Tensor, v: Tensor, window: int, state: WindowState, docs: Documents
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values in reach of this call's documents: those that `state` remembers, then the
+    call's own.
+
+    Returns (key [S, H, K], value [S, H, V], document [S], position [S]).
+    """
+    head_position = docs.position[docs.head]
+    continued = (head_position > 0).nonzero().squeeze(1)
+    row = docs.row[docs.head[continued]]
+    held = _held_positions(state.position[row], window)  # [continued, 2W], -1 where a slot is dead
+    which, slot = (held >= 0).nonzero(as_tuple=True)
+    key = torch.cat((state.key[row[which], slot], k.flatten(0, 1).index_select(0, docs.token)))
+    value = torch.cat((state.value[row[which], slot], v.flatten(0, 1).index_select(0, docs.token)))
+    document = torch.cat((docs.document[docs.head[continued]][which], docs.document))
+    return key, value, document, torch.cat((held[which, slot], docs.position))
+
+
+def _held_positions(position: Tensor, window: int) -> Tensor:
+    """The position that each of the 2W slots holds when `position` [R] comes next; -1 for a slot
+    no later query sees."""
+    slots = 2 * window
+    slot = torch.arange(slots, device=position.device)
+    latest = position[:, None] - 1
+    held = latest - (latest - slot) % slots
+    oldest = (position // window - 1)[:, None] * window
+    return torch.where(held >= oldest.clamp(min=0), held, -1)
+
+
+def _last_two_chunks(k: Tensor, v: Tensor, window: int) -> WindowState:
+    """The state of rows that are one document from position 0, without padding."""
+    batch, time = k.shape[:2]
+    position = torch.full((batch,), time, dtype=torch.int64, device=k.device)
+    held = _held_positions(position[:1], window)[0]
+    live = (held >= 0)[:, None, None]
+    at = held.clamp(min=0)
+    key = torch.where(live, k.index_select(1, at), 0.0)
+    return WindowState(key, torch.where(live, v.index_select(1, at), 0.0), position)
+
+
+def _next_state(
+    k: Tensor, v: Tensor, window: int, state: WindowState, docs: Documents
+) -> WindowState:
+    """The state after each row's last document; rows without a token keep theirs."""
+    if not len(docs.token):
+        return state
+    alive = docs.last >= 0
+    last = docs.last.clamp(min=0)
+    position = torch.where(alive, docs.position[last] + 1, state.position)
+    held = _held_positions(position, window)  # [B, 2W]
+    begin = docs.position[
+        docs.head[docs.document[last]]
+    ]  # where this call's part of the last document begins
+    recent = alive[:, None] & (held >= begin[:, None])
+    index = (last[:, None] - (position[:, None] - 1 - held)).clamp(min=0)
+    token = docs.token[torch.where(recent, index, 0)]
+
+    def ring(new: Tensor, old: Tensor) -> Tensor:
+        live, fresh = (held >= 0)[..., None, None], recent[..., None, None]
+        return torch.where(fresh, new.flatten(0, 1)[token], torch.where(live, old, 0.0))
+
+    return WindowState(ring(k, state.key), ring(v, state.value), position)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState, position: Tensor
+) -> tuple[Tensor, WindowState]:
+    """One token a row, straight from the ring; no data-dependent shape, so it compiles to one
+    graph."""
+    token = position >= 0
+    if position.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = token & (position != 0) & (position != state.position)
+        if bool(wrong.any()):
+            b = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"position {int(position[b])} in row {b} (window_attention): "
+                f"its state goes on at {int(state.position[b])}"
+            )
+    at = torch.where(token, position, state.position)
+    slot = torch.arange(2 * window, device=q.device)
+    here = (slot == (at % (2 * window))[:, None])[..., None, None]
+    # a slot may be seen if it holds one of the last positions of this very document
+    held = _held_positions(at, window)
+    live = held >= 0
+    key = torch.where(here, k, torch.where(live[..., None, None], state.key, 0.0))
+    value = torch.where(here, v, torch.where(live[..., None, None], state.value, 0.0))
+    mask = live | here[..., 0, 0]
+    out = _attend(q, key, value, mask[:, None])
+    out = torch.where(token[:, None, None, None], out, 0.0)
+    # then forget what the next query cannot see
+    after = _held_positions(at + 1, window)[..., None, None] >= 0
+    kept = token[:, None, None, None]
+    return out, WindowState(
+        torch.where(kept, torch.where(after, key, 0.0), state.key),
+        torch.where(kept, torch.where(after, value, 0.0), state.value),
+        torch.where(token, at + 1, state.position),
+    )
+
+
+def _reference_rows(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    return reference.window(q.double(), k.double(), v.double(), window).to(v.dtype)
+
+
+def _reference_documents(
+    q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState, docs: Documents
+) -> Tensor:
+    """Every document alone, in a loop, with the remembered keys in order before its own."""
+    key, value, document, position = _with_remembered(k, v, window, state, docs)
+    query = q.flatten(0, 1).index_select(0, docs.token)
+    out = torch.zeros_like(v).flatten(0, 1)
+    for d in range(len(docs.head)):
+        mine = (document == d).nonzero().squeeze(1)
+        mine = mine[position[mine].argsort()]
+        own = docs.document == d
+        part = _reference_from(query[own], key[mine], value[mine], window, int(position[mine[0]]))
+        out = out.index_copy(0, docs.token[own], part.to(v.dtype))
+    return out.view(v.shape)
+
+
+def _reference_from(q: Tensor, k: Tensor, v: Tensor, window: int, first: int) -> Tensor:
+    return reference.window(q[None].double(), k[None].double(), v[None].double(), window, first)[0]
