@@ -70,6 +70,12 @@ class Modes(NamedTuple):
         gain = None if self.gain is None else self.gain[:, None]
         return Modes(self.decay[:, None], self.frequency[:, None], gain)
 
+    def double(self) -> Modes:
+        """These modes in float64 (in float32 where the device has no better)."""
+        exact = exact_dtype(self.decay.device)
+        gain = None if self.gain is None else self.gain.to(exact)
+        return Modes(self.decay.to(exact), self.frequency.to(exact), gain)
+
 
 def exact_dtype(device: torch.device) -> torch.dtype:
     """float64 where the device has it; Apple's MPS does not, and gets float32."""

@@ -88,6 +88,7 @@ def spectral_conv(
     if method == "chunked":
         return _chunked(u, modes, state, positions, known)
     whole = _fft if method == "fft" else _reference
+    modes = modes.double()  # cast once, so that gradients are summed before they are rounded
     if positions is None:
         return whole(u, modes, state)
     return _each_document(whole, u, modes, state, positions, known)
@@ -128,10 +129,9 @@ def _chunked(
             .reshape(-1, channels)
             .T.contiguous()
         )
-        chunk = torch.arange(batch * per_row, device=u.device)
-        first = chunk % per_row == 0
-        entry_chunk = chunk[first]
+        first = torch.arange(batch * per_row, device=u.device) % per_row == 0
         entry_row = torch.arange(batch, device=u.device)
+        entry_chunk = entry_row * per_row
         last_chunk = entry_chunk + per_row - 1
         filled = torch.full((batch,), time - (per_row - 1) * CHUNK, device=u.device)
         y, final = _convolve_chunks(

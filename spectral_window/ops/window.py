@@ -104,13 +104,14 @@ def window_attention(
         assert state is not None
         assert positions is not None
         return _step(q, k, v, window, state, positions[:, 0])
+    exactly = method == "reference"
     if state is None:
-        attend = _reference_rows if method == "reference" else _chunked_rows
-        return attend(q, k, v, window), _last_two_chunks(k, v, window)
+        rows = _reference_rows if exactly else _chunked_rows
+        return rows(q, k, v, window), _last_two_chunks(k, v, window)
     assert positions is not None
     docs = find_documents(positions, state.position)
-    attend = _reference_documents if method == "reference" else _chunked_documents
-    return attend(q, k, v, window, state, docs), _next_state(k, v, window, state, docs)
+    documents = _reference_documents if exactly else _chunked_documents
+    return documents(q, k, v, window, state, docs), _next_state(k, v, window, state, docs)
 
 
 def _check(
@@ -161,9 +162,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v over [G, W, H, *] queries and [G, 2W, H, *] keys, mask [G, W,
     2W]."""
     q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None]
-    # the fused kernel is not twice differentiable in float64, and on a CPU in bfloat16 2-5 times
-    # slower than products
-    if q.dtype == torch.float64 or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # a CPU's masked kernel is slower in half precision than in float32, and less exact
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+        out = out.to(q.dtype)
+    elif q.dtype == torch.float64:  # the fused kernel is not twice differentiable
         scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
         out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
     else:

@@ -1,0 +1,193 @@
+"""Every method keeps the operators' contract, and every deliberate bug breaks it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from spectral_window.ops import Modes, WindowState, spectral_conv, window_attention
+from tests.contracts import operators
+from tests.contracts.operators import ATTENTION_CONTRACT, CONV_CONTRACT
+
+CHUNKED = partial(spectral_conv, method="chunked")
+FFT = partial(spectral_conv, method="fft")
+DIRECT = partial(spectral_conv, method="reference")
+ATTEND = partial(window_attention, method="chunked", rope_theta=None)
+
+
+def stepwise(op):
+    """The operator called one token at a time, as in decoding."""
+
+    def run(*inputs, state=None, **options):
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor) and not isinstance(x, Modes)]
+        rest = inputs[len(tensors) :]
+        parts = []
+        for t in range(tensors[0].shape[1]):
+            y, state = op(*(x[:, t : t + 1] for x in tensors), *rest, state=state, **options)
+            parts.append(y)
+        return torch.cat(parts, 1), state
+
+    return run
+
+
+@pytest.mark.parametrize("promise", CONV_CONTRACT, ids=lambda f: f.__name__)
+def test_chunked_convolution_keeps(promise):
+    promise(CHUNKED)
+
+
+@pytest.mark.parametrize(
+    "promise", [p for p in CONV_CONTRACT if "far" not in p.__name__], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("conv", [DIRECT, stepwise(spectral_conv)], ids=["reference", "step"])
+def test_convolution_keeps(promise, conv):
+    promise(conv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fft_agrees_where_the_signal_is_not_far_louder_elsewhere(dtype):
+    # an FFT's error is relative to the loudest position, so it is held to the whole sequence and
+    # to short ones
+    operators.conv_equals_the_direct_sum(FFT, dtype, times=(1, 2, 31, 33, 64))
+
+
+def test_step_by_step_is_exact_far_away():
+    operators.conv_is_exact_far_away(stepwise(spectral_conv), time=4096)
+
+
+def test_chunked_convolution_meets_the_float64_bar():
+    operators.conv_equals_the_direct_sum(CHUNKED, torch.float64)
+
+
+@pytest.mark.slow
+def test_chunked_convolution_is_exact_at_a_million():
+    operators.conv_is_exact_far_away(CHUNKED, time=1_048_576)
+
+
+@pytest.mark.parametrize("promise", ATTENTION_CONTRACT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "attend",
+    [ATTEND, partial(window_attention, method="reference"), stepwise(window_attention)],
+    ids=["chunked", "reference", "step"],
+)
+def test_window_attention_keeps(promise, attend):
+    promise(attend)
+
+
+def test_window_attention_meets_the_float64_bar():
+    operators.attention_equals_dense_softmax(ATTEND, torch.float64)
+
+
+# --- deliberate bugs: a contract that none of these breaks would be no contract
+# ---------------------------------
+
+
+def zero_output(u, modes, state=None):
+    y, state = CHUNKED(u, modes, state=state)
+    return torch.zeros_like(y), state
+
+
+def kernel_off_by_one(u, modes, state=None):
+    late = torch.cat((torch.zeros_like(u[:, :1]), u[:, :-1]), 1)
+    return CHUNKED(late, modes, state=state)
+
+
+def no_crop(u, modes, state=None):
+    y, state = CHUNKED(torch.cat((u, torch.zeros_like(u)), 1), modes, state=state)
+    return y, state
+
+
+def no_zero_padding(u, modes, state=None):
+    from spectral_window.ops.modes import kernel
+
+    time = u.shape[1]
+    _, final = CHUNKED(u, modes, state=state)
+    K = kernel(modes.validated(u.shape[2]), time)
+    x = torch.fft.rfft(u.double().transpose(1, 2), time) * torch.fft.rfft(K, time)
+    return torch.fft.irfft(x, time).transpose(1, 2).to(u.dtype), final
+
+
+def state_not_carried(u, modes, state=None):
+    return CHUNKED(u, modes)
+
+
+def bf16_state(u, modes, state=None):
+    y, state = CHUNKED(u, modes, state=state)
+    return y, state.bfloat16().double()
+
+
+def bf16_decay(u, modes, state=None):
+    rounded = Modes(modes.decay.bfloat16().to(modes.decay.dtype), modes.frequency, modes.gain)
+    return CHUNKED(u, rounded, state=state)
+
+
+def fp32_angle(u, modes, state=None):
+    """The kernel built as the paper's code does, with its angle in float32."""
+    _, final = CHUNKED(u, modes, state=state)
+    modes = modes.validated(u.shape[2])
+    t = torch.arange(u.shape[1], dtype=torch.float32)
+    K = torch.exp(-modes.decay[..., None] * t) * torch.cos(modes.frequency[..., None] * t)
+    K = (K if modes.gain is None else K * modes.gain[..., None]).sum(1).double()
+    size = 2 * u.shape[1]
+    x = torch.fft.rfft(u.double().transpose(1, 2), size) * torch.fft.rfft(K, size)
+    y = torch.fft.irfft(x, size)[..., : u.shape[1]].transpose(1, 2)
+    return y.to(u.dtype), final
+
+
+@pytest.mark.parametrize(
+    ("bug", "caught_by"),
+    [
+        (zero_output, operators.conv_equals_the_direct_sum),
+        (zero_output, operators.conv_of_an_impulse_is_the_kernel),
+        (kernel_off_by_one, operators.conv_equals_the_direct_sum),
+        (kernel_off_by_one, operators.conv_of_an_impulse_is_the_kernel),
+        (no_crop, operators.conv_equals_the_direct_sum),
+        (no_crop, operators.conv_is_exact_far_away),
+        (no_zero_padding, operators.conv_equals_the_direct_sum),
+        (state_not_carried, operators.conv_carries_its_state),
+        (bf16_state, operators.conv_carries_its_state),
+        (bf16_decay, operators.conv_equals_the_direct_sum),
+        (bf16_decay, operators.conv_is_exact_far_away),
+        (fp32_angle, operators.conv_is_exact_far_away),
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_deliberate_convolution_bug_is_caught(bug, caught_by):
+    with pytest.raises(AssertionError):
+        caught_by(bug)
+
+
+def window_plus_one(q, k, v, *, window, state=None):
+    return ATTEND(q, k, v, window=window + 1, state=state)
+
+
+def window_state_not_carried(q, k, v, *, window, state=None):
+    return ATTEND(q, k, v, window=window)
+
+
+def window_without_previous_chunk(q, k, v, *, window, state=None):
+    if state is not None:
+        state = WindowState(state.key * 0, state.value * 0, state.position)
+    return ATTEND(q, k, v, window=window, state=state)
+
+
+def zero_attention(q, k, v, *, window, state=None):
+    out, state = ATTEND(q, k, v, window=window, state=state)
+    return out * 0, state
+
+
+@pytest.mark.parametrize(
+    ("bug", "caught_by"),
+    [
+        (zero_attention, operators.attention_equals_dense_softmax),
+        (window_plus_one, operators.attention_sees_exactly_its_window),
+        (window_plus_one, operators.attention_equals_dense_softmax),
+        (window_state_not_carried, operators.attention_carries_its_state),
+        (window_without_previous_chunk, operators.attention_carries_its_state),
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_deliberate_attention_bug_is_caught(bug, caught_by):
+    with pytest.raises(AssertionError):
+        caught_by(bug)

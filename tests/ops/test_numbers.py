@@ -1,0 +1,391 @@
+"""The numbers of the design: gradients, half precision, long decoding, compilation, bad inputs."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from spectral_window.ops import Modes, reference, resolve, spectral_conv, window_attention
+from spectral_window.ops.modes import kernel, powers
+from spectral_window.ops.rotary import rotate
+from tests.contracts.measure import block_error, relative, rms
+from tests.contracts.operators import at_blocks, draw_modes, draw_qkv
+
+CU = torch.tensor([0, 3, 3, 10, 12])
+
+
+@pytest.mark.parametrize("method", ["chunked", "fft", "auto"])
+@pytest.mark.parametrize("documents", [None, CU], ids=["plain", "packed"])
+def test_convolution_gradients_are_right_twice(method, documents):
+    time = 1 if method == "auto" else 6
+    if documents is not None and method == "auto":
+        documents = torch.tensor([0, 1, 2])
+    u = torch.randn(2, time, 2, dtype=torch.float64, requires_grad=True)
+    dynamics = [(torch.rand(2, 2, dtype=torch.float64) + 0.1).requires_grad_() for _ in range(3)]
+    state = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def f(u, decay, frequency, gain, state):
+        return spectral_conv(
+            u, Modes(decay, frequency, gain), state=state, cu_seqlens=documents, method=method
+        )
+
+    assert gradcheck(f, (u, *dynamics, state))
+    assert gradgradcheck(f, (u, *dynamics, state))
+
+
+@pytest.mark.parametrize(
+    "documents", [None, torch.tensor([0, 3, 6, 9, 14])], ids=["plain", "packed"]
+)
+def test_window_attention_gradients_are_right_twice(documents):
+    q, k, v = (x.requires_grad_() for x in draw_qkv(2, 7, 1, 2, 3, torch.float64))
+
+    def f(q, k, v):
+        return window_attention(q, k, v, window=2, rope_theta=100.0, cu_seqlens=documents)[0]
+
+    assert gradcheck(f, (q, k, v))
+    assert gradgradcheck(f, (q, k, v))
+
+
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 200, 1000])
+def test_float32_gradients_meet_the_bar(time):
+    modes = draw_modes(4, 2, dtype=torch.float32, gain=True)
+    u, weight = torch.randn(2, time, 4), torch.randn(2, time, 4)
+
+    def gradients(dtype, run):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (u, *modes)]
+        y = run(leaves[0], Modes(*leaves[1:]))
+        return torch.autograd.grad(y, leaves, weight.to(dtype))
+
+    got = gradients(torch.float32, lambda u, m: spectral_conv(u, m, method="chunked")[0])
+    truth = gradients(torch.float64, lambda u, m: reference.spectral(u, m)[0])
+    assert block_error(got[0], truth[0]) <= 2e-6
+    for mine, exact in zip(got[1:], truth[1:], strict=True):
+        assert relative(mine, exact) <= 2e-6
+
+
+@pytest.mark.parametrize("window", [1, 5, 16])
+def test_float32_window_gradients_meet_the_bar(window):
+    q, k, v = draw_qkv(2, 3 * window + 2, key_dim=8, value_dim=8)
+
+    def gradients(dtype, method):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out, _ = window_attention(*leaves, window=window, rope_theta=1e4, method=method)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out) * torch.arange(8))
+
+    for mine, exact in zip(
+        gradients(torch.float32, "chunked"), gradients(torch.float64, "reference"), strict=True
+    ):
+        assert rms(mine - exact) <= 2e-6 * max(rms(exact), 1e-2)
+
+
+@pytest.mark.parametrize("op", ["spectral", "window"])
+def test_bfloat16_loses_no_more_than_its_own_rounding(op):
+    """At most 1.25 times the error of rounding the exact result once."""
+    if op == "spectral":
+        modes = draw_modes(16, dtype=torch.float32)
+        u = torch.randn(2, 500, 16).bfloat16()
+        exact, _ = reference.spectral(u.double(), modes.validated(16))
+        y, _ = spectral_conv(u, modes, method="chunked")
+    else:
+        q, k, v = draw_qkv(2, 100, key_dim=16, value_dim=16, dtype=torch.bfloat16)
+        exact = reference.window(q.double(), k.double(), v.double(), 16)
+        y, _ = window_attention(q, k, v, window=16)
+    assert y.dtype == torch.bfloat16
+    assert relative(y, exact) <= 1.25 * relative(exact.bfloat16(), exact)
+
+
+def test_strong_damping_underflows_to_zero_and_not_to_nan():
+    modes = Modes(torch.tensor([800.0, 50.0, 0.0]), torch.tensor([3.0, 0.0, 0.0]))
+    u = torch.randn(1, 5000, 3, requires_grad=True)
+    y, state = spectral_conv(u, modes, method="chunked")
+    y.sum().backward()
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(state).all()
+    assert torch.isfinite(u.grad).all()
+    assert torch.equal(y[..., 0], u[..., 0])
+
+
+def test_angles_at_a_million_are_exact():
+    modes = Modes(torch.zeros(1, 1), torch.tensor([[0.7]]))
+    t = 1_000_003
+    re, im = powers(modes, torch.tensor([t]))[0, 0, 0].tolist()
+    frequency = float(modes.frequency)
+    assert abs(re - math.cos(frequency * t)) < 1e-9
+    assert abs(im - math.sin(frequency * t)) < 1e-9
+    x = torch.randn(1, 1, 1, 2)
+    far = rotate(x, torch.tensor([t]), 1e4)
+    c, s = math.cos(t), math.sin(t)
+    a, b = x.flatten().tolist()
+    assert torch.allclose(far.flatten(), torch.tensor([a * c - b * s, a * s + b * c]), atol=1e-6)
+
+
+def decode(steps: int, channels: int, probe: list[int]):
+    """Decode `steps` tokens one by one; the outputs at the blocks that begin at `probe`, and the
+    state's bytes seen."""
+    modes = draw_modes(channels, dtype=torch.float32, slow=True)
+    u = torch.randn(1, steps, channels)
+    q, k, v = draw_qkv(1, steps, 1, 2, 2)
+    state = ring = None
+    outputs, sizes = {}, set()
+    wanted = {t for start in probe for t in range(start, start + 64)}
+    for t in range(steps):
+        y, state = spectral_conv(u[:, t : t + 1], modes, state=state)
+        if t % 16 == 0 or t < 64:  # attention's ring is checked elsewhere; here its size
+            cut = slice(t, t + 1)
+            _, ring = window_attention(q[:, cut], k[:, cut], v[:, cut], window=4, state=ring)
+            sizes.add(sum(x.nbytes for x in (state, *ring)))
+        if t in wanted:
+            outputs[t] = y
+    got = torch.cat([outputs[t] for t in sorted(wanted)], 1)
+    return got, at_blocks(u, modes, probe), sizes
+
+
+def test_ten_thousand_decode_steps_stay_exact_in_constant_bytes():
+    got, truth, sizes = decode(10_000, 6, [0, 5000, 9936])
+    assert block_error(got, truth) <= 2e-6
+    assert len(sizes) == 1
+
+
+@pytest.mark.slow
+def test_a_million_decode_steps_stay_exact_in_constant_bytes():
+    got, truth, sizes = decode(1_000_000, 6, [0, 500_000, 999_936])
+    assert block_error(got, truth) <= 2e-6
+    assert len(sizes) == 1
+
+
+def test_compiled_operators_equal_eager_without_a_graph_break():
+    modes = draw_modes(8, dtype=torch.float32)
+    u = torch.randn(2, 70, 8)
+    q, k, v = draw_qkv(2, 70, key_dim=8, value_dim=8)
+
+    def both(u, decay, frequency, q, k, v, state):
+        y, h = spectral_conv(u, Modes(decay, frequency), state=state)
+        out, _ = window_attention(q, k, v, window=16, rope_theta=1e4)
+        return y, h, out
+
+    inputs = (u, modes.decay, modes.frequency, q, k, v, None)
+    compiled = torch.compile(both, fullgraph=True)
+    for mine, eager in zip(compiled(*inputs), both(*inputs), strict=True):
+        assert relative(mine, eager) <= 2e-6
+
+
+def test_compiled_step_has_one_graph_for_all_positions():
+    modes = draw_modes(8, dtype=torch.float32)
+    u = torch.randn(2, 20, 8)
+    q, k, v = draw_qkv(2, 20, key_dim=8, value_dim=8)
+
+    def step(t, state, ring):
+        cut = slice(t, t + 1)
+        y, state = spectral_conv(u[:, cut], modes, state=state)
+        return y, state, *window_attention(q[:, cut], k[:, cut], v[:, cut], window=4, state=ring)
+
+    @torch.compile(fullgraph=True)
+    def compiled(u, q, k, v, state, ring):
+        y, state = spectral_conv(u, modes, state=state)
+        return y, state, *window_attention(q, k, v, window=4, state=ring)
+
+    _, state, _, ring = step(0, None, None)
+    mine, mine_ring = state, ring
+    for t in range(1, 20):
+        cut = slice(t, t + 1)
+        y, state, out, ring = step(t, state, ring)
+        y2, mine, out2, mine_ring = compiled(
+            u[:, cut], q[:, cut], k[:, cut], v[:, cut], mine, mine_ring
+        )
+        assert relative(y2, y) <= 2e-6
+        assert relative(out2, out) <= 2e-6
+
+
+def test_autocast_does_not_reach_into_the_convolution():
+    modes = draw_modes(4, dtype=torch.float32)
+    u = torch.randn(1, 100, 4)
+    plain, _ = spectral_conv(u, modes, method="chunked")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = spectral_conv(u, modes, method="chunked")
+    assert torch.equal(plain, cast)
+
+
+def test_reduced_matmul_precision_does_not_reach_into_the_convolution():
+    modes = draw_modes(4, dtype=torch.float32)
+    u = torch.randn(1, 100, 4)
+    plain, _ = spectral_conv(u, modes, method="chunked")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        low, _ = spectral_conv(u, modes, method="chunked")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(plain, low)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 5, 3), (0, 0, 3), (0, 1, 3)])
+def test_empty_inputs_give_empty_outputs_with_gradients(shape):
+    u = torch.randn(shape, requires_grad=True)
+    y, state = spectral_conv(u, draw_modes(3, dtype=torch.float32))
+    assert y.shape == u.shape
+    assert state.shape == (shape[0], 3, 1, 2)
+    y.sum().backward()
+    q = torch.randn(*shape[:2], 1, 4, requires_grad=True)
+    out, ring = window_attention(q, q, q, window=2, rope_theta=1e4)
+    assert out.shape == q.shape
+    assert ring.key.shape == (shape[0], 4, 1, 4)
+    out.sum().backward()
+
+
+def test_meta_tensors_give_meta_tensors():
+    modes = Modes(torch.empty(4, device="meta"), torch.empty(4, device="meta"))
+    y, state = spectral_conv(torch.empty(2, 40, 4, device="meta"), modes)
+    assert y.device.type == state.device.type == "meta"
+    q = torch.empty(2, 40, 1, 4, device="meta")
+    assert window_attention(q, q, q, window=8)[0].device.type == "meta"
+
+
+U, M = torch.randn(2, 8, 3), Modes(torch.rand(3), torch.rand(3))
+Q = torch.randn(2, 8, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "call"),
+    [
+        (ValueError, "expected .batch, time, channels", lambda: spectral_conv(U[0], M)),
+        (TypeError, "floating", lambda: spectral_conv(U.long(), M)),
+        (ValueError, r"expected \[8\]", lambda: spectral_conv(U.transpose(1, 2), M)),
+        (
+            ValueError,
+            "frequency has shape",
+            lambda: spectral_conv(U, Modes(M.decay, torch.rand(4))),
+        ),
+        (
+            TypeError,
+            "decay is torch.bfloat16",
+            lambda: spectral_conv(U, Modes(M.decay.bfloat16(), M.frequency)),
+        ),
+        (
+            ValueError,
+            "frequency is not finite",
+            lambda: spectral_conv(U, Modes(M.decay, M.frequency * torch.nan)),
+        ),
+        (
+            ValueError,
+            "decay is negative",
+            lambda: spectral_conv(U, Modes(-M.decay - 1, M.frequency)),
+        ),
+        (
+            ValueError,
+            "same batch and modes",
+            lambda: spectral_conv(U, M, state=torch.zeros(1, 3, 1, 2)),
+        ),
+        (
+            ValueError,
+            "same batch and modes",
+            lambda: spectral_conv(U, M, state=torch.zeros(2, 3, 1, 2).bfloat16()),
+        ),
+        (ValueError, "did you mean 'chunked'", lambda: spectral_conv(U, M, method="chunkd")),
+        (ValueError, "one token a call", lambda: spectral_conv(U, M, method="step")),
+        (ValueError, "begin at 0", lambda: spectral_conv(U, M, cu_seqlens=torch.tensor([1, 16]))),
+        (
+            ValueError,
+            "never fall",
+            lambda: spectral_conv(U, M, cu_seqlens=torch.tensor([0, 9, 4, 16])),
+        ),
+        (ValueError, "end at 16", lambda: spectral_conv(U, M, cu_seqlens=torch.tensor([0, 17]))),
+        (
+            TypeError,
+            "int32 or int64",
+            lambda: spectral_conv(U, M, cu_seqlens=torch.tensor([0.0, 16.0])),
+        ),
+        (
+            ValueError,
+            "expected .2, 8.",
+            lambda: spectral_conv(U, M, positions=torch.zeros(2, 7).long()),
+        ),
+        (TypeError, "int64", lambda: spectral_conv(U, M, positions=torch.zeros(2, 8))),
+        (
+            ValueError,
+            "counts",
+            lambda: spectral_conv(U, M, positions=torch.arange(8).repeat(2, 1) + 1),
+        ),
+        (
+            ValueError,
+            "row 1, column 4",
+            lambda: spectral_conv(
+                U, M, positions=torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 5, 6, 7, 8]])
+            ),
+        ),
+        (
+            ValueError,
+            "disagree",
+            lambda: spectral_conv(
+                U, M, positions=torch.arange(8).repeat(2, 1), cu_seqlens=torch.tensor([0, 4, 16])
+            ),
+        ),
+        (
+            ValueError,
+            "fft would spread|FFT would spread",
+            lambda: spectral_conv(U / 0, M, method="fft"),
+        ),
+        (ValueError, "window is 0", lambda: window_attention(Q, Q, Q, window=0)),
+        (ValueError, "window is True", lambda: window_attention(Q, Q, Q, window=True)),
+        (ValueError, "window is 1.5", lambda: window_attention(Q, Q, Q, window=1.5)),
+        (ValueError, "expected .B, T, H, K.", lambda: window_attention(Q[0], Q[0], Q[0], window=2)),
+        (TypeError, "one floating dtype", lambda: window_attention(Q, Q.double(), Q, window=2)),
+        (
+            ValueError,
+            "odd",
+            lambda: window_attention(Q[..., :3], Q[..., :3], Q, window=2, rope_theta=1e4),
+        ),
+        (
+            ValueError,
+            "another batch, window",
+            lambda: window_attention(
+                Q, Q, Q, window=3, state=window_attention(Q, Q, Q, window=2)[1]
+            ),
+        ),
+        (
+            ValueError,
+            "goes on at 8",
+            lambda: window_attention(
+                Q[:, :1],
+                Q[:, :1],
+                Q[:, :1],
+                window=2,
+                state=window_attention(Q, Q, Q, window=2)[1],
+                positions=torch.tensor([[8], [5]]),
+            ),
+        ),
+        (ValueError, "unknown operator", lambda: resolve("spectrl", "auto", U)),
+    ],
+)
+def test_bad_input_is_named(error, says, call):
+    with pytest.raises(error, match=says):
+        call()
+
+
+def test_checks_do_not_lean_on_assert():
+    """`python -O` removes assertions; the errors must stay."""
+    code = (
+        "import torch\nfrom spectral_window.ops import window_attention\n"
+        "q = torch.randn(1, 4, 1, 2)\n"
+        "try:\n    window_attention(q, q, q, window=0)\n"
+        "except ValueError as e:\n    print('refused')"
+    )
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    shown = subprocess.run(
+        [sys.executable, "-O", "-c", code], capture_output=True, text=True, env=env, check=True
+    )
+    assert shown.stdout.strip() == "refused"
+
+
+def test_kernel_is_the_papers():
+    modes = Modes(torch.tensor([0.3, 0.0]), torch.tensor([2.0, -0.5]))
+    t = torch.arange(50, dtype=torch.float64)
+    for c in range(2):
+        expected = torch.exp(-modes.decay[c].double() * t) * torch.cos(
+            modes.frequency[c].double() * t
+        )
+        assert torch.allclose(kernel(modes.validated(2), 50)[c], expected, rtol=0, atol=1e-14)

@@ -1,0 +1,97 @@
+"""The rules of the house: who may import whom, and that every module says what it is for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "spectral_window"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# imports go downward only: a room may use the rooms below it
+FLOORS = [
+    {"cli", "__main__"},
+    {"lab"},
+    {"generate", "training"},
+    {"hf", "data"},
+    {"nn"},
+    {"ops"},
+    {"errors"},
+]
+# who alone may import an outside package at all
+ONLY_IN = {
+    "transformers": ("hf/", "training/", "data/tokenizers.py", "__init__.py"),
+    "matplotlib": ("lab/",),
+    "numba": ("ops/numba_",),
+    "triton": ("ops/triton_",),
+    "datasets": ("data/",),
+    "typer": ("cli.py",),
+}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted name, at the top of the file?) of everything a file imports, type-checking blocks
+    left out."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        top = node in tree.body
+        if isinstance(node, ast.Import):
+            found += [(alias.name, top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found += [(f"{node.module}.{alias.name}", top) for alias in node.names]
+    return found
+
+
+def room(dotted: str) -> str | None:
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "spectral_window" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downward(path):
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if here == "__init__":
+        return
+    floor = next(i for i, rooms in enumerate(FLOORS) if here in rooms)
+    for dotted, _ in imports(path):
+        there = room(dotted)
+        if there is None or there == here:
+            continue
+        level = next((i for i, rooms in enumerate(FLOORS) if there in rooms), None)
+        if level is None:
+            continue  # a name of spectral_window/__init__.py
+        assert level > floor, (
+            f"{path.name} ({here}) imports {dotted}: {there} does not lie below {here}"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_outside_packages_stay_in_their_rooms(path):
+    here = path.relative_to(PACKAGE).as_posix()
+    for dotted, top in imports(path):
+        package = dotted.split(".")[0]
+        if package in ONLY_IN:
+            assert here.startswith(ONLY_IN[package]), f"{here} imports {package}"
+        if package == "datasets":
+            assert not top, f"{here} must import datasets only when it is used"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_module_says_what_it_is_for(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+    assert text.count("\n") <= 450, f"{path} has grown past 450 lines"
+
+
+def test_the_command_answers_without_loading_torch():
+    code = "import sys, spectral_window.cli; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
