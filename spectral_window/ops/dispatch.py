@@ -7,14 +7,18 @@ function, and no config file names one.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from torch import Tensor
 
 from spectral_window.errors import UserError, unknown
 
+HAS_NUMBA = find_spec("numba") is not None
 METHODS = {
     "spectral": {
         "reference": "direct sum in float64, O(T^2): the truth for the others",
         "fft": "the paper's zero-padded FFT in float32, O(T log T)",
+        "scan": "the recurrence in compiled code (numba), O(T), float64 state, on a CPU",
         "chunked": "float64 chunk products and a scan over chunks, O(T), plain torch",
         "step": "the recurrence, for calls with one token: constant state, constant time",
     },
@@ -38,6 +42,10 @@ def resolve(op: str, method: str, tensor: Tensor) -> tuple[str, str]:
     if method == "auto":
         if one_token:
             return "step", "one token: constant state, constant time"
+        if op == "spectral" and tensor.device.type == "cpu":
+            if HAS_NUMBA:
+                return "scan", "one pass over memory, compiled by numba for this CPU"
+            return "chunked", "numba is not installed: linear time in plain torch"
         return "chunked", "linear time in plain torch on any device"
     if method not in METHODS[op]:
         raise unknown(f"{op} method", method, [*METHODS[op], "auto"])

@@ -9,6 +9,7 @@ step:
     chunked    inside a chunk of C tokens the convolution is a C x C matrix a channel; between
                chunks only the state h travels, by a scan of length T / C. All in float64, rounded
                once at the end.
+    scan       the recurrence itself, one pass over memory in compiled code (`numba_spectral`).
     step       one token: h <- z h + u, y = Re(sum gain h).
     fft        the paper's: zero-pad to >= 2T, multiply spectra, crop; float32 whatever the dtype.
     reference  the direct sum in float64.
@@ -44,7 +45,7 @@ def spectral_conv(
     state:      [B, D, M, 2] float64, h = (re, im) of every mode after the tokens before; None for
                 none. It enters a row's first document unless that begins at position 0.
     positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method:     "auto", "chunked", "fft" or "reference"; with "auto" a single token takes the
+    method:     one of `dispatch.METHODS`, or "auto"; then a single token takes the
                 recurrence's step.
 
     Returns y [B, T, D] in u's dtype (0 at padding) and the state after each row's last token.
@@ -85,6 +86,8 @@ def spectral_conv(
         return u.clone(), state
     if method == "step":
         return _step(u, modes, state, positions)
+    if method == "scan":
+        return _scanned(u, modes, state, positions, known)
     if method == "chunked":
         return _chunked(u, modes, state, positions, known)
     whole = _fft if method == "fft" else _reference
@@ -114,6 +117,23 @@ def _step(
 
 def _sum_modes(re: Tensor, modes: Modes) -> Tensor:
     return (re if modes.gain is None else re * modes.gain.to(re.dtype)).sum(-1)
+
+
+def _scanned(
+    u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None, known: bool
+) -> tuple[Tensor, Tensor]:
+    if u.device.type != "cpu":
+        raise ValueError(f"method 'scan' needs a CPU, u is on {u.device}: use 'chunked' or 'auto'")
+    from spectral_window.ops.numba_spectral import scan
+
+    if positions is not None and not torch.compiler.is_compiling():
+        any_position = torch.full((u.shape[0],), -1) if known else None
+        find_documents(positions, any_position)  # raises where positions do not count on
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (u, *modes, state)
+    )
+    y, final, _ = scan(u, modes.decay, modes.frequency, modes.gain, state, positions, keep)
+    return y, final
 
 
 def _chunked(

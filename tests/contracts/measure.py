@@ -15,6 +15,7 @@ def rms(x: Tensor) -> float:
 def relative(x: Tensor, truth: Tensor) -> float:
     """rms(x - truth) / rms(truth) over everything; 0 where both are zero."""
     assert x.shape == truth.shape, f"shape {tuple(x.shape)}, expected {tuple(truth.shape)}"
+    x, truth = x.detach(), truth.detach()
     scale = rms(truth)
     error = rms(x.double() - truth.double())
     return error / scale if scale else (0.0 if error == 0 else float("inf"))

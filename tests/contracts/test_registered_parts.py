@@ -44,7 +44,7 @@ def test_kernel_yields_modes_on_which_all_methods_agree(name):
     assert modes.validated(DIM).decay.shape == (DIM, kernel.modes_per_channel)
     u = torch.randn(2, 70, DIM)
     truth, end = spectral_conv(u.double(), modes, method="reference")
-    for method in ("chunked", "fft"):
+    for method in ("scan", "chunked", "fft"):
         y, state = spectral_conv(u, modes, method=method)
         assert block_error(y, truth) <= 4e-6
         assert relative(state, end) <= 1e-10
@@ -55,12 +55,13 @@ def test_kernel_gradients_reach_all_parameters_and_agree(name):
     kernel = KERNELS[name](DIM)
     u = torch.randn(2, 70, DIM)
     grads = {}
-    for method in ("chunked", "reference"):
+    for method in ("scan", "chunked", "reference"):
         y, _ = spectral_conv(u, kernel(), method=method)
         grads[method] = torch.autograd.grad(y.square().sum(), list(kernel.parameters()))
-    for mine, truth in zip(grads["chunked"], grads["reference"], strict=True):
-        assert truth.abs().max() > 0
-        assert relative(mine, truth) <= 1e-5
+    for method in ("scan", "chunked"):
+        for mine, truth in zip(grads[method], grads["reference"], strict=True):
+            assert truth.abs().max() > 0
+            assert relative(mine, truth) <= 1e-5
 
 
 @every_kernel

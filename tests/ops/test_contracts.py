@@ -12,6 +12,7 @@ from tests.contracts import operators
 from tests.contracts.operators import ATTENTION_CONTRACT, CONV_CONTRACT
 
 CHUNKED = partial(spectral_conv, method="chunked")
+SCAN = partial(spectral_conv, method="scan")
 FFT = partial(spectral_conv, method="fft")
 DIRECT = partial(spectral_conv, method="reference")
 ATTEND = partial(window_attention, method="chunked", rope_theta=None)
@@ -33,8 +34,9 @@ def stepwise(op):
 
 
 @pytest.mark.parametrize("promise", CONV_CONTRACT, ids=lambda f: f.__name__)
-def test_chunked_convolution_keeps(promise):
-    promise(CHUNKED)
+@pytest.mark.parametrize("conv", [CHUNKED, SCAN], ids=["chunked", "scan"])
+def test_linear_time_convolution_keeps(conv, promise):
+    promise(conv)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +58,15 @@ def test_step_by_step_is_exact_far_away():
     operators.conv_is_exact_far_away(stepwise(spectral_conv), time=4096)
 
 
-def test_chunked_convolution_meets_the_float64_bar():
-    operators.conv_equals_the_direct_sum(CHUNKED, torch.float64)
+@pytest.mark.parametrize("conv", [CHUNKED, SCAN], ids=["chunked", "scan"])
+def test_convolution_meets_the_float64_bar(conv):
+    operators.conv_equals_the_direct_sum(conv, torch.float64)
 
 
 @pytest.mark.slow
-def test_chunked_convolution_is_exact_at_a_million():
-    operators.conv_is_exact_far_away(CHUNKED, time=1_048_576)
+@pytest.mark.parametrize("conv", [CHUNKED, SCAN], ids=["chunked", "scan"])
+def test_convolution_is_exact_at_a_million(conv):
+    operators.conv_is_exact_far_away(conv, time=1_048_576)
 
 
 @pytest.mark.parametrize("promise", ATTENTION_CONTRACT, ids=lambda f: f.__name__)
@@ -79,8 +83,7 @@ def test_window_attention_meets_the_float64_bar():
     operators.attention_equals_dense_softmax(ATTEND, torch.float64)
 
 
-# --- deliberate bugs: a contract that none of these breaks would be no contract
-# ---------------------------------
+# --- deliberate bugs: a contract that none of these breaks would be no contract -----------------
 
 
 def zero_output(u, modes, state=None):

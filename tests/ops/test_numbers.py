@@ -20,11 +20,11 @@ from tests.contracts.operators import at_blocks, draw_modes, draw_qkv
 CU = torch.tensor([0, 3, 3, 10, 12])
 
 
-@pytest.mark.parametrize("method", ["chunked", "fft", "auto"])
+@pytest.mark.parametrize("method", ["scan", "chunked", "fft", "step"])
 @pytest.mark.parametrize("documents", [None, CU], ids=["plain", "packed"])
 def test_convolution_gradients_are_right_twice(method, documents):
-    time = 1 if method == "auto" else 6
-    if documents is not None and method == "auto":
+    time = 1 if method == "step" else 6
+    if documents is not None and method == "step":
         documents = torch.tensor([0, 1, 2])
     u = torch.randn(2, time, 2, dtype=torch.float64, requires_grad=True)
     dynamics = [(torch.rand(2, 2, dtype=torch.float64) + 0.1).requires_grad_() for _ in range(3)]
@@ -53,7 +53,8 @@ def test_window_attention_gradients_are_right_twice(documents):
 
 
 @pytest.mark.parametrize("time", [1, 2, 63, 64, 200, 1000])
-def test_float32_gradients_meet_the_bar(time):
+@pytest.mark.parametrize("method", ["scan", "chunked"])
+def test_float32_gradients_meet_the_bar(method, time):
     modes = draw_modes(4, 2, dtype=torch.float32, gain=True)
     u, weight = torch.randn(2, time, 4), torch.randn(2, time, 4)
 
@@ -62,7 +63,7 @@ def test_float32_gradients_meet_the_bar(time):
         y = run(leaves[0], Modes(*leaves[1:]))
         return torch.autograd.grad(y, leaves, weight.to(dtype))
 
-    got = gradients(torch.float32, lambda u, m: spectral_conv(u, m, method="chunked")[0])
+    got = gradients(torch.float32, lambda u, m: spectral_conv(u, m, method=method)[0])
     truth = gradients(torch.float64, lambda u, m: reference.spectral(u, m)[0])
     assert block_error(got[0], truth[0]) <= 2e-6
     for mine, exact in zip(got[1:], truth[1:], strict=True):
@@ -84,14 +85,14 @@ def test_float32_window_gradients_meet_the_bar(window):
         assert rms(mine - exact) <= 2e-6 * max(rms(exact), 1e-2)
 
 
-@pytest.mark.parametrize("op", ["spectral", "window"])
+@pytest.mark.parametrize("op", ["scan", "chunked", "window"])
 def test_bfloat16_loses_no_more_than_its_own_rounding(op):
     """At most 1.25 times the error of rounding the exact result once."""
-    if op == "spectral":
+    if op != "window":
         modes = draw_modes(16, dtype=torch.float32)
         u = torch.randn(2, 500, 16).bfloat16()
         exact, _ = reference.spectral(u.double(), modes.validated(16))
-        y, _ = spectral_conv(u, modes, method="chunked")
+        y, _ = spectral_conv(u, modes, method=op)
     else:
         q, k, v = draw_qkv(2, 100, key_dim=16, value_dim=16, dtype=torch.bfloat16)
         exact = reference.window(q.double(), k.double(), v.double(), 16)
@@ -100,10 +101,11 @@ def test_bfloat16_loses_no_more_than_its_own_rounding(op):
     assert relative(y, exact) <= 1.25 * relative(exact.bfloat16(), exact)
 
 
-def test_strong_damping_underflows_to_zero_and_not_to_nan():
+@pytest.mark.parametrize("method", ["scan", "chunked"])
+def test_strong_damping_underflows_to_zero_and_not_to_nan(method):
     modes = Modes(torch.tensor([800.0, 50.0, 0.0]), torch.tensor([3.0, 0.0, 0.0]))
     u = torch.randn(1, 5000, 3, requires_grad=True)
-    y, state = spectral_conv(u, modes, method="chunked")
+    y, state = spectral_conv(u, modes, method=method)
     y.sum().backward()
     assert torch.isfinite(y).all()
     assert torch.isfinite(state).all()
@@ -202,25 +204,45 @@ def test_compiled_step_has_one_graph_for_all_positions():
         assert relative(out2, out) <= 2e-6
 
 
-def test_autocast_does_not_reach_into_the_convolution():
+@pytest.mark.parametrize("method", ["scan", "chunked"])
+def test_autocast_does_not_reach_into_the_convolution(method):
     modes = draw_modes(4, dtype=torch.float32)
     u = torch.randn(1, 100, 4)
-    plain, _ = spectral_conv(u, modes, method="chunked")
+    plain, _ = spectral_conv(u, modes, method=method)
     with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = spectral_conv(u, modes, method="chunked")
+        cast, _ = spectral_conv(u, modes, method=method)
     assert torch.equal(plain, cast)
 
 
-def test_reduced_matmul_precision_does_not_reach_into_the_convolution():
+@pytest.mark.parametrize("method", ["scan", "chunked"])
+def test_reduced_matmul_precision_does_not_reach_into_the_convolution(method):
     modes = draw_modes(4, dtype=torch.float32)
     u = torch.randn(1, 100, 4)
-    plain, _ = spectral_conv(u, modes, method="chunked")
+    plain, _ = spectral_conv(u, modes, method=method)
     torch.set_float32_matmul_precision("medium")
     try:
-        low, _ = spectral_conv(u, modes, method="chunked")
+        low, _ = spectral_conv(u, modes, method=method)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(plain, low)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("gain", [False, True])
+def test_registered_operators_pass_opcheck(gain, documents):
+    from spectral_window.ops.numba_spectral import scan, scan_backward
+
+    modes = draw_modes(3, 2, gain=gain)
+    u = torch.randn(2, 70, 3, requires_grad=True)
+    positions = torch.tensor([[*range(30), *range(38), -1, -1]] * 2) if documents else None
+    leaves = [None if x is None else x.detach().float().requires_grad_() for x in modes]
+    state = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(scan, (u, *leaves, state, positions, True))
+    kept = scan(u, *leaves, state, positions, True)[2].detach()
+    plain = [None if x is None else x.detach() for x in leaves]
+    torch.library.opcheck(
+        scan_backward, (u.detach(), *plain, positions, kept, torch.randn(2, 70, 3), state.detach())
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3), (0, 5, 3), (0, 0, 3), (0, 1, 3)])

@@ -17,7 +17,8 @@ from tests.contracts.measure import relative, rms
 from tests.contracts.operators import draw_modes
 
 BAR = 2e-6
-CONV_METHODS = ["reference", "fft", "chunked"]
+CONV_METHODS = ["reference", "fft", "chunked", "scan"]
+LINEAR = st.sampled_from(["scan", "chunked"])
 WINDOW_METHODS = ["reference", "chunked"]
 CHUNK = 32  # of the chunked convolution: what a NaN may reach inside
 
@@ -130,7 +131,7 @@ def spoil(x: torch.Tensor, begin: int, how: float | str) -> torch.Tensor:
 
 @given(
     conv_case(batch=(1, 3), empty=False),
-    st.sampled_from(["reference", "fft", "chunked", "step"]),
+    st.sampled_from([*CONV_METHODS, "step"]),
     st.data(),
 )
 def test_the_future_never_reaches_the_past_of_the_convolution(case, method, data):
@@ -163,7 +164,7 @@ def test_the_future_never_reaches_the_past_of_attention(case, method, data):
     y, _ = run_window(q, k, v, window, method)
     other, _ = run_window(*(spoil(x, t, how) for x in (q, k, v)), window, method)
     if method == "reference" and how not in (1.0, 1e6):
-        return  # the dense oracle multiplies masked values by zero, and 0 * NaN is NaN: finite values only
+        return  # the dense oracle multiplies masked values by zero, and 0 * NaN is NaN
     safe = t if method == "step" or how in (1.0, 1e6) else t // window * window
     assert torch.equal(other[:, :safe], y[:, :safe])
 
@@ -311,13 +312,14 @@ def test_packed_documents_attend_as_each_alone(case, method, data):
 @given(conv_case(batch=(1, 3), empty=False), st.sampled_from([1.0, 1e6, torch.nan]), st.data())
 def test_a_changed_document_leaves_the_others_of_the_convolution_untouched(case, how, data):
     u, modes = case
+    method = data.draw(LINEAR)
     rows, time = u.shape[:2]
     cu = draw_documents(data, rows, time)
     row, a, b = data.draw(st.sampled_from(pieces_of(cu, rows, time)))
     other = u.clone()
     other[row, a:b] = torch.randn_like(other[row, a:b]) * how
-    y, _ = spectral_conv(u, modes, cu_seqlens=cu, method="chunked")
-    changed, _ = spectral_conv(other, modes, cu_seqlens=cu, method="chunked")
+    y, _ = spectral_conv(u, modes, cu_seqlens=cu, method=method)
+    changed, _ = spectral_conv(other, modes, cu_seqlens=cu, method=method)
     outside = torch.ones(rows, time, dtype=torch.bool)
     outside[row, a:b] = False
     assert torch.equal(y[outside], changed[outside])
@@ -398,11 +400,9 @@ def test_padding_takes_no_part(conv, attention, data):
             return torch.stack([y[row, at[row]] for row in range(y.shape[0])])
 
         if which == "conv":
-            modes = conv[1]
-            y, state = spectral_conv(
-                padded(tensors[0]), modes, positions=positions, method="chunked"
-            )
-            truth, end = spectral_conv(tensors[0], modes, method="chunked")
+            modes, method = conv[1], data.draw(LINEAR)
+            y, state = spectral_conv(padded(tensors[0]), modes, positions=positions, method=method)
+            truth, end = spectral_conv(tensors[0], modes, method=method)
             assert relative(state, end) <= 1e-10
         else:
             y, state = window_attention(
@@ -418,14 +418,15 @@ def test_padding_takes_no_part(conv, attention, data):
 @given(conv_case(batch=(2, 4), empty=False), st.data())
 def test_a_row_is_the_same_in_any_batch_of_the_convolution(case, data):
     u, modes = case
+    method = data.draw(LINEAR)
     order = data.draw(st.permutations(range(u.shape[0])))
-    y, state = spectral_conv(u, modes, method="chunked")
-    shuffled, states = spectral_conv(u[order], modes, method="chunked")
+    y, state = spectral_conv(u, modes, method=method)
+    shuffled, states = spectral_conv(u[order], modes, method=method)
     assert near(shuffled, y[order], 1e-7)
     assert relative(states, state[order]) <= 1e-12
     spoiled = u.clone()
     spoiled[order[0]] = torch.nan
-    z, _ = spectral_conv(spoiled, modes, method="chunked")
+    z, _ = spectral_conv(spoiled, modes, method=method)
     assert torch.equal(z[order[1:]], y[order[1:]])
 
 
@@ -493,7 +494,7 @@ def test_gradients_reach_any_subset_of_inputs(case, wanted):
     leaves = {"u": u, "decay": modes.decay, "frequency": modes.frequency, "state": state}
     leaves = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in leaves.items()}
     found = {}
-    for method in ("chunked", "reference"):
+    for method in ("scan", "chunked", "reference"):
         y, end = spectral_conv(
             leaves["u"],
             Modes(leaves["decay"], leaves["frequency"], modes.gain),
@@ -502,5 +503,6 @@ def test_gradients_reach_any_subset_of_inputs(case, wanted):
         )
         names = sorted(wanted)
         found[method] = torch.autograd.grad(y.sum() + end.sum(), [leaves[n] for n in names])
-    for mine, truth in zip(found["chunked"], found["reference"], strict=True):
-        assert near(mine, truth, 4e-6)
+    for method in ("scan", "chunked"):
+        for mine, truth in zip(found[method], found["reference"], strict=True):
+            assert near(mine, truth, 4e-6)
