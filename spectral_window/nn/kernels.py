@@ -71,8 +71,9 @@ class DampedOscillator(Kernel):
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.decay = nn.Parameter(torch.empty(channels))
-        self.frequency = nn.Parameter(torch.empty(channels))
+        # float32 by name: a model may be built while half precision is the default
+        self.decay = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+        self.frequency = nn.Parameter(torch.empty(channels, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,0 +1,258 @@
+"""The cache that `generate()` carries from token to token: one mixer state a layer, of any mixer.
+
+transformers builds a `DynamicCache` from `config.layer_types` and finds `SWHCacheLayer` by its
+`_layer_type`. A layer holds what its mixer returned, whole: for the spectral-window mixer a
+constant number of bytes, for attention all keys and values. Nothing here knows which.
+
+Going back. Assisted decoding and prompt lookup guess several tokens ahead and take back the wrong
+ones (`crop`). A recurrent state cannot be cut like a list of keys, so while transformers asks for
+it (`activate_past_recording`) a layer remembers the state before each forward and the inputs
+since, and recomputes the state of the tokens that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from spectral_window.hf.config import STATE_LAYER_TYPE, SWHConfig
+from spectral_window.hf.inputs import next_position
+from spectral_window.nn.mixers import map_state
+
+if TYPE_CHECKING:
+    from spectral_window.hf.model import SWHLayer
+
+RECORDED_TOKENS = 1024  # how far back a recording layer can always go; what is older is forgotten
+
+
+class _Step(NamedTuple):
+    """One forward that may be taken back: its inputs, and what the layer held before it."""
+
+    layer: SWHLayer
+    x: Tensor
+    positions: Tensor | None
+    state: Any
+    start: Tensor | None
+
+
+class SWHCacheLayer(CacheLayerMixin):
+    """The state of one mixer and how many tokens made it.
+
+    state: the mixer's own NamedTuple, batch first in every tensor; None before the first token.
+    seen:  tokens of every row so far, padding included.
+    start: [B] int64 position at which each row goes on; None where that is `seen`, that is, where
+           there was no padding and no second document.
+    """
+
+    _layer_type = STATE_LAYER_TYPE
+    is_sliding = False
+    is_compileable = False  # True would make generate() build 4-D masks, which we do not take
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next token is the first."""
+        self.state: Any = None
+        self.seen = 0
+        self.start: Tensor | None = None
+        self.owner: tuple[Any, ...] | None = None
+        self.batch_size = -1
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        self.is_initialized = False
+        self._past: list[_Step] = []
+
+    def advance(
+        self, layer: SWHLayer, x: Tensor, positions: Tensor | None, start: Tensor | None
+    ) -> Tensor:
+        """Run `layer` on x [B, T, D] from the state held here, and hold the state after it."""
+        y, state = layer(x, positions, self.state)
+        if self.record_past:
+            self._remember(_Step(layer, x.detach(), positions, self.state, self.start))
+        self.state = state
+        self.seen = self.seen + x.shape[1]
+        self.start = start
+        if not self.is_initialized:
+            self.batch_size, self.dtype, self.device = x.shape[0], x.dtype, x.device
+            self.owner = state_identity(layer.config)
+            self.is_initialized = True
+        return y
+
+    def _remember(self, step: _Step) -> None:
+        self._past.append(step)
+        while sum(past.x.shape[1] for past in self._past[1:]) >= RECORDED_TOKENS:
+            self._past.pop(0)
+
+    # What transformers calls:
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens; 0 keeps all and forgets how to go back.
+
+        Raises `ValueError` where they were not recorded (see `activate_past_recording`).
+        """
+        remove = -tokens_to_remove
+        recorded = sum(step.x.shape[1] for step in self._past)
+        if remove < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) (cache): pass minus the number of tokens to take back"
+            )
+        if remove > recorded:
+            raise ValueError(
+                f"crop({tokens_to_remove}) (cache): {recorded} tokens can be taken back; "
+                "call cache.activate_past_recording() before the tokens that may be"
+            )
+        while remove > 0:
+            step = self._past.pop()
+            length = step.x.shape[1]
+            keep = max(length - remove, 0)
+            self.state, self.start, self.seen = step.state, step.start, self.seen - length
+            if keep:
+                self._replay(step, keep)
+            remove -= length - keep
+        self._past.clear()
+
+    @torch.no_grad()
+    def _replay(self, step: _Step, keep: int) -> None:
+        positions = None if step.positions is None else step.positions[:, :keep]
+        self.state = step.layer.next_state(step.x[:, :keep], positions, step.state)
+        if positions is not None:
+            begin = (
+                torch.full_like(positions[:, 0], self.seen) if step.start is None else step.start
+            )
+            self.start = next_position(positions, begin)
+        elif step.start is not None:
+            self.start = step.start + keep
+        self.seen += keep
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices, ...])
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn`, which keeps or changes the first dimension, to every tensor held."""
+        if not self.is_initialized:
+            return
+
+        def over(state: Any) -> Any:
+            return None if state is None else map_state(state, fn)
+
+        def on(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else fn(tensor)
+
+        self.state, self.start = over(self.state), on(self.start)
+        self._past = [
+            _Step(step.layer, fn(step.x), on(step.positions), over(step.state), on(step.start))
+            for step in self._past
+        ]
+        self.batch_size = fn(torch.empty(self.batch_size, device=self.device)).shape[0]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Not for keys and values: the model calls `advance`."""
+        raise TypeError("this cache holds mixer states, not keys and values: for SWH models only")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise TypeError("this cache holds mixer states, not keys and values: for SWH models only")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file holds the state, not the model: tokens before it cannot be taken back.
+        return {**self.__dict__, "_past": []}
+
+
+# A static cache is asked for to have constant memory; ours is the same object then.
+cache_utils.STATIC_LAYER_TYPE_MAPPING[STATE_LAYER_TYPE] = SWHCacheLayer
+
+
+def state_identity(config: SWHConfig) -> tuple[Any, ...]:
+    """What two models must share for the state of one to mean anything to the other."""
+    return (
+        config.mixer,
+        config.branches,
+        config.kernel,
+        config.fusion,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.window,
+        config.rope_theta,
+    )
+
+
+def open_cache(cache: Cache, config: SWHConfig, x: Tensor) -> list[SWHCacheLayer]:
+    """The layers of `cache`, ready for a forward on x [B, T, D].
+
+    An empty cache made without a config is filled with ours. Raises `ValueError` for a cache of
+    another model, batch, dtype or device, and for one that an exception left half-written.
+    """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__} (cache): "
+            "pass DynamicCache(config=model.config)"
+        )
+    if not cache.layers:
+        cache.layers = [SWHCacheLayer() for _ in range(config.num_hidden_layers)]
+        cache.layer_class_to_replicate = None
+    layers = [layer for layer in cache.layers if isinstance(layer, SWHCacheLayer)]
+    if len(layers) != len(cache.layers) or len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers, {len(layers)} of ours (cache): "
+            f"this model needs {config.num_hidden_layers} of its own; "
+            "pass DynamicCache(config=model.config)"
+        )
+    first = layers[0]
+    if any(layer.seen != first.seen for layer in layers):
+        raise ValueError(
+            "past_key_values is half-written (cache): a forward was interrupted; build it again"
+        )
+    if not first.is_initialized:
+        return layers
+    if first.owner != state_identity(config):
+        raise ValueError(
+            f"past_key_values was made by a model of {first.owner} (cache): "
+            f"this one is {state_identity(config)}; build it with this model"
+        )
+    if first.batch_size != x.shape[0]:
+        raise ValueError(
+            f"past_key_values holds {first.batch_size} rows, the input {x.shape[0]} (cache): "
+            "use cache.batch_repeat_interleave or batch_select_indices, or build it again"
+        )
+    if first.dtype != x.dtype or first.device != x.device:
+        raise ValueError(
+            f"past_key_values is {first.dtype} on {first.device} (cache): "
+            f"the input is {x.dtype} on {x.device}; build it with the model as it is now"
+        )
+    return layers

@@ -1,0 +1,169 @@
+"""What a caller passes, checked, and turned into the one thing the mixers want: positions.
+
+transformers says where a row's text lies in two overlapping ways: `attention_mask` (0 marks
+padding) and `position_ids` (which restart at 0 where the next packed document begins). The mixers
+take one tensor: each token's position inside its own document, -1 for padding; or None where
+every row simply goes on, the fast path. `generate()` sends both, almost always saying nothing;
+that is found out here, once a forward.
+
+    attention_mask  0  0  1  1  1     position_ids  0  1  2  0  1     both: 1 1 1, 5 6 7 after 5
+    positions      -1 -1  0  1  2     positions     0  1  2  0  1     None
+
+Values are looked at only when they may be: never while compiling, tracing or capturing a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """True where the values of `tensors` may be read by Python now."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(type(tensor) is not Tensor or tensor.device.type == "meta" for tensor in given):
+        return False
+    on_gpu = any(tensor.is_cuda for tensor in given)
+    return not (on_gpu and torch.cuda.is_current_stream_capturing())
+
+
+def check_ids(
+    ids: Tensor, limit: int, name: str = "input_ids", shape: tuple[int, ...] | None = None
+) -> None:
+    """Raise `ValueError` unless `ids` are integers [B, T] in 0 ... limit - 1 (labels: or -100)."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} are {ids.dtype} (model): pass integers, torch.int64")
+    if ids.dim() != 2 or (shape is not None and ids.shape != shape):
+        want = "[batch, time]" if shape is None else str(list(shape))
+        raise ValueError(f"{name} have shape {list(ids.shape)} (model): expected {want}")
+    if not readable(ids):
+        return
+    wrong = (ids < 0) | (ids >= limit)
+    if name != "input_ids":
+        wrong &= ids != IGNORED_LABEL
+    if wrong.any():
+        b, t = torch.nonzero(wrong)[0].tolist()
+        raise ValueError(
+            f"{name}[{b}, {t}] is {int(ids[b, t])} (model): "
+            f"the vocabulary has {limit} tokens, use 0 to {limit - 1}"
+        )
+
+
+def check_mask(mask: Tensor, batch: int, past: int, length: int) -> None:
+    """Raise `ValueError` unless `mask` is a 0/1 integer or bool tensor [B, past + T]."""
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(
+            f"attention_mask is {mask.dtype} (model): pass integers or bool, 1 text, 0 padding"
+        )
+    if mask.shape != (batch, past + length):
+        after = f" ({past} already in the cache and {length} new)" if past else ""
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)} (model): expected "
+            f"{[batch, past + length]}{after}; packed documents are told by position_ids"
+        )
+
+
+def next_position(positions: Tensor, start: Tensor) -> Tensor:
+    """[B]: where each row goes on after `positions` [B, T]; a row of padding only stays at `start`.
+
+    `start` [B] is where it went on before.
+    """
+    index = torch.arange(positions.shape[1], device=positions.device)
+    last = torch.where(positions >= 0, index, -1).amax(1)
+    return torch.where(last >= 0, positions.gather(1, last.clamp(min=0)[:, None])[:, 0] + 1, start)
+
+
+def resolve_positions(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    x: Tensor,
+    past: int,
+    start: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Positions for the mixers, and where each row goes on afterwards.
+
+    attention_mask: [B, past + T] or None.   position_ids: [B, T] or [1, T] or None.
+    x:     [B, T, D] gives sizes and device.
+    past:  tokens (padding included) that the cache has seen.
+    start: [B] position at which each row goes on; None: at `past`, every row being one document
+           without padding.
+    Returns (positions [B, T] int64 or None, `start` for the next call). Raises `ValueError`.
+    """
+    batch, length = x.shape[:2]
+    if attention_mask is not None:
+        check_mask(attention_mask, batch, past, length)
+    if position_ids is not None:
+        if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+            raise ValueError(
+                f"position_ids are {position_ids.dtype} (model): pass integers, torch.int64"
+            )
+        if tuple(position_ids.shape) not in ((1, length), (batch, length)):
+            raise ValueError(
+                f"position_ids have shape {list(position_ids.shape)} (model): "
+                f"expected {[batch, length]}, the new tokens only"
+            )
+        position_ids = position_ids.to(x.device, torch.int64).expand(batch, length)
+
+    plain = None if start is None else start + length
+    if length == 0 or (attention_mask is None and position_ids is None):
+        return None, plain
+
+    begin = torch.full((batch,), past, device=x.device) if start is None else start
+    counting = begin[:, None] + torch.arange(length, device=x.device)
+    new = None if attention_mask is None else attention_mask[:, past:].to(x.device)
+    look = readable(attention_mask, position_ids)
+    full = look and (new is None or bool((new == 1).all()))
+    if full and (position_ids is None or bool((position_ids == counting).all())):
+        return None, plain
+
+    valid = torch.ones_like(counting, dtype=torch.bool) if new is None else new != 0
+    if position_ids is not None:
+        valid = valid & (position_ids >= 0)
+    positions = _count(valid, position_ids, begin)
+    if look:
+        _refuse_contradictions(attention_mask, position_ids, positions)
+        if bool((positions == counting).all()):
+            return None, plain
+    return positions, next_position(positions, begin)
+
+
+def _count(valid: Tensor, position_ids: Tensor | None, begin: Tensor) -> Tensor:
+    """Number the valid tokens of every row from `begin` [B], and from 0 again where told so."""
+    ordinal = valid.cumsum(1) - 1
+    positions = begin[:, None] + ordinal
+    if position_ids is not None:
+        head = torch.where(valid & (position_ids == 0), ordinal, -1).cummax(1).values
+        positions = torch.where(head >= 0, ordinal - head, positions)
+    return torch.where(valid, positions, -1)
+
+
+def _refuse_contradictions(
+    attention_mask: Tensor | None, position_ids: Tensor | None, positions: Tensor
+) -> None:
+    """Raise `ValueError` for a mask that is no mask, and for position_ids that do not count.
+
+    Beside a mask with zeros they are only asked where documents begin: what they count there,
+    with or without the padding, differs from caller to caller.
+    """
+    if attention_mask is not None and bool((attention_mask != 1).any()):
+        if bool((attention_mask != 1).logical_and(attention_mask != 0).any()):
+            raise ValueError(
+                "attention_mask holds other numbers than 0 and 1 (model): "
+                "tell packed documents by position_ids that restart at 0"
+            )
+        return
+    if position_ids is None:
+        return
+    wrong = (positions >= 0) & (positions != position_ids)
+    if wrong.any():
+        b, t = torch.nonzero(wrong)[0].tolist()
+        raise ValueError(
+            f"position_ids[{b}, {t}] is {int(position_ids[b, t])} (model): expected "
+            f"{int(positions[b, t])}, which follows the token before it (or the cache given), "
+            "or 0, which begins a document"
+        )

@@ -1,0 +1,341 @@
+"""The model in transformers' clothes: embedding, pre-norm blocks, final norm, head.
+
+    x = embed(tokens)
+    for each block:  x = x + mixer(norm(x));  x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+Everything that sees other tokens is in the mixer; everything else works token by token. So
+padding, packed documents and continuing from a cache concern only two arguments of the mixer,
+`positions` and `state`, and a block is a pure function of them. `inputs.py` makes the first from
+what callers pass, `cache.py` keeps the second.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from spectral_window.errors import UserError
+from spectral_window.hf.cache import open_cache
+from spectral_window.hf.config import SWHConfig
+from spectral_window.hf.inputs import IGNORED_LABEL, check_ids, readable, resolve_positions
+from spectral_window.nn.kernels import Kernel
+from spectral_window.nn.layers import MLPS, RMSNorm
+from spectral_window.nn.mixers import MIXERS, Mixer
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+class SWHLayer(GradientCheckpointingLayer):
+    """One block: (x [B, T, D], positions, state) -> (x, state); pure, so it may be recomputed."""
+
+    def __init__(self, config: SWHConfig):
+        super().__init__()
+        self.config = config
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.mixer_norm = RMSNorm(size, eps)
+        self.mixer: Mixer = MIXERS[config.mixer](
+            hidden_size=size,
+            num_heads=config.num_attention_heads,
+            window=config.window,
+            rope_theta=config.rope_theta,
+            kernel=config.kernel,
+            fusion=config.fusion,
+            branches=config.branches,
+            eps=eps,
+        )
+        self.mlp_norm = RMSNorm(size, eps)
+        self.mlp = MLPS[config.mlp](size, cast(int, config.intermediate_size))
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, state: Any = None
+    ) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.mixer_norm(x), positions, state)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def next_state(self, x: Tensor, positions: Tensor | None, state: Any) -> Any:
+        """The state after x, without the output."""
+        return self.mixer(self.mixer_norm(x), positions, state)[1]
+
+
+class SWHPreTrainedModel(PreTrainedModel):
+    """What `SWHModel` and `SWHForCausalLM` share: how weights begin, and what the model costs."""
+
+    config_class = SWHConfig
+    config: SWHConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SWHLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["kernel"]  # noqa: RUF012 (whatever the model's dtype)
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": SWHLayer}  # noqa: RUF012
+
+    def __init__(self, config: SWHConfig, *args: Any, **kwargs: Any):
+        if not isinstance(config, SWHConfig):
+            raise TypeError(f"config is a {type(config).__name__} (model): pass an SWHConfig")
+        config.validate()  # a field may have been set since the config was made
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)) and std is not None:
+            init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Embedding, Kernel)):
+            module.reset_parameters()
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+    def count_parameters(self, embeddings: bool = True) -> int:
+        """Parameters, tied ones once; without `embeddings`, embedding and head are left out."""
+        tables = [self.get_input_embeddings(), self.get_output_embeddings()]
+        left_out = set() if embeddings else {id(t.weight) for t in tables if t is not None}
+        return sum(p.numel() for p in self.parameters() if id(p) not in left_out)
+
+    def state_bytes(self, context: int, batch_size: int = 1) -> int:
+        """Bytes of the cache after `context` tokens of `batch_size` rows, in the model's dtype."""
+        return sum(
+            mixer.state_bytes(context, batch_size=batch_size, dtype=self.dtype)
+            for mixer in self._parts(Mixer)
+        )
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating-point operations of a forward, a token, averaged over `context` tokens.
+
+        A multiply-add is 2; looking up the embedding is none.
+        """
+        dense = [layer.mlp for layer in self._parts(SWHLayer)]
+        matrices = [p for part in dense for p in part.parameters() if p.dim() == 2]
+        head = self.get_output_embeddings()
+        if head is not None:
+            matrices.append(head.weight)
+        return 2 * sum(p.numel() for p in matrices) + sum(
+            mixer.flops_per_token(context) for mixer in self._parts(Mixer)
+        )
+
+    def _parts(self, kind: type[Part]) -> list[Part]:
+        return [module for module in self.modules() if isinstance(module, kind)]
+
+
+class SWHModel(SWHPreTrainedModel):
+    """Tokens [B, T] -> hidden states [B, T, D]."""
+
+    def __init__(self, config: SWHConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(SWHLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks.
+
+        input_ids:       [B, T] integers below vocab_size, or inputs_embeds [B, T, D]; T and B may
+                         be 0.
+        attention_mask:  [B, past + T], 1 for text and 0 for padding, anywhere; a row of padding
+                         alone stays finite.
+        position_ids:    [B, T], restarting at 0 where the next packed document begins.
+        past_key_values: the cache of an earlier call with the same rows; it is changed in place.
+        use_cache:       return a cache (default: config.use_cache).
+
+        Raises ValueError for anything else, before any work.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds (model), one of them")
+        if input_ids is not None:
+            check_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        x = cast(Tensor, inputs_embeds)
+        if x.dim() != 3 or x.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds have shape {list(x.shape)} (model): "
+                f"expected [batch, time, {self.config.hidden_size}]"
+            )
+        if position_ids is None and any(key.startswith("cu_seq") for key in kwargs):
+            raise ValueError("cu_seqlens (model): pass position_ids that restart at 0 instead")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        slots = None if past_key_values is None else open_cache(past_key_values, self.config, x)
+
+        positions, start = resolve_positions(
+            attention_mask,
+            position_ids,
+            x=x,
+            past=slots[0].seen if slots else 0,
+            start=slots[0].start if slots else None,
+        )
+        for index, module in enumerate(self.layers):
+            layer = cast(SWHLayer, module)
+            if slots is None:
+                x, _ = layer(x, positions)
+            else:
+                x = slots[index].advance(layer, x, positions, start)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values
+        )
+
+
+class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
+    """A language model: `SWHModel`, logits [B, T, vocab_size], and the loss of the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: SWHConfig):
+        super().__init__(config)
+        self.model = SWHModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """`SWHModel.forward`, then logits and loss.
+
+        labels:         [B, T], the input tokens again, shifted here; -100 is ignored.
+        shift_labels:   [B, T], already shifted: the token that follows each input token.
+        logits_to_keep: 0 for all logits, n for the last n, or a 1-D tensor of indices; only without
+                        labels.
+        num_items_in_batch (in kwargs): the loss is the sum over tokens divided by this, else by
+                        their number.
+
+        The loss is in nats a token, computed in float32; where no token is scored it is 0, with a
+        warning.
+        """
+        scored = labels if shift_labels is None else shift_labels
+        if scored is not None:
+            given = inputs_embeds if input_ids is None else input_ids
+            shape = None if given is None else tuple(given.shape[:2])
+            name = "labels" if shift_labels is None else "shift_labels"
+            check_ids(scored, self.config.vocab_size, name, shape)
+            if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+                raise ValueError(
+                    "labels and logits_to_keep (model): the loss needs all logits, pass one of them"
+                )
+        items = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
+        return CausalLMOutputWithPast(
+            loss=None
+            if scored is None
+            else self._loss(logits, labels, shift_labels, items, kwargs),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        items: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """transformers' loss, divided by a count that is never 0: no mean over nothing, no NaN."""
+        if shift_labels is None:
+            labels = cast(Tensor, labels)
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+        shift_labels = shift_labels.to(torch.int64).contiguous()
+        count = (shift_labels != IGNORED_LABEL).sum()
+        if readable(shift_labels) and count == 0:
+            warnings.warn("all labels are -100, no token is scored: the loss is 0", stacklevel=3)
+        items = torch.as_tensor(count if items is None else items, device=logits.device)
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=items.clamp(min=1),
+            shift_labels=shift_labels,
+            **kwargs,
+        )
+
+
+AutoModel.register(SWHConfig, SWHModel, exist_ok=True)
+AutoModelForCausalLM.register(SWHConfig, SWHForCausalLM, exist_ok=True)
+
+
+def count_parameters(config: SWHConfig) -> int:
+    """Parameters of a model of this config, without allocating one."""
+    with torch.device("meta"):
+        model = SWHForCausalLM(config)
+    model.tie_weights()
+    return model.count_parameters()
+
+
+def match_parameters(config: SWHConfig, target: int) -> SWHConfig:
+    """A copy of `config` whose intermediate_size brings its parameters nearest to `target`.
+
+    So two mixers can be compared at equal size. Raises `UserError` where 1 % cannot be met.
+    """
+
+    def with_width(width: int) -> SWHConfig:
+        changed = copy.deepcopy(config)
+        changed.intermediate_size = width
+        return changed
+
+    base = count_parameters(with_width(1))
+    step = count_parameters(with_width(2)) - base
+    width = max(1, 1 + round((target - base) / step))
+    reached = base + (width - 1) * step
+    if abs(reached - target) > 0.01 * target:
+        raise UserError(
+            f"{target} parameters cannot be met (match_parameters): there are {reached} with "
+            f"intermediate_size {width}; change hidden_size or num_hidden_layers"
+        )
+    return with_width(width)

@@ -1,0 +1,198 @@
+"""SWHConfig: closed, checked, and the same after a round trip."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from spectral_window.errors import UserError
+from spectral_window.hf import SWHConfig, SWHForCausalLM, match_parameters
+from spectral_window.hf.config import PRESETS
+from spectral_window.hf.model import count_parameters
+from tests.hf.small import small_config, small_model
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("windw", "window"), ("hidden_sise", "hidden_size"), ("num_layers", "num_hidden_layers")],
+)
+def test_an_unknown_key_is_refused_and_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"unknown config key '{key}': did you mean '{nearest}'"):
+        SWHConfig(**{key: 3})
+
+
+@pytest.mark.parametrize("key", ["temperature", "max_length", "sliding_window", "per_layer_config"])
+def test_keys_that_transformers_would_swallow_are_refused_too(key: str) -> None:
+    with pytest.raises(UserError, match="unknown config key"):
+        SWHConfig(**{key: 1})
+
+
+COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "window")
+
+
+@pytest.mark.parametrize("field", [*COUNTS, "intermediate_size", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 8.0, True, "8", 2**40, math.nan, [8]])
+def test_a_count_that_is_not_a_positive_whole_number_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"{field} is .* \(config\): use a whole number"):
+        small_config(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta", "initializer_range"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "1e-6", True])
+def test_a_number_that_is_not_finite_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"{field} is .* use a finite number"):
+        small_config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kernel": "damped_oscilator"}, "unknown kernel .* did you mean 'damped_oscillator'"),
+        ({"fusion": "norm_ad"}, "unknown fusion .* did you mean 'norm_add'"),
+        ({"mixer": "atention"}, "unknown mixer .* did you mean 'attention'"),
+        ({"mixer": None}, "unknown mixer 'None'"),
+        ({"mlp": "swigl"}, "unknown mlp .* did you mean 'swiglu'"),
+        ({"branches": ("spectrl",)}, "unknown branch .* did you mean 'spectral'"),
+        ({"branches": ()}, r"branches is \(\)"),
+        ({"branches": "window"}, "branches is 'window'"),
+        ({"branches": ("window", "window")}, "name each branch once"),
+        ({"num_attention_heads": 5}, "hidden_size 32 .* num_attention_heads 5 .* use 4 heads, or"),
+        ({"num_attention_heads": 32}, "head size 1 is odd"),
+        ({"use_cache": "yes"}, "use_cache is 'yes'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+        ({"eos_token_id": 61}, "eos_token_id is 61 .* 0 to 60"),
+        ({"eos_token_id": [1, -2]}, "eos_token_id is -2"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        small_config(**fields)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_an_odd_head_size_is_fine_where_nothing_turns() -> None:
+    assert small_config(num_attention_heads=32, branches=("spectral",)).head_dim == 1
+
+
+def test_a_field_set_wrongly_later_is_refused_by_the_model_and_by_saving(tmp_path: Any) -> None:
+    config = small_config()
+    config.window = 0
+    with pytest.raises(UserError, match="window is 0"):
+        SWHForCausalLM(config)
+    with pytest.raises(UserError, match="window is 0"):
+        config.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"branches": ["window"]}, {"mlp": "gelu", "dtype": "float32"}]
+)
+def test_a_config_survives_json_unchanged(fields: dict[str, Any], tmp_path: Any) -> None:
+    config = small_config(initializer_range=None, eos_token_id=[1, 2], **fields)
+    config.architectures = ["SWHForCausalLM"]
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is SWHConfig
+    assert again.to_dict() == {**config.to_dict(), "_name_or_path": again.name_or_path}
+    assert SWHConfig(**config.to_dict()).to_dict() == config.to_dict()
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert "layer_types" not in stored
+    assert not {key for key in stored if "method" in key}, "a choice of speed is not architecture"
+
+
+def test_the_order_of_branches_means_nothing() -> None:
+    one, other = (
+        small_config(branches=b) for b in (["window", "spectral"], ("spectral", "window"))
+    )
+    assert one == other
+
+
+def test_a_foreign_config_file_switches_nothing_and_imports_nothing() -> None:
+    config = SWHConfig(
+        auto_map={"AutoConfig": "evil.Config"},
+        trust_remote_code=True,
+        _attn_implementation_internal="paged|evil/kernel",
+    )
+    assert config == SWHConfig()
+    assert not hasattr(config, "auto_map")
+
+
+def test_every_keyword_that_transformers_itself_passes_is_accepted() -> None:
+    SWHConfig(
+        architectures=["SWHForCausalLM"],
+        attn_implementation="sdpa",
+        dtype="bfloat16",
+        id2label={0: "a", 1: "b"},
+        label2id={"a": 0, "b": 1},
+        name_or_path="somewhere",
+        num_labels=2,
+        output_attentions=False,
+        output_hidden_states=True,
+        problem_type=None,
+        return_dict=True,
+        torch_dtype="bfloat16",
+        transformers_version="5.0.0",
+        use_cache=False,
+    )
+
+
+def test_the_paper_preset_is_the_papers_model() -> None:
+    config = SWHConfig.preset("paper", size="125m")
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (
+        12,
+        768,
+        12,
+    )
+    assert (config.vocab_size, config.window, config.intermediate_size) == (50304, 32, 2048)
+    assert config == SWHConfig()
+    D = 768
+    # q, k, v, local, conv, out; the bias of conv, decay, frequency and three norms; swiglu
+    block = 6 * D * D + 6 * D + 3 * D * 2048
+    assert count_parameters(config) == 12 * block + 2 * 50304 * D + D
+
+
+@pytest.mark.parametrize("size", PRESETS["paper"])
+def test_every_preset_is_a_valid_config_and_takes_overrides(size: str) -> None:
+    config = SWHConfig.preset(size=size, window=64, mixer="attention")
+    assert (config.window, config.mixer) == (64, "attention")
+
+
+def test_a_wrong_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown size '125M': did you mean '125m'"):
+        SWHConfig.preset("paper", size="125M")
+    with pytest.raises(UserError, match="unknown preset 'papr': did you mean 'paper'"):
+        SWHConfig.preset("papr")
+    with pytest.raises(UserError, match="did you mean 'window'"):
+        SWHConfig.preset("paper", size="tiny", windw=3)
+
+
+@pytest.mark.parametrize("mixer", ["spectral_window", "attention"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_mixers_meet_at_one_size(mixer: str, mlp: str, tied: bool) -> None:
+    target = small_model(tie_word_embeddings=tied).count_parameters()
+    config = small_config(mixer=mixer, mlp=mlp, tie_word_embeddings=tied)
+    matched = match_parameters(config, target)
+    built = SWHForCausalLM(matched).count_parameters()
+    assert abs(built - target) < 0.01 * target
+    assert built == count_parameters(matched)
+    assert {k: v for k, v in matched.to_dict().items() if k != "intermediate_size"} == {
+        k: v for k, v in config.to_dict().items() if k != "intermediate_size"
+    }
+
+
+def test_the_125m_baseline_can_match_swh_within_a_hundredth() -> None:
+    target = count_parameters(SWHConfig.preset("paper", size="125m"))
+    baseline = match_parameters(SWHConfig.preset("paper", size="125m", mixer="attention"), target)
+    assert abs(count_parameters(baseline) - target) < 1e-4 * target
+
+
+@pytest.mark.parametrize("target", [1000, 0, -5])
+def test_a_size_that_cannot_be_met_is_an_error(target: int) -> None:
+    with pytest.raises(UserError, match="cannot be met"):
+        match_parameters(small_config(), target)
