@@ -1,0 +1,163 @@
+"""`spectral-window info`: what a model costs, and how it computes here."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_window.commands.show import print_json, print_table, size, tell
+from spectral_window.data.tokenizers import SMALLEST, bpe_size, load_tokenizer
+from spectral_window.errors import UserError, unknown
+from spectral_window.hf import SWHConfig, SWHForCausalLM
+from spectral_window.ops.dispatch import resolve as resolve_method
+from spectral_window.training.loading import choose_device, find_model, load_config
+from spectral_window.training.recipes import RECIPES, Recipe
+from spectral_window.training.recipes import resolve as resolve_recipe
+
+CONTEXTS = (1024, 32_768, 1_048_576)
+
+
+def run(*, model: str, overrides: list[str], context: list[int], device: str, json: bool) -> None:
+    """Print what a model costs and how it computes; see `spectral-window info --help`."""
+    place = choose_device(device)
+    config, source, dtype = _describe(model, overrides)
+    with torch.device("meta"):
+        own = SWHForCausalLM(config)
+        other_config = SWHConfig(**{**_fields(config), "mixer": "attention"})
+        other = SWHForCausalLM(other_config)
+    for each in (own, other):
+        each.tie_weights()
+        torch.nn.Module.to(each, dtype)
+    contexts = sorted(set(context)) or list(CONTEXTS)
+    facts: dict[str, Any] = {
+        "model": source,
+        "config": _fields(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": own.count_parameters(),
+        "parameters_without_embeddings": own.count_parameters(embeddings=False),
+        "transformer_parameters": other.count_parameters(),
+        "transformer_parameters_without_embeddings": other.count_parameters(embeddings=False),
+        "contexts": [
+            {
+                "context": n,
+                "state_bytes": own.state_bytes(n),
+                "transformer_state_bytes": other.state_bytes(n),
+                "flops_per_token": own.flops_per_token(n),
+                "transformer_flops_per_token": other.flops_per_token(n),
+            }
+            for n in contexts
+        ],
+        "methods": _methods(config, place, dtype),
+        "environment": {
+            "spectral_window": metadata.version("spectral-window"),
+            "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": str(place),
+            "threads": torch.get_num_threads(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
+        },
+    }
+    if json:
+        return print_json(facts)
+    return _print_info(facts)
+
+
+def _describe(name: str, overrides: list[str]) -> tuple[SWHConfig, str, torch.dtype]:
+    """(config, what it is, dtype) of a model's folder or a recipe."""
+    if name in RECIPES:
+        recipe = resolve_recipe(name, overrides)
+        from spectral_window.training.trainer import model_config
+
+        return model_config(recipe, _vocabulary(recipe)), f"recipe {name}", torch.float32
+    if not Path(name).expanduser().exists() and "/" not in name:
+        error = unknown("recipe", name, RECIPES)
+        raise UserError(f"no such folder, and {error}")
+    if overrides:
+        raise UserError(f"{overrides[0]} ({name}): only a recipe's knobs can be changed")
+    folder, notes = find_model(name)
+    tell(notes)
+    config = load_config(folder)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return config, str(folder), dtype
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    """How many tokens the recipe's tokenizer will have (at most, where it is yet to be trained)."""
+    if recipe.vocab_size is not None:
+        return recipe.vocab_size
+    if recipe.tokenizer.startswith("bpe:"):
+        return bpe_size(recipe.tokenizer)
+    return SMALLEST if recipe.tokenizer == "bytes" else len(load_tokenizer(recipe.tokenizer))
+
+
+def _fields(config: SWHConfig) -> dict[str, Any]:
+    names = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size window "
+        "kernel fusion mixer branches mlp rope_theta tie_word_embeddings"
+    )
+    return {name: getattr(config, name) for name in names.split()}
+
+
+def _methods(config: SWHConfig, device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
+    """The method that "auto" means for each operation of this model, on this machine."""
+    if config.mixer != "spectral_window":
+        reason = "PyTorch's fused scaled_dot_product_attention, over every earlier key"
+        return [{"op": "attention", "use": "prefill and step", "method": "sdpa", "reason": reason}]
+    found = []
+    for op in config.branches:
+        for use, length in (("prefill", config.max_position_embeddings), ("step", 1)):
+            probe = torch.empty(1, length, config.hidden_size, device=device, dtype=dtype)
+            method, reason = resolve_method(op, "auto", probe)
+            if length == 1:
+                method, reason = "step", "one token: the state is updated directly"
+            found.append({"op": op, "use": use, "method": method, "reason": reason})
+    return found
+
+
+def _print_info(facts: dict[str, Any]) -> None:
+    config = facts["config"]
+    print_table(
+        f"{facts['model']}: {config['mixer']}, {config['num_hidden_layers']} layers of "
+        f"{config['hidden_size']} channels, {config['num_attention_heads']} heads, "
+        f"window {config['window']}, vocabulary {config['vocab_size']:,}",
+        ("parameters", "this model", "Transformer of equal shape"),
+        [
+            (
+                "all",
+                f"{facts['parameters']:,}",
+                f"{facts['transformer_parameters']:,}",
+            ),
+            (
+                "without embeddings and head",
+                f"{facts['parameters_without_embeddings']:,}",
+                f"{facts['transformer_parameters_without_embeddings']:,}",
+            ),
+        ],
+    )
+    print_table(
+        f"one sequence in {facts['dtype']}: memory kept after N tokens, work for each of them",
+        ("N", "state", "Transformer's", "FLOPs a token", "Transformer's"),
+        [
+            (
+                f"{row['context']:,}",
+                size(row["state_bytes"]),
+                size(row["transformer_state_bytes"]),
+                f"{row['flops_per_token']:,}",
+                f"{row['transformer_flops_per_token']:,}",
+            )
+            for row in facts["contexts"]
+        ],
+    )
+    print_table(
+        "methods here",
+        ("operation", "for", "method", "why"),
+        [tuple(row.values()) for row in facts["methods"]],
+        numbers=False,
+    )
+    print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()))

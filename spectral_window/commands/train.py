@@ -1,0 +1,44 @@
+"""`spectral-window train`: a recipe and text in, a run folder out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from spectral_window.errors import UserError
+from spectral_window.training.recipes import resolve
+
+
+def run(
+    *,
+    recipe: str,
+    overrides: list[str],
+    data: list[str],
+    valid: list[str],
+    out: Path | None,
+    corpus: Path | None,
+    resume: bool,
+    overwrite: bool,
+    command: str | None,
+) -> None:
+    """Train as the recipe says; see `spectral-window train --help`."""
+    from spectral_window.training.progress import RichProgress
+    from spectral_window.training.trainer import train
+
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite (train): one keeps what is there, the other not")
+    asked = resolve(recipe, overrides)
+    for name, sources in (("data", data), ("valid", valid)):
+        if sources:
+            asked = asked.replace(**{name: tuple(sources)})
+    folder = out if out is not None else Path("runs") / asked.name
+    train(
+        asked,
+        folder,
+        resume=resume,
+        overwrite=overwrite,
+        corpus=corpus,
+        progress=RichProgress(),
+        command=command,
+    )
+    print(f"spectral-window generate {folder} 'Once'    writes with the model", file=sys.stderr)

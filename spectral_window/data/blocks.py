@@ -1,0 +1,194 @@
+"""Training examples from a token stream, and the order in which to see them.
+
+The stream is one long row of tokens in which every document begins with `<|endoftext|>`:
+
+    tokens        E a b c E d e f g E h ...
+    block 0       E a b c                 block 1   E d e f              (length 4)
+    its labels      a b c E                           d e f g            (the stream, shifted by
+    one)
+    positions     0 1 2 3                           0 1 2 3              (restart at each document
+    and at each block)
+
+A block that begins inside a document sees only its own part of it. Every token but the first of the
+stream is a label exactly once.
+
+The order of an epoch is a permutation computed index by index from (seed, epoch): nothing is
+stored, so the memory does not grow with the data, and to resume at sample k is to start counting at
+k.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from spectral_window.errors import UserError
+
+IGNORED = -100  # the label that no loss counts
+ROUNDS = 8
+
+
+class TokenStream:
+    """Tokens of one split: `tokens` (uint16 or uint32, [N]), `documents` (int64, the index where
+    each begins), and `bytes`, the UTF-8 bytes of text that the tokens stand for. Memory-mapped
+    arrays stay so when pickled to workers."""
+
+    def __init__(self, tokens: np.ndarray, documents: np.ndarray, bytes: int, name: str = "tokens"):
+        self.tokens, self.documents, self.bytes, self.name = tokens, documents, bytes, name
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self):,} tokens, {len(self.documents):,} documents, {self.bytes:,} bytes"
+        return f"TokenStream({self.name}: {sizes})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for key in ("tokens", "documents"):
+            array = state[key]
+            if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
+                state[key] = (str(array.filename), array.dtype.str)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key in ("tokens", "documents"):
+            if isinstance(state[key], tuple):
+                filename, dtype = state[key]
+                state[key] = np.memmap(filename, dtype=dtype, mode="r")
+        self.__dict__.update(state)
+
+
+class PackedBlocks(Dataset):
+    """Item i is tokens i*length ... of `stream`, as a dict of int64 tensors [length]:
+
+    - `input_ids`;
+    - `shift_labels`: the next token of the stream; -100 only past its very end;
+    - `position_ids`: the place of each token in its document, or in the block if the document began
+      earlier.
+
+    The last block is filled up with its own document's separator, with labels -100. Raises
+    UserError when the stream cannot fill one block, unless `allow_short` (for evaluation on little
+    text).
+    """
+
+    def __init__(self, stream: TokenStream, length: int, *, allow_short: bool = False):
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise UserError(f"block length is {length!r}: give a whole number of at least 1")
+        targets = len(stream) - 1
+        if targets < (1 if allow_short else length):
+            raise UserError(
+                f"{len(stream)} tokens are too few for a block of {length} and its labels "
+                f"({stream.name}): add text, or shorten the sequences"
+            )
+        self.stream, self.length = stream, length
+        self.blocks = -(-targets // length)
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.blocks:
+            raise IndexError(f"block {index} of {self.blocks}")
+        start = index * self.length
+        window = np.asarray(self.stream.tokens[start : start + self.length + 1], dtype=np.int64)
+        inputs = np.full(self.length, self.stream.tokens[0], dtype=np.int64)
+        labels = np.full(self.length, IGNORED, dtype=np.int64)
+        inputs[: len(window)] = window[: self.length]
+        labels[: len(window) - 1] = window[1:]
+        return {
+            "input_ids": torch.from_numpy(inputs),
+            "shift_labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(self._positions(start)),
+        }
+
+    def _positions(self, start: int) -> np.ndarray:
+        """How far each place of the block lies behind the latest document start, or behind the
+        block's own."""
+        documents = self.stream.documents
+        first, last = np.searchsorted(documents, [start, start + self.length])
+        begins = np.zeros(self.length, dtype=np.int64)
+        inside = np.asarray(documents[first:last], dtype=np.int64) - start
+        begins[inside] = inside
+        return np.arange(self.length, dtype=np.int64) - np.maximum.accumulate(begins)
+
+
+class ShuffledBlocks(Sampler[int]):
+    """The order of `count` samples: epoch after epoch, each a permutation given by (seed, epoch).
+
+    Sample k of the endless order is index `permute(k mod count)` of epoch `k div count`. This
+    sampler yields samples start + rank, start + rank + world, ... and ends after `epochs` epochs
+    (None: never). So all ranks together see every sample exactly once an epoch, a run resumes
+    exactly by passing as `start` the number of samples that all ranks have consumed, and neither
+    the number of ranks nor of DataLoader workers changes the order of the whole.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        epochs: int | None = 1,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+    ):
+        if count < 1:
+            raise UserError(f"{count} samples to shuffle: at least 1 is needed")
+        if world < 1 or not 0 <= rank < world:
+            raise UserError(f"rank {rank} of {world}: ranks count from 0")
+        if start < 0 or (epochs is not None and epochs < 0):
+            raise UserError(f"start {start}, epochs {epochs}: neither may be negative")
+        self.count, self.seed, self.epochs, self.start = count, seed, epochs, start
+        self.rank, self.world, self.shuffle = rank, world, shuffle
+
+    def __len__(self) -> int:
+        if self.epochs is None:
+            raise TypeError("an endless order has no length")
+        return len(range(self.start + self.rank, self.epochs * self.count, self.world))
+
+    def __iter__(self) -> Iterator[int]:
+        sample = self.start + self.rank
+        epoch, order = -1, Permutation(self.count, self.seed, 0)
+        while self.epochs is None or sample < self.epochs * self.count:
+            now, place = divmod(sample, self.count)
+            if now != epoch:
+                epoch, order = now, Permutation(self.count, self.seed, now)
+            yield order[place] if self.shuffle else place
+            sample += self.world
+
+
+class Permutation:
+    """A permutation of range(count) drawn by (seed, epoch), one index at a time, in constant
+    memory.
+
+    A Feistel network permutes the numbers of 2b bits: split into two halves, each round adds a hash
+    of one to the other, which can be undone, so no two inputs meet. Numbers at or above `count` are
+    sent through again until they fall below.
+    """
+
+    def __init__(self, count: int, seed: int, epoch: int):
+        self.count = count
+        self.half = max(1, ((count - 1).bit_length() + 1) // 2)
+        self.mask = (1 << self.half) - 1
+        drawn = hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=8 * ROUNDS).digest()
+        self.keys = [int.from_bytes(drawn[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
+
+    def __getitem__(self, index: int) -> int:
+        half, mask = self.half, self.mask
+        while True:
+            left, right = index >> half, index & mask
+            for key in self.keys:
+                mixed = ((right ^ key) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+                mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+                left, right = right, left ^ (mixed >> 32) & mask
+            index = left << half | right
+            if index < self.count:
+                return index

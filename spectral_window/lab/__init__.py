@@ -1,0 +1,1 @@
+"""What one does with models: recipes, evaluation, benchmarks, reports."""

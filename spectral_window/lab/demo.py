@@ -1,0 +1,199 @@
+"""The demo: in a few minutes, on any computer, from text that every Python has to a report.
+
+Two models of equal size learn the same text (source and docstrings of Python's standard library)
+for the same number of steps: SWH and a Transformer. Both are then measured on files they have never
+seen, both continue the same beginning, and a page shows it all.
+
+Each training is a process of its own, started with the very command that the report prints. So
+peak memory is that of one model (a process's peak never falls, and the second model in one process
+would inherit the first one's), and whoever doubts a number can run its command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from spectral_window.errors import ResourceError, UserError
+from spectral_window.training.interrupt import Interrupted, catch_signals
+
+RUNS = {"swh": "spectral_window", "transformer": "attention"}  # folder -> mixer
+OWN = (*RUNS, "report.html", "report.png")
+MARK = ".spectral-window-demo"
+QUICK = ("steps=20", "warmup_steps=4", "eval_every=10", "save_every=20")
+QUICK_NOTE = "A quick version of 20 steps: it shows the way, and its numbers mean nothing."
+PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """'
+SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95}
+NEW_TOKENS = 200
+GRACE = 2.0  # seconds that a child which also saw Ctrl-C gets before it is told again
+
+
+def run(out: Path | str, *, quick: bool = False, progress: bool = True) -> Path:
+    """Train, measure, sample and report in the folder `out`; returns the path of the report.
+
+    `out` is new, empty, or the folder of an earlier demo, which is then replaced.
+    quick: a version of seconds that shows the way and no result.
+    progress: show bars and lines on stderr.
+
+    Writes the run folders `out`/swh and `out`/transformer, report.html and report.png. Raises
+    UserError where `out` is something else or a training fails (with that training's exit code),
+    Interrupted on Ctrl-C; the next call starts anew.
+    """
+    out = Path(out)
+    console = Console(stderr=True, quiet=not progress, highlight=False)
+    with _claim(out):
+        started = time.monotonic()
+        for index, (name, mixer) in enumerate(RUNS.items()):
+            console.print(f"\n[bold]{index + 1} of 4[/]  {_TITLES[name]}")
+            _train(_command(out / name, mixer, quick), out / name, progress)
+        console.print("\n[bold]3 of 4[/]  Both write: they continue the same beginning.")
+        for name in RUNS:
+            write_sample(out / name, max_new_tokens=20 if quick else NEW_TOKENS)
+        console.print("[bold]4 of 4[/]  The report.")
+
+        from spectral_window.lab import facts, report
+        from spectral_window.lab.runs import read_all
+
+        folders = [out / name for name in RUNS]
+        page = report.write(folders, out / "report.html", note=QUICK_NOTE if quick else "")
+        report.summary_figure(folders, out / "report.png")
+        verdict = facts.judge(read_all(folders))
+        took = f"{time.monotonic() - started:.0f} s in all. Open the report: {page}"
+        for line in ("", verdict.headline, verdict.detail, took, ""):
+            console.print(line, markup=False, soft_wrap=True)
+    return page
+
+
+def write_sample(
+    folder: Path | str, prompt: str = PROMPT, *, max_new_tokens: int = NEW_TOKENS, seed: int = 0
+) -> str:
+    """Let the model of the run in `folder` continue `prompt`, and keep that in its samples.json.
+
+    Returns the text that follows the prompt. Raises as `training.loading.load` does.
+    """
+    from spectral_window.generation.session import Session
+    from spectral_window.training.checkpoints import write_json
+    from spectral_window.training.loading import load
+
+    loaded = load(folder, device="cpu")
+    session = Session(loaded.model, loaded.tokenizer, seed=seed)
+    session.feed(prompt)
+    text = "".join(session.stream(max_new_tokens, **SAMPLING))
+    settings = ", ".join(f"{key.replace('_', '-')} {value:g}" for key, value in SAMPLING.items())
+    sample = {"prompt": prompt, "text": text, "settings": f"{settings}, seed {seed}"}
+    write_json(Path(folder) / "samples.json", [sample])
+    return text
+
+
+_TITLES = {
+    "swh": "SWH learns from Python's standard library.",
+    "transformer": "A Transformer of the same size learns from the same text.",
+}
+
+
+def _command(folder: Path, mixer: str, quick: bool) -> list[str]:
+    recipe = ["tiny", *QUICK] if quick else ["demo"]
+    return ["train", *recipe, f"mixer={mixer}", "--out", str(folder)]
+
+
+def _train(arguments: Sequence[str], folder: Path, progress: bool) -> None:
+    """Run `spectral-window` with `arguments` and wait; Ctrl-C and SIGTERM reach it too."""
+    with _sink(progress) as errors, catch_signals() as stop:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "spectral_window", *arguments],
+            stdin=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        try:
+            _wait(child, stop)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        if stop.signum:
+            raise Interrupted(stop.signum)
+        if child.returncode:
+            said = _last_line(errors) if errors else "its error is above"
+            error = UserError(f"training failed ({folder}): {said}")
+            error.exit_code = child.returncode if child.returncode > 0 else 1
+            raise error
+
+
+def _wait(child: subprocess.Popen[bytes], stop: object) -> None:
+    """Until the child ends. A terminal's Ctrl-C went to the child as well; a SIGTERM, or a SIGINT
+    from elsewhere, came here alone and is passed on."""
+    deadline = 0.0
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.1)
+            return
+        signum = getattr(stop, "signum", 0)
+        if signum and not deadline:
+            deadline = time.monotonic() + (GRACE if signum == signal.SIGINT else 0.0)
+        if deadline and time.monotonic() >= deadline:
+            child.send_signal(signum)
+            deadline = float("inf")
+
+
+@contextlib.contextmanager
+def _sink(progress: bool) -> Iterator[IO[bytes] | None]:
+    """Where a training's words go: the terminal (None), or a file that is read only if it fails."""
+    if progress:
+        yield None
+    else:
+        with tempfile.TemporaryFile() as file:
+            yield file
+
+
+def _last_line(file: IO[bytes]) -> str:
+    file.seek(0)
+    lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("spectral-window: error: ") if lines else "it said nothing"
+
+
+@contextlib.contextmanager
+def _claim(out: Path) -> Iterator[None]:
+    """Make `out` this demo's, without what an earlier one left; no other file is touched."""
+    where = shlex.quote(str(out))
+    if out.exists() and not out.is_dir():
+        raise UserError(f"the output is a file ({where}): choose a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise UserError(f"not empty and not a demo's folder ({where}): choose another with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / MARK).open("w") as mark:
+            _lock(mark, out)
+            for name in OWN:
+                path = out / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            yield
+    except OSError as error:
+        what = f"{error.strerror or error} ({error.filename or where})"
+        raise ResourceError(f"{what}: make room or choose another folder") from error
+
+
+def _lock(mark: IO[str], out: Path) -> None:
+    """Two demos in one folder would delete each other's files. The system unlocks when we end."""
+    if os.name == "nt":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another demo is running there ({out}): wait or choose another") from None

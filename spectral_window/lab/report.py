@@ -1,0 +1,345 @@
+"""A report of runs: one HTML file that stands alone, read from run folders and from nothing else.
+
+The page needs no network: styles, script and figures are inside it, and its content policy forbids
+any request. What a folder does not hold is printed as "missing"; no number is guessed, no curve is
+drawn without its data.
+"""
+
+from __future__ import annotations
+
+import html
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from spectral_window.lab import figures
+from spectral_window.lab.facts import (
+    MEASURES,
+    MISSING,
+    bits_text,
+    evaluation_text,
+    growth_text,
+    judge,
+    loss_text,
+    oscillators,
+    parameters,
+    parameters_text,
+    state_bytes,
+)
+from spectral_window.lab.runs import Run, read, read_all
+
+SHOWN_CONTEXTS = {1024: "1k", 32768: "32k", 1048576: "1M"}
+
+
+def write(runs: Sequence[Path | str], out_html: Path | str, *, note: str = "") -> Path:
+    """Write the report of the run folders `runs` to the file `out_html`; returns its path.
+
+    note: a sentence to stand under the verdict, where a reader must know it before the numbers.
+
+    Folders that are absent or unfinished are allowed: the page says "missing" where their numbers
+    would stand.
+    """
+    out_html = Path(out_html)
+    found = read_all([Path(run) for run in runs])
+    states = [state_bytes(run) for run in found]
+    verdict = judge(found)
+    page = _environment().get_template("report.html.j2").render(
+        title=verdict.headline,
+        verdict=verdict,
+        note=note,
+        cards=[_card(run, color) for run, color in zip(found, _colors(found), strict=True)],
+        labels=[run.label for run in found],
+        rows=_rows(found, states),
+        figures=_figures(found, states),
+        points=_points_table(found),
+        measured_on=evaluation_text(found),
+        samples=[(run.label, f"s{i}", list(run.samples)) for i, run in enumerate(found)],
+        commands=[(run.label, run.command() or MISSING) for run in found],
+        environment=_environment_rows(found),
+        absent=[(run.label, _inside(run.folder, out_html), run.missing) for run in found],
+    )  # fmt: skip
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    part = out_html.with_name(out_html.name + ".part")
+    part.write_text(page, encoding="utf-8")
+    part.replace(out_html)
+    return out_html
+
+
+def summary_figure(runs: Sequence[Path | str], out_png: Path | str) -> Path:
+    """One picture of the comparison for a README: loss on the left, memory on the right, numbers
+    beneath; PNG."""
+    found = read_all([Path(run) for run in runs])
+    colors = _colors(found)
+    series = _series(found, colors)
+    verdict = judge(found)
+    with mpl.rc_context({**figures.STYLE, "font.size": 10.5}):
+        figure = Figure(figsize=(11.0, 5.9))
+        figure.text(0.05, 0.925, verdict.headline, fontsize=17, weight="bold", va="center")
+        detail = verdict.detail.split(". ")[0] + "."
+        figure.text(0.05, 0.868, detail, color=figures.MUTED, va="center")
+        title: dict[str, Any] = {"loc": "left", "fontsize": 10.5}
+        left = figure.add_axes((0.075, 0.335, 0.39, 0.44))
+        right = figure.add_axes((0.585, 0.335, 0.365, 0.44))
+        figures.paint_loss(left, series, "tokens")
+        left.set_title("Learning: held-out loss (dots), training loss (thin)", **title)
+        figures.paint_state(
+            right,
+            [
+                (run.label, color, state_bytes(run))
+                for run, color in zip(found, colors, strict=True)
+            ],
+        )
+        right.set_title("Writing: memory kept while generating", **title)
+        _numbers_beneath(figure, found, colors)
+        out_png = Path(out_png)
+        out_png.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out_png, dpi=160, metadata={"Software": None})
+    return out_png
+
+
+def training_figure(run: Path | str, out_png: Path | str) -> Path:
+    """Loss of one long run: training (thin, smoothed), held-out (dots), where it was resumed, and
+    the bits per byte at its end.
+
+    Writes `out_png` and, beside it, the same picture as .svg. Returns `out_png`.
+    """
+    one = read(Path(run))
+    train, held, bits = one.train(), one.evaluations(), one.number("bits_per_byte")
+    out_png = Path(out_png)
+    with mpl.rc_context({**figures.STYLE, "font.size": 10.5}):
+        figure = Figure(figsize=(9.0, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        color = figures.SERIES[0]
+        series = [figures.Series("held-out loss", color, train, held)]
+        figures.paint_loss(axes, series, "tokens")
+        if len(train) or len(held):
+            if len(train):
+                axes.plot([], [], color=color, lw=0.9, alpha=0.5, label="training loss, smoothed")
+            _mark_resumes(axes, one.resumes())
+            axes.legend(loc="upper right", labelcolor=figures.INK)
+        if len(held) and bits is not None:
+            axes.annotate(
+                f"{bits:.3f} bits per byte", (held.tokens[-1], held.value[-1]), xytext=(-4, 26),
+                textcoords="offset points", ha="right", color=color, weight="bold", fontsize=12,
+                arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8, "shrinkB": 4},
+            )  # fmt: skip
+        axes.set_title(_training_title(one), loc="left", fontsize=11, color=figures.INK)
+        out_png.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out_png, dpi=160, metadata={"Software": None})
+        with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "training"}):
+            figure.savefig(out_png.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    return out_png
+
+
+def _rows(runs: Sequence[Run], states: Sequence[list[tuple[int, int]]]) -> list[dict[str, Any]]:
+    rows = [_row(m.name, m.note, [m.value(r) for r in runs], m.text, m.better) for m in MEASURES]
+    for context, name in SHOWN_CONTEXTS.items():
+        values: list[float | None] = [dict(state).get(context) for state in states]
+        rows.append(_row(f"State after {name} tokens", "", values, figures.size, "low"))
+    texts = [growth_text(state) for state in states]
+    cells = [{"text": t, "best": False, "missing": t == MISSING} for t in texts]
+    return [*rows, {"name": "State as text grows", "note": "", "cells": cells}]
+
+
+def _row(
+    name: str, note: str, values: Sequence[float | None], text: Callable[[float], str], better: str
+) -> dict[str, Any]:
+    present = [v for v in values if v is not None]
+    texts = [MISSING if v is None else text(v) for v in values]
+    best = None
+    if better and len(present) > 1:
+        best = text(min(present) if better == "low" else max(present))
+    if len(set(texts)) == 1:
+        best = None  # equal as shown: nobody is better
+    return {
+        "name": name,
+        "note": note,
+        "cells": [{"text": t, "best": t == best, "missing": t == MISSING} for t in texts],
+    }
+
+
+def _card(run: Run, color: str) -> dict[str, str]:
+    return {
+        "label": run.label,
+        "class": f"s{figures.SERIES.index(color)}",
+        "loss": loss_text(run),
+        "bits": bits_text(run),
+        "size": parameters_text(run),
+    }
+
+
+def _colors(runs: Sequence[Run]) -> list[str]:
+    return [figures.SERIES[i % len(figures.SERIES)] for i in range(len(runs))]
+
+
+def _series(runs: Sequence[Run], colors: Sequence[str]) -> list[figures.Series]:
+    return [
+        figures.Series(run.label, color, run.train(), run.evaluations())
+        for run, color in zip(runs, colors, strict=True)
+    ]
+
+
+def _figures(runs: Sequence[Run], states: Sequence[list[tuple[int, int]]]) -> dict[str, Any]:
+    """The page's figures, as SVG elements, by name."""
+    colors = _colors(runs)
+    series = _series(runs, colors)
+    drawn: dict[str, Any] = {}
+    ends = "; ".join(f"{r.label} ends at {loss_text(r)}" for r in runs)
+    for against in ("tokens", "seconds"):
+        drawn[f"loss_{against}"] = _svg(
+            lambda axes, against=against: figures.paint_loss(axes, series, against),
+            f"loss-{against}",
+            f"Loss against {against}",
+            f"Training and held-out loss in nats per token against {against}. {ends}.",
+        )
+    sizes = "; ".join(
+        f"{run.label}: {figures.size(state[-1][1]) if state else MISSING}"
+        for run, state in zip(runs, states, strict=True)
+    )
+    drawn["state"] = _svg(
+        lambda axes: figures.paint_state(
+            axes, [(r.label, c, s) for r, c, s in zip(runs, colors, states, strict=True)]
+        ),
+        "state",
+        "Memory kept while generating, against tokens read",
+        f"Both axes logarithmic. After a million tokens: {sizes}.",
+    )
+    drawn["dynamics"] = []
+    for index, (run, color) in enumerate(zip(runs, colors, strict=True)):
+        decays, frequencies = oscillators(run)
+        if decays:
+            drawn["dynamics"].append((run.label, *_dynamics(index, decays, frequencies, color)))
+    return drawn
+
+
+def _dynamics(
+    index: int, decays: list[np.ndarray], frequencies: list[np.ndarray], color: str
+) -> tuple[str, str, str]:
+    life = np.log(2) / np.maximum(np.concatenate(decays), 1e-9)
+    words = (
+        f"Half of the channels forget half of what they heard within {np.median(life):.2g} tokens; "
+        f"the slowest tenth keeps it for {np.quantile(life, 0.9):.2g} tokens or more."
+    )
+    ridges = _svg(
+        lambda axes: figures.paint_half_lives(axes, decays, color), f"ridges-{index}",
+        "Half-lives of the learned oscillators, by layer", words, 5.0, 3.3,
+    )  # fmt: skip
+    poles = _svg(
+        lambda axes: figures.paint_poles(axes, decays, frequencies, color), f"poles-{index}",
+        "Frequency and half-life of every learned oscillator", words, 5.0, 3.3,
+    )  # fmt: skip
+    return words, ridges, poles
+
+
+def _svg(
+    paint: Callable[..., None], name: str, title: str, description: str,
+    width: float = 5.0, height: float = 3.3,
+) -> str:  # fmt: skip
+    figure = figures.draw(paint, width, height)
+    return figures.to_svg(figure, name, html.escape(title), html.escape(description))
+
+
+def _points_table(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The numbers behind the curves: one line for each held-out evaluation."""
+    rows = []
+    for run in runs:
+        held = run.evaluations()
+        for tokens, seconds, loss in zip(held.tokens, held.seconds, held.value, strict=True):
+            rows.append(
+                {
+                    "model": run.label,
+                    "tokens": f"{tokens:.0f}",
+                    "seconds": f"{seconds:.1f}",
+                    "loss": f"{loss:.4f}",
+                }
+            )
+    return rows
+
+
+def _numbers_beneath(figure: Figure, runs: Sequence[Run], colors: Sequence[str]) -> None:
+    """The table of the README picture: a line for each run."""
+    columns = [MEASURES[i] for i in (0, 1, 3, 4, 5, 7)]
+    xs = (0.215, 0.35, 0.48, 0.62, 0.765, 0.895)
+    for x, measure in zip(xs, columns, strict=True):
+        figure.text(x, 0.2, measure.name.lower(), color=figures.MUTED, fontsize=9.5, ha="center")
+    line = mpl.lines.Line2D([0.05, 0.95], [0.178, 0.178], color=figures.RULE, lw=0.8)
+    figure.add_artist(line)
+    for k, (run, color) in enumerate(zip(runs, colors, strict=True)):
+        y = 0.125 - 0.062 * k
+        figure.text(0.05, y, run.label, color=color, weight="bold", fontsize=11.5)
+        for x, measure in zip(xs, columns, strict=True):
+            value = measure.value(run)
+            text = MISSING if value is None else measure.text(value)
+            figure.text(x, y, text, ha="center", fontsize=11)
+
+
+def _mark_resumes(axes: mpl.axes.Axes, resumes: Sequence[int]) -> None:
+    for tokens in resumes:
+        axes.axvline(tokens, color=figures.MUTED, lw=0.9, ls=(0, (4, 3)))
+        axes.annotate(
+            "resumed here", (tokens, 0.98), xycoords=("data", "axes fraction"), xytext=(5, 0),
+            textcoords="offset points", va="top", color=figures.MUTED, fontsize=9.5,
+        )  # fmt: skip
+
+
+def _training_title(run: Run) -> str:
+    parts = [run.label]
+    if parameters(run) is not None:
+        parts.append(parameters_text(run))
+    if (tokens := run.number("tokens")) is not None:
+        parts.append(f"{figures.count(tokens)} tokens")
+    if (seconds := run.number("wall_seconds")) is not None:
+        parts.append(figures.duration(seconds))
+    return ", ".join(parts)
+
+
+def _environment_rows(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Environment as the runs wrote it; a value on which they differ is given for each."""
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for run in runs:
+        for key, value in _flat(run.environment()):
+            rows.setdefault(key, []).append((run.label, value))
+    return [(key, _together(said)) for key, said in rows.items()]
+
+
+def _together(said: Sequence[tuple[str, str]]) -> str:
+    values = [value for _, value in said]
+    if len(set(values)) == 1:
+        return values[0]
+    return "; ".join(f"{label}: {value}" for label, value in said)
+
+
+def _flat(found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key} ")
+        else:
+            rows.append(
+                (f"{prefix}{key}".replace("_", " "), "none" if value is None else str(value))
+            )
+    return rows
+
+
+def _inside(folder: Path, out_html: Path) -> str:
+    """The folder as seen from the page: no absolute path of the machine that made it."""
+    try:
+        return shlex.quote(str(folder.resolve().relative_to(out_html.resolve().parent)))
+    except ValueError:
+        return folder.name
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("spectral_window.lab", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

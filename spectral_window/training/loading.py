@@ -1,0 +1,229 @@
+"""From a path that a person typed to a model that can be trusted.
+
+A path may be a run folder (its final `model/`, else its newest checkpoint whose every byte agrees
+with its manifest) or any folder that `save_pretrained` wrote. Nothing is fetched and nothing is
+unpickled; the weights must be safetensors files inside the folder, hold exactly the tensors that
+the config asks for, and be finite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spectral_window.data.tokenizers import load_tokenizer
+from spectral_window.errors import IntegrityError, UserError
+from spectral_window.hf import SWHConfig, SWHForCausalLM
+from spectral_window.training import checkpoints
+
+SHOWN = 10  # tensors that an error names
+LARGEST_JSON = 1 << 20
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode, its tokenizer, the folder they came from, and lines worth telling the
+    user."""
+
+    model: SWHForCausalLM
+    tokenizer: Any
+    folder: Path
+    notes: list[str]
+
+
+def find_model(path: str | os.PathLike[str]) -> tuple[Path, list[str]]:
+    """The folder with config and weights that `path` means, and a line for each damaged checkpoint
+    passed over.
+
+    Raises UserError where there is none, IntegrityError where there are checkpoints but none is
+    intact.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        raise UserError(f"a URL is not a model ({text[:80]}): download it, then give its folder")
+    try:
+        folder = Path(text).expanduser()
+        exists, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, no home
+        raise UserError(f"not a usable path ({text[:80]}): give a model's folder") from None
+    if not is_folder:
+        what = "a file, not a folder" if exists else "no such folder"
+        raise UserError(
+            f"{what} ({text[:200]}): give a run folder or one that save_pretrained wrote"
+        )
+    for candidate in (folder / "model", folder):
+        if _names_a_model(candidate):
+            return candidate, []
+    root = folder / "checkpoints"
+    if root.is_dir():
+        newest, refused = checkpoints.newest(root)
+        if newest is not None:
+            return newest, refused
+        if refused:
+            raise IntegrityError(f"no intact checkpoint ({root}): {refused[0]}")
+        raise UserError(f"no checkpoint yet ({root}): let the training reach its first")
+    raise UserError(
+        f"no model in the folder ({folder}): give a run folder or one that save_pretrained wrote"
+    )
+
+
+def load(path: str | os.PathLike[str], *, device: str = "auto") -> Loaded:
+    """The model and tokenizer at `path`, checked (see the module's text).
+
+    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ... Raises UserError (exit code
+    2) or IntegrityError (3), naming the file and at most ten tensors.
+    """
+    where = choose_device(device)
+    folder, notes = find_model(path)
+    config = load_config(folder)
+    tensors = _read_tensors(folder)
+    # Built without memory and given the stored tensors themselves: nothing is initialised in vain.
+    with torch.device("meta"):
+        model = SWHForCausalLM(config)
+    _check_names(folder, tensors, model)
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise IntegrityError(
+            f"weights are not finite ({folder}): {_some(bad)}; use an earlier checkpoint"
+        )
+    tokenizer = load_tokenizer(os.fspath(folder))
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} ({folder}): "
+            "put back the tokenizer that was saved with the model"
+        )
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    torch.nn.Module.to(model, where)
+    return Loaded(model.eval(), tokenizer, folder, notes)
+
+
+def load_config(folder: Path) -> SWHConfig:
+    """The config of a model folder; UserError where a field is wrong, IntegrityError where it is no
+    config."""
+    values = read_json(folder / "config.json")
+    try:
+        return SWHConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{error} [{folder / 'config.json'}]") from None
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{' '.join(str(error).split())} ({folder / 'config.json'}): correct it"
+        ) from None
+
+
+def choose_device(name: str) -> torch.device:
+    """`name` as a device that this machine has; "auto" takes a GPU if there is one. UserError names
+    the devices."""
+    have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        have.append("mps")
+    if name == "auto":
+        return torch.device(have[1] if len(have) > 1 else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or not any(str(device) in (known, known.partition(":")[0]) for known in have):
+        raise UserError(
+            f"no device '{name}' (device): this machine has {', '.join(have)}; or use auto"
+        )
+    return device
+
+
+def _names_a_model(folder: Path) -> bool:
+    """True for a folder with a model's config.json (a run folder has a config.json too, of another
+    kind)."""
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise IntegrityError(f"larger than 1 MB ({path}): it is not a model's file")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{error.strerror} ({path}): the model's folder is not complete") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise IntegrityError(f"not JSON ({path}): it was damaged; copy the model again") from None
+    if not isinstance(values, dict):
+        raise IntegrityError(f"not a JSON object ({path}): it was damaged; copy the model again")
+    return values
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weights' files, all inside `folder`."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) for v in weight_map.values()
+        ):
+            raise IntegrityError(
+                f"no map of weights ({index}): it was damaged; copy the model again"
+            )
+        names = sorted(set(weight_map.values()))
+    else:
+        names = ["model.safetensors"]
+    paths = [folder / name for name in names]
+    inside = folder.resolve()
+    for path in paths:
+        if inside not in path.resolve().parents:
+            raise IntegrityError(
+                f"a weight file outside the folder ({path}): copy the file itself there"
+            )
+        if not path.is_file():
+            others = sorted(
+                p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+            )
+            hint = (
+                f"{others[0]} is not safetensors and is never opened; convert it"
+                if others
+                else "copy it again"
+            )
+            raise IntegrityError(f"{path.name} is missing ({folder}): {hint}")
+    return paths
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise IntegrityError(f"not safetensors, or damaged ({path}): {error}") from None
+    return tensors
+
+
+def _check_names(folder: Path, stored: dict[str, Tensor], model: torch.nn.Module) -> None:
+    """Every tensor of `model` is stored once with its shape, and nothing else is; tied ones under
+    one name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(parameters[name]) for name in stored if name in parameters}
+    wrong = [f"{n} missing" for n, p in parameters.items() if n not in stored and id(p) not in held]
+    for name, tensor in stored.items():
+        if name not in parameters:
+            wrong.append(f"{name} unexpected")
+        elif tensor.shape != parameters[name].shape:
+            wrong.append(f"{name} is {list(tensor.shape)}, not {list(parameters[name].shape)}")
+    if wrong:
+        raise IntegrityError(
+            f"the weights do not fit config.json ({folder}): {_some(wrong)}; copy the model again"
+        )
+
+
+def _some(items: Iterable[str]) -> str:
+    names = sorted(items)
+    return "; ".join(names[:SHOWN]) + (
+        f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    )

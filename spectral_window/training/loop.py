@@ -1,0 +1,428 @@
+"""transformers' Trainer with our rules.
+
+What the library does well stays: the training step, mixed precision, accumulation, several
+processes. What it gets wrong for us is replaced, one method each:
+
+    get_train_dataloader     the data order is a function of (seed, step), so a run resumes at any step exactly
+    get_batch_samples        counts the tokens of the whole step, so each token weighs the same; agrees on a stop
+    create_optimizer         AdamW that leaves dynamics, gains, norms and biases undecayed
+    _get_grad_norm           a loss or gradient that is not finite ends the run before it reaches a weight
+    evaluate                 exact loss over held-out text, from `evaluate.py`
+    _save_checkpoint, _load_*  `checkpoints.py` and `state.py`: all or nothing, verified, nothing pickled
+    log                      metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from spectral_window.data.blocks import IGNORED, PackedBlocks, ShuffledBlocks
+from spectral_window.data.text import Corpus
+from spectral_window.errors import DivergedError, IntegrityError, UserError
+from spectral_window.training.evaluate import evaluate
+from spectral_window.training.recipes import Recipe
+from spectral_window.nn.layers import no_weight_decay
+from spectral_window.training import checkpoints, state
+from spectral_window.training.interrupt import StopRequest
+from spectral_window.training.metrics import MetricsLog
+from spectral_window.training.parallel import World
+from spectral_window.training.progress import Progress
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's two groups: matrices and embeddings are decayed; dynamics, gains, norms and biases
+    are not."""
+    spared = no_weight_decay(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in trained if name not in spared], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name in spared], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_factor(recipe: Recipe) -> Callable[[int], float]:
+    """Step (counted from 0) -> multiple of `lr`: linear warm-up, then a cosine down to
+    `lr_min_ratio`, or constant."""
+    warmup, steps, lowest = recipe.warmup_steps, recipe.steps, recipe.lr_min_ratio
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if recipe.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def accumulation(recipe: Recipe, world: World) -> int:
+    """Micro-batches a process takes per optimiser step. Raises UserError if the batch does not
+    divide."""
+    steps, rest = divmod(recipe.batch_size, recipe.micro_batch_size * world.size)
+    if rest or not steps:
+        raise UserError(
+            f"batch_size={recipe.batch_size} (recipe): must be a multiple of micro_batch_size={recipe.micro_batch_size} "
+            f"times {world.size} processes; lower micro_batch_size"
+        )
+    return steps
+
+
+class _Order(Sampler[int]):
+    """This process's samples of the whole run; iteration begins at optimiser step `first_step`.
+
+    Its length is the whole run's even then: Trainer counts its steps by it. One step takes
+    `batch_size` consecutive samples of the endless shuffled order, dealt out to the processes in
+    turn.
+    """
+
+    def __init__(self, count: int, recipe: Recipe, world: World) -> None:
+        self.count, self.recipe, self.world = count, recipe, world
+        self.first_step = 0
+
+    def __len__(self) -> int:
+        return self.recipe.steps * self.recipe.batch_size // self.world.size
+
+    def __iter__(self) -> Iterator[int]:
+        recipe, world = self.recipe, self.world
+        order = ShuffledBlocks(
+            self.count, seed=recipe.seed, epochs=None, start=self.first_step * recipe.batch_size,
+            rank=world.rank, world=world.size,
+        )  # fmt: skip
+        return islice(
+            iter(order), (recipe.steps - self.first_step) * recipe.batch_size // world.size
+        )
+
+
+class RecipeTrainer(Trainer):
+    """Trains `model` as `recipe` says; see the module's text for what differs from transformers'
+    Trainer."""
+
+    def __init__(
+        self, *, recipe: Recipe, model: Any, corpus: Corpus, folder: Path, about: dict[str, Any],
+        world: World, stop: StopRequest, metrics: MetricsLog, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.recipe, self.corpus, self.folder, self.about = recipe, corpus, folder, about
+        self.world, self.stop, self.log_file, self.progress = world, stop, metrics, progress
+        self.blocks = PackedBlocks(corpus.train, recipe.sequence_length)
+        self.order = _Order(len(self.blocks), recipe, world)
+        self.saved: Path | None = None
+        self.stopping = 0  # the signal that all processes agreed to stop for
+        self._counters: dict[str, Any] = {}
+        self._clock = _Clock()
+        if recipe.gradient_checkpointing:
+            # Renamed between the versions of transformers that we support.
+            name = "activation_checkpointing_enable"
+            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+        super().__init__(
+            model=model, args=_arguments(recipe, folder, world), train_dataset=self.blocks
+        )
+        self.args._n_gpu = min(
+            1, self.args._n_gpu
+        )  # one process drives one device; several need torchrun
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Flow(self))
+
+    # ------------------------------------------------------------------ data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches from where the run stands; not wrapped by accelerate, for the order is
+        split already."""
+        # Its own generator: by default a DataLoader draws from torch's each time it starts, and a
+        # resumed run starts once more.
+        return DataLoader(
+            self.blocks,
+            batch_size=self.recipe.micro_batch_size,
+            sampler=self.order,
+            generator=torch.Generator(),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        self._clock.start()
+        samples = list(islice(epoch_iterator, num_batches))
+        counted = sum(int((sample["shift_labels"] != IGNORED).sum()) for sample in samples)
+        if self.world.size == 1:
+            self.stopping = self.stop.signum
+        else:
+            mine = [float(self.stop.signum == signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+            total, term, ctrl_c = self.world.sum(counted, *mine, device=self.args.device)
+            counted, self.stopping = (
+                int(total),
+                signal.SIGTERM if term else signal.SIGINT if ctrl_c else 0,
+            )
+        return samples, torch.tensor(counted, device=device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return (
+            0  # Trainer would count every parameter at every step; `flops_per_token` knows better
+        )
+
+    # ------------------------------------------------------------------ optimiser
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            recipe = self.recipe
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(self.model, recipe.weight_decay),
+                lr=recipe.lr,
+                betas=(recipe.beta1, recipe.beta2),
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            chosen = optimizer or self.optimizer
+            plain = getattr(chosen, "optimizer", chosen)  # accelerate wraps it
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                plain, learning_rate_factor(self.recipe)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called once a step, between the backward pass and the optimiser: the last moment to
+        refuse."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not (math.isfinite(float(norm)) and math.isfinite(float(self._tr_loss))):
+            step = self.state.global_step + 1
+            self.log_file.write(self._row({"event": "diverged"}, step=step))
+            last = f"resume from {self.saved.name}" if self.saved else "start again"
+            raise DivergedError(
+                f"the loss or its gradient is not finite (step {step}): nothing of it was kept; {last} with a lower lr "
+                f"(it is {self.recipe.lr:g}) or more warmup_steps"
+            )
+        return norm
+
+    # ------------------------------------------------------------------ what is written down
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.control.should_log = False
+        if "loss" not in logs:  # Trainer's own summary at the end
+            return
+        speed = self._clock.speed(self.recipe.tokens_per_step)
+        self.last_loss, self.last_speed = logs["loss"], speed
+        self.log_file.write(
+            self._row(
+                {
+                    "loss": logs["loss"],
+                    "lr": logs["learning_rate"],
+                    "grad_norm": logs["grad_norm"],
+                    "tokens_per_second": speed,
+                }
+            )
+        )
+
+    last_loss: float | None = None
+    last_speed: float | None = None
+
+    def _row(self, values: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+        step = self.state.global_step if step is None else step
+        return {
+            "step": step,
+            "tokens": step * self.recipe.tokens_per_step,
+            "seconds": round(self.seconds(), 3),
+        } | values
+
+    def seconds(self) -> float:
+        """Wall time of training, over all sessions."""
+        return self._counters.get("seconds", 0.0) + self._clock.total()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.control.should_evaluate = False
+        recipe = self.recipe
+        scores = evaluate(
+            self.model, self.corpus.valid, length=recipe.sequence_length, batch=recipe.eval_batch_size,
+            max_tokens=recipe.eval_tokens, dtype=recipe.dtype, world=self.world,
+        )  # fmt: skip
+        found = {key: scores[key] for key in ("perplexity", "bits_per_byte")}
+        self.log_file.write(
+            self._row({"eval_loss": scores["loss"], **found, "eval_tokens": scores["tokens"]})
+        )
+        self.progress.note(
+            f"step {self.state.global_step}: held-out loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f}, "
+            f"{scores['bits_per_byte']:.4f} bits per byte"
+        )
+        return {"eval_loss": scores["loss"]}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        counters = {
+            "step": self.state.global_step,
+            "samples": self.state.global_step * self.recipe.batch_size,
+            "seconds": self.seconds(),
+            "schedule": {
+                k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"
+            },
+            "loss_sum": sum(self.world.gather(float(self._tr_loss))) / self.world.size,
+            "logged_step": self._globalstep_last_logged,
+        }
+        generators = self.world.gather(state.random_state())
+
+        def write(folder: Path) -> None:
+            state.save_model(folder, self.model, self.corpus.tokenizer)
+            state.save_optimizer(folder, self.model, self._plain_optimizer)
+            state.save_rest(folder, counters, generators)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+        def save() -> str:
+            about = self.about | {"samples": counters["samples"], "processes": self.world.size}
+            size = 4 * sum(parameter.nbytes for parameter in self.model.parameters())
+            return str(
+                checkpoints.save(
+                    self.folder / "checkpoints",
+                    self.state.global_step,
+                    write,
+                    about=about,
+                    keep=self.recipe.keep_checkpoints,
+                    needs=size,
+                )  # fmt: skip
+            )
+
+        self.saved = Path(self.world.first(save))
+
+    def resume(self, folder: Path) -> None:
+        """Train on from a checkpoint that `checkpoints.verify` accepted."""
+        self._counters, self._generators = state.load_rest(folder)
+        self.order.first_step = self._counters["step"]
+        self.saved = folder
+        self.train(resume_from_checkpoint=str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state.load_model(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.load_optimizer(Path(checkpoint), self.model, self._plain_optimizer)
+            self.lr_scheduler.load_state_dict(
+                self._counters["schedule"] | {"lr_lambdas": [None] * 2}
+            )
+            # The groups keep the rate of the moment; the schedule's state alone does not set it.
+            for group, rate in zip(
+                self._plain_optimizer.param_groups,
+                self._counters["schedule"]["_last_lr"],
+                strict=True,
+            ):
+                group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            if self.world.rank < len(self._generators):
+                state.restore_random_state(self._generators[self.world.rank])
+            else:
+                torch.manual_seed(self.recipe.seed * 1_000_003 + self.world.rank)
+
+    def restore_sums(self) -> None:
+        """The loss summed since the last logged step, which Trainer keeps to itself and forgets."""
+        if self._counters:
+            if self._counters["step"] != self.state.global_step:
+                raise IntegrityError(
+                    f"trainer_state.json is of step {self.state.global_step} ({self.saved}): resume another checkpoint"
+                )
+            self._tr_loss += self._counters["loss_sum"]
+            self._globalstep_last_logged = self._counters["logged_step"]
+
+
+class _Flow(TrainerCallback):
+    """When to log, evaluate, save and stop."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._clock = _Clock()
+        self.trainer.restore_sums()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        trainer, recipe, step = self.trainer, self.trainer.recipe, state.global_step
+        trainer._clock.stop()
+        last, stopping = step >= recipe.steps, bool(trainer.stopping)
+        control.should_log = last or step % recipe.log_every == 0
+        control.should_evaluate = last or step % recipe.eval_every == 0
+        control.should_save = last or stopping or step % recipe.save_every == 0
+        control.should_training_stop = last or stopping
+        trainer.progress.step(step, trainer.last_loss, trainer.last_speed)
+        return control
+
+
+class _Clock:
+    """Wall time since the start, and the time spent in training steps alone since the last
+    question."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._step = 0.0
+        self._spent, self._steps = 0.0, 0
+
+    def start(self) -> None:
+        self._step = time.perf_counter()
+
+    def stop(self) -> None:
+        self._spent += time.perf_counter() - self._step
+        self._steps += 1
+
+    def total(self) -> float:
+        return time.perf_counter() - self._begin
+
+    def speed(self, tokens_per_step: int) -> float | None:
+        """Tokens per second over the steps since the last call."""
+        speed = self._steps * tokens_per_step / self._spent if self._spent else None
+        self._spent, self._steps = 0.0, 0
+        return speed
+
+
+def _arguments(recipe: Recipe, folder: Path, world: World) -> TrainingArguments:
+    cpu = pick_device(recipe) == "cpu"
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=accumulation(recipe, world),
+        max_grad_norm=recipe.clip,
+        seed=recipe.seed,
+        bf16=recipe.dtype == "bfloat16",
+        use_cpu=cpu,
+        ddp_backend=None if world.size == 1 else "gloo" if cpu else "nccl",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=["shift_labels"],
+        dataloader_pin_memory=False,
+        ignore_data_skip=True,  # the sampler itself starts where the run stands
+        skip_memory_metrics=True,
+    )
+
+
+def pick_device(recipe: Recipe) -> str:
+    """ "cpu" or "cuda". Raises UserError for a GPU that is not there."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda (recipe): this machine has no usable GPU; use device=cpu")
+    if recipe.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return recipe.device

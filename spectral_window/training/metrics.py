@@ -1,0 +1,77 @@
+"""metrics.jsonl: what happened, one JSON object a line, in the order of the steps; it survives a
+kill and a resume.
+
+    {"step": 10, "tokens": 81920, "seconds": 31.2, "loss": 7.91, "lr": 0.0002, "grad_norm": 1.7, "tokens_per_second": 2650}
+    {"step": 100, "tokens": 819200, "seconds": 320.1, "eval_loss": 5.2, "perplexity": 181.3, "bits_per_byte": 2.1, "eval_tokens": 65536}
+    {"step": 100, "tokens": 819200, "seconds": 320.4, "event": "resume"}
+
+`loss` is the mean over the steps since the line before; `seconds` is the wall time of training so
+far, evaluation and saving included, over all sessions; `tokens_per_second` counts training steps
+only. On resume the lines after the checkpoint's step are dropped, for those steps are about to be
+run again: no step is lost and none is there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from spectral_window.errors import ResourceError
+
+
+class MetricsLog:
+    """Appends to `path`. With `path=None` (a process that is not the first) every call does
+    nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One line; a number that is not finite becomes null, which JSON can say."""
+        if self.path is None:
+            return
+        row = {key: _plain(value) for key, value in row.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write: {error.strerror} ({self.path}): make room or restore the folder, then --resume"
+            ) from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line; one cut short by a kill is passed over."""
+        rows = []
+        if self.path is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Keep only the lines of steps up to `step`."""
+        if self.path is None:
+            return
+        kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
+        temporary = self.path.with_name(f".tmp-{self.path.name}-{os.getpid()}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def speed(self) -> float | None:
+        """Median tokens per second over the lines, without the first one (it holds the warming-up),
+        if there are more."""
+        speeds = [row["tokens_per_second"] for row in self.read() if row.get("tokens_per_second")]
+        return statistics.median(speeds[1:] or speeds) if speeds else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value

@@ -1,0 +1,107 @@
+"""What a training tells whoever watches it. `train` prints nothing itself: it calls the methods of
+a `Progress`."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+
+class Progress(Protocol):
+    """The events of a run. Steps are optimiser steps, losses nats per token."""
+
+    def prepare(self, stage: str, done: int, total: int | None) -> None:
+        """Data preparation: `done` of `total` bytes (None if unknown) of a named stage."""
+
+    def start(self, title: str, first_step: int, steps: int) -> None:
+        """Training begins after `first_step` (0 unless resumed) of `steps`."""
+
+    def step(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
+        """A step is done; the numbers are those last logged."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line: an evaluation, a checkpoint, a refused checkpoint."""
+
+    def stop(self) -> None:
+        """No more events; called once, also after an error."""
+
+
+class RichProgress:
+    """Bars on a terminal; elsewhere (a log file) a plain line every `every` seconds."""
+
+    def __init__(self, console: Console | None = None, every: float = 30.0) -> None:
+        self.console = console or Console(stderr=True)
+        self.every = every
+        self._bar: Bar | None = None
+        self._task = None
+        self._stage = ""
+        self._last = 0.0
+        self._steps = 0
+        self._title = ""
+
+    def prepare(self, stage: str, done: int, total: int | None) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            self._open(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[size]}")
+            )
+            if not self.console.is_terminal:
+                self.console.print(f"{stage} ...")
+        if self._bar is not None and self._task is not None:
+            size = f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f}" if total else "")
+            if self._due(0.1):
+                self._bar.update(
+                    self._task, completed=done, total=total, description=stage, size=size
+                )
+
+    def start(self, title: str, first_step: int, steps: int) -> None:
+        self._title, self._steps = title, steps
+        self._open(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[size]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=title, completed=first_step, total=steps)
+
+    def step(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
+        text = "" if loss is None else f"loss {loss:.3f}"
+        text += "" if tokens_per_second is None else f"  {tokens_per_second:,.0f} tokens/s"
+        if self.console.is_terminal:
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, completed=step, size=text)
+        elif self._due(self.every) or step == self._steps:
+            self.console.print(
+                f"{self._title}: step {step} of {self._steps}  {text}", highlight=False
+            )
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+    def _open(self, *columns) -> None:
+        self.stop()
+        if self.console.is_terminal:
+            self._bar = Bar(*columns, console=self.console)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=None, size="")
+
+    def _due(self, seconds: float) -> bool:
+        now = time.monotonic()
+        if now - self._last < seconds:
+            return False
+        self._last = now
+        return True

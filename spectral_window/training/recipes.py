@@ -1,0 +1,436 @@
+"""Recipes: everything that decides a training run, in one frozen object.
+
+A recipe is made by a Python function (`demo`, `tiny`, `small`, `paper_lm`), so it can be read,
+diffed and composed like any code; the command line changes single knobs with `key=value`. What a
+recipe does not hold is where things live (the output folder, the prepared data), because that must
+not change a result.
+
+Two choices are worth knowing before reading the numbers:
+
+- **Equal size.** An SWH layer has two projections more than an attention layer, so at equal width
+  it is the larger model and a comparison would flatter it. By default (`match="spectral_window"`) a
+  variant (`mixer=attention`, `branches=window`) gets the feed-forward size at which it has as many
+  parameters as the recipe's SWH.
+- **Batch.** `batch_size` is the number of sequences in one optimiser step over all processes;
+  `micro_batch_size` is how many of them one process takes through the model at a time. The rest is
+  accumulation. So the same recipe means the same optimisation on one process or on two.
+
+    recipe = resolve("small", ["mixer=attention", "lr=5e-4"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from spectral_window.errors import UserError, unknown
+
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+MATMUL_PRECISIONS = ("highest", "high", "medium")
+
+# Knobs that can differ between a run and its resumption: they change what is written down, not what
+# is learned.
+FREE_ON_RESUME = frozenset(
+    {"device", "log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"}
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every knob of a training run. Sizes are counts, `lr` is per optimiser step, lengths are in
+    tokens.
+
+    Raises UserError on a value outside its range, naming the field.
+    """
+
+    name: str
+    # Data: sources as `data.text.prepare` takes them; an empty `valid` holds out whole documents of
+    # `data`.
+    data: tuple[str, ...]
+    valid: tuple[str, ...] = ()
+    valid_fraction: float = 0.02
+    tokenizer: str = "bpe:4096"
+    txt_documents: str = "file"
+    max_bytes: int | None = None
+    errors: str = "strict"
+    skip_bad: bool = False
+    # Model: the fields of SWHConfig. None = the architecture's own default.
+    mixer: str = "spectral_window"
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    intermediate_size: int | None = None
+    window: int = 32
+    kernel: str = "damped_oscillator"
+    fusion: str = "norm_add"
+    branches: tuple[str, ...] = ("spectral", "window")
+    mlp: str = "swiglu"
+    rope_theta: float = 10000.0
+    initializer_range: float | None = 0.02
+    tie_word_embeddings: bool = False
+    vocab_size: int | None = None
+    # Equal size: give this variant as many parameters as the recipe with that mixer and both
+    # branches, or exactly
+    # about `parameters`. match=none turns it off.
+    match: str | None = "spectral_window"
+    parameters: int | None = None
+    # Optimisation
+    sequence_length: int = 256
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    steps: int = 1000
+    lr: float = 1e-3
+    lr_min_ratio: float = 0.1
+    warmup_steps: int = 100
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    seed: int = 0
+    # Numbers and machine
+    dtype: str = "float32"
+    matmul_precision: str = "medium"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    # What is written down, and when (steps)
+    log_every: int = 10
+    eval_every: int = 200
+    eval_tokens: int | None = None
+    save_every: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimiser step, over all processes."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Blocks evaluated at a time: about as many tokens as fill the processor, whatever the
+        block's length."""
+        return max(self.micro_batch_size, 4096 // self.sequence_length)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """The same recipe with some knobs changed; an unknown name raises UserError with the
+        nearest one."""
+        for key in changes:
+            if key not in FIELDS:
+                raise unknown("recipe key", key, FIELDS)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `Recipe.from_dict` reads it back."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Inverse of `to_dict`. Raises UserError on an unknown key."""
+        for key in values:
+            if key not in FIELDS:
+                raise unknown("recipe key", key, FIELDS)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+FIELDS: dict[str, Any] = typing.get_type_hints(Recipe)
+
+
+# -------------------------------------------------------------------------------------- the recipes
+
+
+def demo() -> Recipe:
+    """Two minutes on two CPU cores: code and docstrings of the running Python's standard
+    library."""
+    return Recipe(
+        name="demo",
+        data=("stdlib",),
+        tokenizer="bpe:2048",
+        hidden_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        window=32,
+        initializer_range=0.05,
+        sequence_length=256,
+        batch_size=16,
+        micro_batch_size=16,
+        steps=400,
+        lr=2e-3,
+        warmup_steps=40,
+        log_every=5,
+        eval_every=100,
+        eval_tokens=32_768,
+        save_every=200,
+    )
+
+
+def tiny() -> Recipe:
+    """Seconds: for trying the commands and for tests."""
+    return demo().replace(
+        name="tiny",
+        tokenizer="bpe:512",
+        hidden_size=64,
+        num_hidden_layers=2,
+        window=16,
+        sequence_length=64,
+        batch_size=8,
+        micro_batch_size=8,
+        steps=60,
+        warmup_steps=6,
+        eval_every=30,
+        eval_tokens=8192,
+        save_every=30,
+    )
+
+
+def small() -> Recipe:
+    """Half an hour or more on two CPU cores, on about 25 MB of English prose: give it `data=` and
+    `valid=`."""
+    return Recipe(
+        name="small",
+        data=("stdlib",),
+        tokenizer="bpe:4096",
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        window=64,
+        initializer_range=0.04,
+        sequence_length=512,
+        batch_size=8,
+        micro_batch_size=8,
+        steps=1600,
+        lr=2e-3,
+        warmup_steps=50,
+        log_every=10,
+        eval_every=50,
+        eval_tokens=65_536,
+        save_every=50,
+    )
+
+
+def paper_lm() -> Recipe:
+    """The paper's language model at its size and data (arXiv 2601.01313): 12 x 768, FineWeb-Edu,
+    GPT-2's tokens.
+
+    As the text says (cosine, 16 000 steps); its code used a constant rate and 2000 optimiser steps
+    (schedule=constant steps=2000). It needs a GPU.
+    """
+    return Recipe(
+        name="paper-lm",
+        data=("hub:HuggingFaceFW/fineweb-edu:sample-10BT",),
+        valid_fraction=0.001,
+        max_bytes=5_000_000_000,  # about the billion tokens that 16 000 steps read
+        tokenizer="gpt2",
+        vocab_size=50304,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        window=32,
+        initializer_range=0.02,
+        sequence_length=1024,
+        batch_size=64,
+        micro_batch_size=4,
+        steps=16_000,
+        lr=6e-4,
+        lr_min_ratio=0.1,
+        warmup_steps=500,
+        weight_decay=0.1,
+        clip=1.0,
+        dtype="bfloat16",
+        eval_every=500,
+        eval_tokens=1_048_576,
+        save_every=500,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "demo": demo,
+    "tiny": tiny,
+    "small": small,
+    "paper-lm": paper_lm,
+}
+
+
+def resolve(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe called `name` with `key=value` overrides applied in order.
+
+    Values are read by the knob's type: `steps=2000`, `steps=2e3`, `lr=6e-4`, `skip_bad=true`,
+    `vocab_size=none`, `data=a.txt,b.txt`. Raises UserError naming the nearest recipe or key, or the
+    field and what it expects.
+    """
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"'{text}' (recipe override): write key=value, for example steps=2000")
+        key = key.strip().replace("-", "_")
+        if key not in FIELDS:
+            raise unknown("recipe key", key, FIELDS)
+        if key == "name":
+            raise UserError(
+                "name (recipe override): a recipe keeps its name; choose the output folder with --out"
+            )
+        changes[key] = parse_value(key, value)
+    return RECIPES[name]().replace(**changes)
+
+
+# ----------------------------------------------------------------------------- reading and checking
+
+
+def parse_value(key: str, text: str) -> Any:
+    """`text` as the type of the knob `key`; UserError names the field and what it expects."""
+    text = text.strip()
+    kinds = _kinds(FIELDS[key])
+    if type(None) in kinds and text.lower() in ("none", "null", ""):
+        return None
+    if tuple in kinds:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if bool in kinds:
+        if text.lower() in ("true", "yes", "1", "on"):
+            return True
+        if text.lower() in ("false", "no", "0", "off"):
+            return False
+        raise UserError(f"{key}={text} (recipe): expected true or false")
+    if int in kinds:
+        try:
+            return int(text)
+        except ValueError:
+            number = _number(text)
+            if number is None or not math.isfinite(number) or number != int(number):
+                raise UserError(
+                    f"{key}={text} (recipe): expected a whole number, such as 4096 or 2e6"
+                ) from None
+            return int(number)
+    if float in kinds:
+        number = _number(text)
+        if number is None or not math.isfinite(number):
+            raise UserError(f"{key}={text} (recipe): expected a finite number, such as 6e-4")
+        return number
+    return text
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The plain types in an annotation: `int | None` -> {int, NoneType}, `tuple[str, ...]` ->
+    {tuple}."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return {typing.get_origin(part) or part for part in parts}
+
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a list of texts",
+}
+
+_POSITIVE = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size window vocab_size parameters rope_theta "
+    "max_bytes sequence_length batch_size micro_batch_size steps lr log_every eval_every eval_tokens save_every"
+).split()
+_NOT_NEGATIVE = "warmup_steps weight_decay clip seed initializer_range".split()
+
+_T = TypeVar("_T")
+
+
+def _check(recipe: Recipe) -> None:
+    for key, hint in FIELDS.items():
+        _check_type(key, getattr(recipe, key), _kinds(hint))
+    for key in _POSITIVE:
+        value = getattr(recipe, key)
+        _require(value is None or value > 0, key, value, "must be greater than 0")
+    for key in _NOT_NEGATIVE:
+        value = getattr(recipe, key)
+        _require(value is None or value >= 0, key, value, "must not be negative")
+    for key in ("beta1", "beta2"):
+        value = getattr(recipe, key)
+        _require(0 <= value < 1, key, value, "must be at least 0 and less than 1")
+    _require(
+        0 < recipe.valid_fraction < 1,
+        "valid_fraction",
+        recipe.valid_fraction,
+        "must be between 0 and 1",
+    )
+    _require(
+        0 <= recipe.lr_min_ratio <= 1,
+        "lr_min_ratio",
+        recipe.lr_min_ratio,
+        "must be between 0 and 1",
+    )
+    _require(
+        recipe.keep_checkpoints >= 2,
+        "keep_checkpoints",
+        recipe.keep_checkpoints,
+        "must be at least 2",
+    )
+    _require(bool(recipe.data), "data", "", "name at least one source, for example data=book.txt")
+    _require(recipe.seed < 2**32, "seed", recipe.seed, "must be less than 2**32")
+    _require(
+        recipe.warmup_steps <= recipe.steps,
+        "warmup_steps",
+        recipe.warmup_steps,
+        f"must not exceed steps ({recipe.steps})",
+    )
+    _require(
+        recipe.batch_size % recipe.micro_batch_size == 0,
+        "micro_batch_size",
+        recipe.micro_batch_size,
+        f"must divide batch_size ({recipe.batch_size})",
+    )
+    _choice(recipe, "schedule", ("cosine", "constant"))
+    _choice(recipe, "dtype", DTYPES)
+    _choice(recipe, "device", DEVICES)
+    _choice(recipe, "matmul_precision", MATMUL_PRECISIONS)
+    _choice(recipe, "errors", ("strict", "replace"))
+    _choice(recipe, "txt_documents", ("file", "paragraph"))
+
+
+def _check_type(key: str, value: Any, kinds: set[type]) -> None:
+    if value is None:
+        good = type(None) in kinds
+    elif isinstance(value, bool):  # a bool is an int to Python, and never what a count means
+        good = bool in kinds
+    elif isinstance(value, int):
+        good = int in kinds or float in kinds
+    elif isinstance(value, float):
+        good = float in kinds and math.isfinite(value)
+    elif isinstance(value, tuple):
+        good = tuple in kinds and all(isinstance(item, str) for item in value)
+    else:
+        good = type(value) in kinds
+    if not good:
+        wanted = " or ".join(
+            _TYPE_NAMES[kind] for kind in (bool, int, float, str, tuple) if kind in kinds
+        )
+        raise UserError(
+            f"{key}={value!r} (recipe): expected {wanted}{' or none' if type(None) in kinds else ''}"
+        )
+
+
+def _require(good: bool, key: str, value: Any, rule: str) -> None:
+    if not good:
+        raise UserError(f"{key}={value} (recipe): {rule}")
+
+
+def _choice(recipe: Recipe, key: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(recipe, key)
+    if value not in allowed:
+        raise UserError(f"{key}={value} (recipe): choose one of {', '.join(allowed)}")

@@ -1,0 +1,211 @@
+"""What one checkpoint holds, and how it is read back without trusting it.
+
+Tensors go to safetensors and everything else to JSON; nothing is pickled, so opening a stranger's
+checkpoint runs no code of his. A checkpoint folder is also a model folder:
+`from_pretrained(folder)` loads it.
+
+    config.json, model.safetensors, tokenizer files     the model, as Hugging Face writes it
+    optimizer.safetensors                                Adam's moments, by parameter name
+    rng.safetensors                                      torch's random generators, one a process
+    training.json                                        step counters, schedule, other generators
+    trainer_state.json                                   what transformers' Trainer wants to find
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from spectral_window.errors import DivergedError, IntegrityError
+
+_JSON = "training.json"
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Weights, config and tokenizer, loadable by from_pretrained.  Raises DivergedError on a weight
+    that is not finite."""
+    check_finite(model)
+    use_cache, model.config.use_cache = (
+        model.config.use_cache,
+        True,
+    )  # Trainer turns it off while it trains
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, max_shard_size="1000GB")
+    finally:
+        model.config.use_cache = use_cache
+        if bars:
+            logging.enable_progress_bar()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise DivergedError naming the first parameter that holds NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise DivergedError(
+                f"weight {name} is not finite: nothing was saved; lower lr and resume the last checkpoint"
+            )
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Copy the weights of `folder` into `model`; names, shapes and dtypes must be the model's own
+    (IntegrityError)."""
+    stored = _read_tensors(folder / "model.safetensors")
+    wanted = {name: tensor for name, tensor in model.state_dict().items()}
+    # A tied tensor is stored once, under one of its names.
+    held = {wanted[name].data_ptr() for name in stored if name in wanted}
+    needed = {
+        name: tensor
+        for name, tensor in wanted.items()
+        if name in stored or tensor.data_ptr() not in held
+    }
+    _check_same(folder, "model.safetensors", stored, needed)
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            wanted[name].copy_(tensor)
+
+
+# ------------------------------------------------------------------------------------ the optimiser
+
+
+def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Adam's tensors, named `moment:parameter`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {
+        f"{key}:{names[parameter]}": value.detach().cpu().contiguous()
+        for parameter, moments in optimizer.state.items()
+        for key, value in moments.items()
+        if isinstance(value, Tensor)
+    }
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise DivergedError(
+                f"optimizer state {name} is not finite: nothing was saved; lower lr and resume"
+            )
+    save_file(tensors, folder / "optimizer.safetensors")
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter of `optimizer` its stored moments; a missing, extra or misshapen one is
+    an IntegrityError."""
+    stored = _read_tensors(folder / "optimizer.safetensors")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    wanted = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            wanted[f"step:{names[parameter]}"] = torch.tensor(0.0)
+            for key in ("exp_avg", "exp_avg_sq"):
+                wanted[f"{key}:{names[parameter]}"] = parameter
+    _check_same(folder, "optimizer.safetensors", stored, wanted)
+    state = optimizer.state_dict()
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state["state"] = {
+        index: {key: stored[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for index, name in enumerate(order)
+    }
+    optimizer.load_state_dict(state)
+
+
+# -------------------------------------------------------------------------------- random generators
+
+
+def random_state() -> dict[str, Any]:
+    """The state of this process's random generators: Python, NumPy, torch (CPU and current GPU)."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]  # noqa: NPY002
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Inverse of `random_state`. A generator this machine lacks is passed over."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ----------------------------------------------------------------------------------------- the rest
+
+
+def save_rest(folder: Path, counters: dict[str, Any], generators: list[dict[str, Any]]) -> None:
+    """`counters` (JSON values) and the random generators of every process."""
+    tensors = {
+        f"{key}.{rank}": state[key]
+        for rank, state in enumerate(generators)
+        for key in ("torch", "cuda")
+        if key in state
+    }
+    save_file(tensors, folder / "rng.safetensors")
+    others = [{key: state[key] for key in ("python", "numpy")} for state in generators]
+    (folder / _JSON).write_text(
+        json.dumps({"counters": counters, "generators": others}), encoding="utf-8"
+    )
+
+
+def load_rest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Inverse of `save_rest`. Raises IntegrityError if a part is missing."""
+    tensors = _read_tensors(folder / "rng.safetensors")
+    try:
+        values = json.loads((folder / _JSON).read_bytes())
+        counters, generators = values["counters"], values["generators"]
+        for rank, state in enumerate(generators):
+            state["torch"] = tensors[f"torch.{rank}"]
+            if f"cuda.{rank}" in tensors:
+                state["cuda"] = tensors[f"cuda.{rank}"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{_JSON} cannot be used ({folder}): {error!r}; resume from another checkpoint"
+        ) from None
+    return counters, generators
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(f"{path.name} cannot be read ({path.parent}): {error}") from None
+
+
+def _check_same(
+    folder: Path, file: str, stored: dict[str, Tensor], wanted: dict[str, Tensor]
+) -> None:
+    """IntegrityError naming up to ten tensors that are missing, unexpected, or of another shape or
+    dtype."""
+    wrong = [f"{name} missing" for name in wanted if name not in stored]
+    wrong += [f"{name} unexpected" for name in stored if name not in wanted]
+    for name in stored.keys() & wanted.keys():
+        have, want = stored[name], wanted[name]
+        if have.shape != want.shape or have.dtype != want.dtype:
+            wrong.append(
+                f"{name} is {have.dtype} {tuple(have.shape)}, not {want.dtype} {tuple(want.shape)}"
+            )
+    if wrong:
+        shown = "; ".join(sorted(wrong)[:10]) + (
+            f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        )
+        raise IntegrityError(f"{file} does not fit this model ({folder}): {shown}")

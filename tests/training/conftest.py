@@ -1,0 +1,43 @@
+"""A corpus and a recipe small enough to train in a second."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import string
+from pathlib import Path
+
+import pytest
+
+from spectral_window.training.recipes import Recipe
+
+TEXT = inspect.getsource(string) + inspect.getsource(json)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """About 30 kB of real text in several documents."""
+    folder = tmp_path_factory.mktemp("text")
+    path = folder / "text.jsonl"
+    part = len(TEXT) // 12
+    path.write_text(
+        "".join(json.dumps({"text": TEXT[i * part : (i + 1) * part]}) + "\n" for i in range(12))
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Where the prepared tokens of all tests of this session are kept."""
+    return tmp_path_factory.mktemp("prepared") / "tokens"
+
+
+@pytest.fixture
+def recipe(text_file) -> Recipe:
+    """Twelve steps of a model of 2 layers x 16 channels on bytes."""
+    return Recipe(
+        name="test", data=(str(text_file),), valid_fraction=0.2, tokenizer="bytes", hidden_size=16,
+        num_hidden_layers=2, num_attention_heads=2, window=4, initializer_range=0.1, sequence_length=16, batch_size=8,
+        micro_batch_size=4, steps=12, lr=3e-3, warmup_steps=3, log_every=2, eval_every=6, eval_tokens=256, save_every=4,
+        match=None,
+    )  # fmt: skip
