@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_window.ops.chunked_spectral import chunked
 from spectral_window.ops.modes import Modes, powers
 
 BLOCK = 64
@@ -368,14 +369,10 @@ def _differentiate(ctx, grad, grad_state, grad_kept):
 
 def _differentiate_again(u, decay, frequency, gain, state, positions, grad, grad_state):
     """The same gradients, built from operations that can be differentiated themselves."""
-    from spectral_window.ops.spectral import spectral_conv
-
     inputs = [x for x in (u, decay, frequency, gain, state) if x is not None]
     asked = [x for x in inputs if x.requires_grad]
     with torch.enable_grad():
-        outputs = spectral_conv(
-            u, Modes(decay, frequency, gain), state=state, positions=positions, method="chunked"
-        )
+        outputs = chunked(u, Modes(decay, frequency, gain), state, positions, known=True)
         found = torch.autograd.grad(
             outputs, asked, (grad, grad_state), create_graph=True, allow_unused=True
         )

@@ -6,9 +6,7 @@ The paper computes it with an FFT. Because K is a sum of powers z^t, it is also 
 two numbers of state a mode (see `modes`), which gives a linear-time method and a constant-state
 step:
 
-    chunked    inside a chunk of C tokens the convolution is a C x C matrix a channel; between
-               chunks only the state h travels, by a scan of length T / C. All in float64, rounded
-               once at the end.
+    chunked    products inside chunks, a scan between them (`chunked_spectral`).
     scan       the recurrence itself, one pass over memory in compiled code (`numba_spectral`).
     step       one token: h <- z h + u, y = Re(sum gain h).
     fft        the paper's: zero-pad to >= 2T, multiply spectra, crop; float32 whatever the dtype.
@@ -18,15 +16,13 @@ step:
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.ops import reference
+from spectral_window.ops.chunked_spectral import chunked
 from spectral_window.ops.dispatch import resolve
-from spectral_window.ops.documents import chunk_grid, find_documents, given_positions
+from spectral_window.ops.documents import find_documents, given_positions
 from spectral_window.ops.modes import Modes, exact_dtype, kernel, powers, times
-
-CHUNK = 32
 
 
 def spectral_conv(
@@ -89,7 +85,7 @@ def spectral_conv(
     if method == "scan":
         return _scanned(u, modes, state, positions, known)
     if method == "chunked":
-        return _chunked(u, modes, state, positions, known)
+        return chunked(u, modes, state, positions, known)
     whole = _fft if method == "fft" else _reference
     modes = modes.double()  # cast once, so that gradients are summed before they are rounded
     if positions is None:
@@ -134,139 +130,6 @@ def _scanned(
     )
     y, final, _ = scan(u, modes.decay, modes.frequency, modes.gain, state, positions, keep)
     return y, final
-
-
-def _chunked(
-    u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None, known: bool
-) -> tuple[Tensor, Tensor]:
-    """Move tokens to a grid of chunks [D, G, C], each of one document; convolve; move back."""
-    batch, time, channels = u.shape
-    if positions is None:
-        per_row = -(-time // CHUNK)
-        x = (
-            F.pad(u, (0, 0, 0, per_row * CHUNK - time))
-            .to(state.dtype)
-            .reshape(-1, channels)
-            .T.contiguous()
-        )
-        first = torch.arange(batch * per_row, device=u.device) % per_row == 0
-        entry_row = torch.arange(batch, device=u.device)
-        entry_chunk = entry_row * per_row
-        last_chunk = entry_chunk + per_row - 1
-        filled = torch.full((batch,), time - (per_row - 1) * CHUNK, device=u.device)
-        y, final = _convolve_chunks(
-            x, modes, state, first, entry_chunk, entry_row, last_chunk, filled
-        )
-        y = y.to(u.dtype).reshape(channels, -1).T.reshape(batch, -1, channels)[:, :time]
-        return y.contiguous(), final
-
-    docs = find_documents(positions, torch.full((batch,), -1, device=u.device) if known else None)
-    index = torch.arange(len(docs.token), device=u.device)
-    slot, first = chunk_grid(docs.document, index - docs.head[docs.document], CHUNK)
-    continues = docs.head[docs.position[docs.head] != 0]
-    alive = docs.last >= 0  # rows with any token
-    last = docs.last.clamp(min=0)
-    if not len(index):
-        return u * 0, state
-    x = u.new_zeros(len(first) * CHUNK, channels, dtype=state.dtype)
-    tokens = u.reshape(-1, channels).index_select(0, docs.token)
-    x = x.index_copy(0, slot, tokens.to(state.dtype)).T.contiguous()
-    y, final = _convolve_chunks(
-        x,
-        modes,
-        state,
-        first,
-        slot[continues] // CHUNK,
-        docs.row[continues],
-        slot[last] // CHUNK,
-        slot[last] % CHUNK + 1,
-    )
-    y = y.to(u.dtype).reshape(channels, -1).T.index_select(0, slot)
-    out = torch.zeros_like(u).reshape(-1, channels).index_copy(0, docs.token, y)
-    return out.reshape(u.shape), torch.where(alive[:, None, None, None], final, state)
-
-
-def _convolve_chunks(
-    x: Tensor,
-    modes: Modes,
-    state: Tensor,
-    first: Tensor,
-    entry_chunk: Tensor,
-    entry_row: Tensor,
-    last_chunk: Tensor,
-    filled: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The convolution over G chunks laid end to end.
-
-    x [D, G*C] float64 (zeros in empty places), first [G] marks chunks with no past. `state` of row
-    entry_row[i] enters at chunk entry_chunk[i]. The final state of row b is taken in chunk
-    last_chunk[b] after filled[b] places.
-    Returns (y [D, G, C], final [B, D, M, 2]).
-    """
-    channels, modes_each = modes.decay.shape
-    x = x.view(channels, -1, CHUNK)
-    table = powers(modes, torch.arange(CHUNK + 1, device=x.device))  # z^0 ... z^C
-    weighted = table if modes.gain is None else table * modes.gain.to(table.dtype)[..., None, None]
-
-    # inside a chunk: y_t = sum_{s <= t} K[t - s] x_s, a Toeplitz matrix made of shifted views of
-    # the padded kernel
-    padded = F.pad(weighted[:, :, :CHUNK, 0].sum(1), (CHUNK - 1, 0))
-    toeplitz = padded.unfold(-1, CHUNK, 1).flip(1)  # [D, s, t] = K[t - s], 0 for t < s
-    y = torch.bmm(x, toeplitz)
-
-    # what a chunk leaves behind, as if nothing came before: sum_s z^(C-1-s) x_s
-    leave = table[:, :, :CHUNK].flip(2).permute(0, 2, 1, 3).reshape(channels, CHUNK, -1)
-    left = torch.bmm(x, leave).view(channels, -1, modes_each, 2)
-
-    # between chunks: the state before each chunk
-    entry = torch.zeros_like(left).index_copy(
-        1, entry_chunk, state.index_select(0, entry_row).transpose(0, 1)
-    )
-    step = table[:, None, :, CHUNK]
-    after = _scan(times(step, entry) + left, step, first)
-    before = torch.cat(
-        (entry[:, :1], torch.where(first[1:, None, None], entry[:, 1:], after[:, :-1])), 1
-    )
-
-    # what came before, seen from inside: y_t += Re(sum gain z^(t+1) h)
-    seen = torch.stack((weighted[:, :, 1:, 0], -weighted[:, :, 1:, 1]), 2).reshape(
-        channels, -1, CHUNK
-    )
-    y = torch.baddbmm(y, before.reshape(channels, -1, modes_each * 2), seen)
-
-    # the state after each row's last token, which need not end a chunk: z^r h + sum_{s < r}
-    # z^(r-1-s) x_s
-    lag = filled[:, None] - 1 - torch.arange(CHUNK, device=x.device)
-    weights = table[:, :, lag.clamp(min=0)] * (lag >= 0)[..., None]  # [D, M, B, C, 2]
-    own = torch.einsum("dbc,dmbcr->bdmr", x.index_select(1, last_chunk), weights)
-    kept = times(table.index_select(2, filled), before.index_select(1, last_chunk).transpose(1, 2))
-    return y, own + kept.permute(2, 0, 1, 3)
-
-
-def _scan(left: Tensor, step: Tensor, first: Tensor) -> Tensor:
-    """h_n = left_n + step h_{n-1}, with h_{n-1} = 0 where first_n: a work-efficient scan in
-    log2(G) rounds.
-
-    left [D, G, M, 2], step [D, 1, M, 2], first [G] -> h [D, G, M, 2]. Pairs are merged, the
-    half-length sequence is scanned, and the odd places are filled in. `where` and not a product
-    with 0, so that a NaN stays in its document.
-    """
-    count = left.shape[1]
-    if count == 1:
-        return left
-    even, odd = left[:, 0::2], left[:, 1::2]
-    pairs = odd.shape[1]
-    stop = first[:, None, None]
-    ends = _scan(
-        odd + torch.where(stop[1::2], 0.0, times(step, even[:, :pairs])),
-        times(step, step),
-        first[1::2] | first[0 : 2 * pairs : 2],
-    )
-    more = even.shape[1] - 1  # even places after the first
-    filled = even[:, 1:] + torch.where(stop[2::2], 0.0, times(step, ends[:, :more]))
-    evens = torch.cat((even[:, :1], filled), 1)
-    woven = torch.stack((evens[:, :pairs], ends), 2).flatten(1, 2)
-    return woven if count % 2 == 0 else torch.cat((woven, evens[:, -1:]), 1)
 
 
 def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:

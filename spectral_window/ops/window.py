@@ -211,7 +211,7 @@ def _chunked_documents(
     key, value, key_document, key_position = _with_remembered(k, v, window, state, docs)
     tokens = len(docs.token)
     if not tokens:
-        return v * 0
+        return torch.where((state.position < 0)[:, None, None, None], v, 0.0)  # padding alone
     slot, first = chunk_grid(key_document, key_position, window)
 
     def grid(x: Tensor, at: Tensor) -> Tensor:

@@ -105,12 +105,13 @@ def test_every_tokenizer_gives_back_the_text(tmp_path, words, spec, dtype):
 
 
 def test_a_vocabulary_above_65536_gets_wider_tokens(tmp_path, words):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {f"x{i}": i for i in range(70_000)} | {"w1": 70_000, "<|endoftext|>": 70_001}
     backend = Tokenizer(models.WordLevel(vocabulary, "x0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing("x9 $A", special_tokens=[("x9", 9)])
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "tokenizer")
     source = jsonl(tmp_path / "a.jsonl", words)
     corpus = prepare([source], str(tmp_path / "tokenizer"), tmp_path / "tokens")
@@ -138,16 +139,22 @@ def test_crlf_and_lf_give_the_same_tokens(tmp_path):
     assert lf.fingerprint == crlf.fingerprint
 
 
-def test_the_default_tokenizer_learns_from_the_training_split_only(tmp_path):
-    train = ["the quick brown fox " * 20] * 5
-    valid = ["zzzzqqqq" * 200]
-    corpus = prepare(
-        [jsonl(tmp_path / "a.jsonl", train)], "bpe:400", tmp_path / "tokens",
-        valid_sources=[jsonl(tmp_path / "b.jsonl", valid)],
-    )  # fmt: skip
+@pytest.mark.parametrize("named", [True, False])
+def test_the_default_tokenizer_learns_from_the_training_split_only(tmp_path, named):
+    """Each document repeats a word of its own; the words of held-out documents stay unknown."""
+    words = ["".join(chr(97 + i * j % 26) for j in range(1, 7)) for i in range(26)]
+    path, other = (
+        jsonl(tmp_path / f"{name}.jsonl", [f"x {word}" * 50 for word in part])
+        for name, part in (("a", words[:20]), ("b", words[20:]))
+    )
+    options = {"valid_sources": [other]} if named else {"valid_fraction": 0.2}
+    corpus = prepare([path], "bpe:400", tmp_path / "tokens", **options)
+    train, valid = split_texts(corpus)
+    assert len(train) > 10
+    assert len(valid) > 1
     vocabulary = corpus.tokenizer.get_vocab()
-    assert "Ġquick" in vocabulary
-    assert not [token for token in vocabulary if "zz" in token or "qq" in token]
+    assert all("Ġ" + text[2:8] in str(vocabulary) for text in train)
+    assert not any("Ġ" + text[2:8] in str(vocabulary) for text in valid)
 
 
 def test_a_huge_text_trains_the_tokenizer_on_a_spread_sample(tmp_path, monkeypatch):

@@ -415,6 +415,23 @@ def test_padding_takes_no_part(conv, attention, data):
         assert not y[positions < 0].any()
 
 
+@pytest.mark.parametrize("method", ["scan", "chunked", "step"])
+def test_rows_of_padding_alone_give_zeros_and_keep_their_state(method):
+    u = torch.full((2, 1 if method == "step" else 5, 3), torch.nan, requires_grad=True)
+    positions = torch.full(u.shape[:2], -1)
+    state = torch.randn(2, 3, 1, 2, dtype=torch.float64)
+    y, end = spectral_conv(u, draw_modes(3), state=state, positions=positions, method=method)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros_like(y))
+    assert torch.equal(u.grad, torch.zeros_like(u))
+    assert torch.equal(end, state)
+    q = torch.full((*u.shape[:2], 1, 2), torch.nan)
+    _, ring = window_attention(*[torch.randn(2, 7, 1, 2)] * 3, window=3)
+    out, after = window_attention(q, q, q, window=3, state=ring, positions=positions)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(ring, after, strict=True))
+
+
 @given(conv_case(batch=(2, 4), empty=False), st.data())
 def test_a_row_is_the_same_in_any_batch_of_the_convolution(case, data):
     u, modes = case

@@ -1,0 +1,51 @@
+"""What README shows runs as shown; only sizes and paths are made small."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from spectral_window import SWHConfig, SWHForCausalLM
+from spectral_window.data.tokenizers import load_tokenizer
+from spectral_window.training.recipes import RECIPES, resolve
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"^    (spectral-window [^\n#]+)", README, re.M)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_examples_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer("bytes")
+    config = SWHConfig.preset("paper", size="tiny", vocab_size=len(tokenizer), num_hidden_layers=1)
+    SWHForCausalLM(config).save_pretrained("runs/mine/model")
+    tokenizer.save_pretrained("runs/mine/model")
+    exec(block.replace('"125m"', '"tiny"'), {})
+
+
+def test_commands_name_real_recipes_and_knobs():
+    trained = [shlex.split(c) for c in COMMANDS if c.startswith("spectral-window train")]
+    assert trained
+    for words in trained:
+        assert words[2] in RECIPES
+    knobs = re.search(r"every knob is a `key=value`: `([^`]+)`", README)
+    assert knobs
+    resolve("small", knobs.group(1).split())
+
+
+def test_files_and_pictures_named_are_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(
+        r"`((?:tests|results)/[\w./-]+)`", README
+    ):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_two_commands_are_there():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"^    make ([\w-]+)", README, re.M):
+        assert re.search(rf"^{command}:", makefile, re.M), command
