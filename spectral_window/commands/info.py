@@ -111,11 +111,9 @@ def _methods(config: SWHConfig, device: torch.device, dtype: torch.dtype) -> lis
         return [{"op": "attention", "use": "prefill and step", "method": "sdpa", "reason": reason}]
     found = []
     for op in config.branches:
-        for use, length in (("prefill", config.max_position_embeddings), ("step", 1)):
+        for use, length in (("prefill", 1024), ("step", 1)):
             probe = torch.empty(1, length, config.hidden_size, device=device, dtype=dtype)
             method, reason = resolve_method(op, "auto", probe)
-            if length == 1:
-                method, reason = "step", "one token: the state is updated directly"
             found.append({"op": op, "use": use, "method": method, "reason": reason})
     return found
 

@@ -12,6 +12,7 @@ would inherit the first one's), and whoever doubts a number can run its command.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -34,7 +35,7 @@ OWN = (*RUNS, "report.html", "report.png")
 MARK = ".spectral-window-demo"
 QUICK = ("steps=20", "warmup_steps=4", "eval_every=10", "save_every=20")
 QUICK_NOTE = "A quick version of 20 steps: it shows the way, and its numbers mean nothing."
-PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """'
+PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return'
 SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95}
 NEW_TOKENS = 200
 GRACE = 2.0  # seconds that a child which also saw Ctrl-C gets before it is told again
@@ -84,7 +85,6 @@ def write_sample(
     Returns the text that follows the prompt. Raises as `training.loading.load` does.
     """
     from spectral_window.generation.session import Session
-    from spectral_window.training.checkpoints import write_json
     from spectral_window.training.loading import load
 
     loaded = load(folder, device="cpu")
@@ -93,7 +93,8 @@ def write_sample(
     text = "".join(session.stream(max_new_tokens, **SAMPLING))
     settings = ", ".join(f"{key.replace('_', '-')} {value:g}" for key, value in SAMPLING.items())
     sample = {"prompt": prompt, "text": text, "settings": f"{settings}, seed {seed}"}
-    write_json(Path(folder) / "samples.json", [sample])
+    kept = json.dumps([sample], indent=2) + "\n"
+    (Path(folder) / "samples.json").write_text(kept, encoding="utf-8")
     return text
 
 

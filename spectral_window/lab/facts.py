@@ -34,13 +34,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the comparison: `better` is "low", "high" or "" (then no cell is marked best)."""
+    """A row of the comparison: `better` is "low", "high" or "" (then no cell is marked best);
+    values closer than the share `margin` are alike, as timings on a shared machine are."""
 
     name: str
     note: str
     value: Callable[[Run], float | None]
     text: Callable[[float], str]
     better: str = ""
+    margin: float = 0.0
 
 
 def parameters(run: Run) -> float | None:
@@ -68,15 +70,16 @@ MEASURES: tuple[Measure, ...] = (
     ),
     Measure(
         "Training speed", "tokens per second", lambda r: r.number("tokens_per_second"),
-        lambda v: f"{v:,.0f}", "high",
+        lambda v: f"{v:,.0f}", "high", 0.05,
     ),
     Measure(
         "Peak memory", "of the training process", lambda r: r.number("peak_memory_bytes"),
-        figures.size, "low",
+        figures.size, "low", 0.05,
     ),
     Measure("Training tokens", "", lambda r: r.number("tokens"), lambda v: f"{v:,.0f}"),
     Measure(
-        "Wall time", "of training", lambda r: r.number("wall_seconds"), figures.duration, "low"
+        "Wall time", "of training", lambda r: r.number("wall_seconds"),
+        figures.duration, "low", 0.05,
     ),
 )  # fmt: skip
 

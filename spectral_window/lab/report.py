@@ -138,30 +138,35 @@ def training_figure(run: Path | str, out_png: Path | str) -> Path:
 
 
 def _rows(runs: Sequence[Run], states: Sequence[list[tuple[int, int]]]) -> list[dict[str, Any]]:
-    rows = [_row(m.name, m.note, [m.value(r) for r in runs], m.text, m.better) for m in MEASURES]
+    rows = [
+        _row(m.name, m.note, [m.value(run) for run in runs], m.text, m.better, m.margin)
+        for m in MEASURES
+    ]
     for context, name in SHOWN_CONTEXTS.items():
-        values: list[float | None] = [dict(state).get(context) for state in states]
-        rows.append(_row(f"State after {name} tokens", "", values, figures.size, "low"))
+        kept: list[float | None] = [dict(state).get(context) for state in states]
+        rows.append(_row(f"State after {name} tokens", "", kept, figures.size, "low"))
     texts = [growth_text(state) for state in states]
     cells = [{"text": t, "best": False, "missing": t == MISSING} for t in texts]
     return [*rows, {"name": "State as text grows", "note": "", "cells": cells}]
 
 
 def _row(
-    name: str, note: str, values: Sequence[float | None], text: Callable[[float], str], better: str
+    name: str,
+    note: str,
+    values: Sequence[float | None],
+    text: Callable[[float], str],
+    better: str,
+    margin: float = 0.0,
 ) -> dict[str, Any]:
-    present = [v for v in values if v is not None]
+    """A row of the comparison; a cell is best when it is ahead by more than the share `margin`."""
     texts = [MISSING if v is None else text(v) for v in values]
+    ranked = sorted((v for v in values if v is not None), reverse=better == "high")
     best = None
-    if better and len(present) > 1:
-        best = text(min(present) if better == "low" else max(present))
-    if len(set(texts)) == 1:
-        best = None  # equal as shown: nobody is better
-    return {
-        "name": name,
-        "note": note,
-        "cells": [{"text": t, "best": t == best, "missing": t == MISSING} for t in texts],
-    }
+    if better and len(ranked) > 1 and len(set(texts)) > 1:
+        ahead = abs(ranked[0] - ranked[1]) > margin * abs(ranked[0])
+        best = text(ranked[0]) if ahead or not margin else None
+    cells = [{"text": t, "best": t == best, "missing": t == MISSING} for t in texts]
+    return {"name": name, "note": note, "cells": cells}
 
 
 def _card(run: Run, color: str) -> dict[str, str]:

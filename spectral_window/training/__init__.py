@@ -1,13 +1,21 @@
 """Training: a recipe and a folder in, a trained model and an honest record of the run out.
 
-    from spectral_window.training.recipes import resolve
-    from spectral_window.training import train
+from spectral_window.training import train
+from spectral_window.training.recipes import resolve
 
-    result = train(resolve("tiny"), "runs/tiny")
+result = train(resolve("tiny"), "runs/tiny")
 
-`trainer.py` runs it, `loop.py` is transformers' Trainer with our rules, `checkpoints.py` makes
-saving safe against a kill, `state.py` says what a checkpoint holds, `parallel.py` is the little
-that several processes need.
+recipes.py      every knob of a run, and the named recipes; knobs.py reads and checks the values
+trainer.py      train(): from a recipe to a finished run folder
+folder.py       whether that folder may be used, and by this run alone
+machine.py      device, memory, and what is recorded about them
+loop.py         transformers' Trainer with our rules; optimizer.py: its groups and learning rate
+parallel.py     the little that several processes need
+interrupt.py    Ctrl-C and SIGTERM
+checkpoints.py  saving that survives a kill; state.py: what a checkpoint holds;
+                manifest.py: how damage is noticed; files.py: writing all or nothing
+evaluate.py     loss on held-out text;  metrics.py, progress.py: what is told on the way
+loading.py      from a path to a model that can be trusted
 """
 
 from __future__ import annotations
@@ -21,9 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "train"]
 
 
-def __getattr__(
-    name: str,
-) -> Any:  # transformers' Trainer takes seconds to import: wait until it is asked for
+def __getattr__(name: str) -> Any:
+    """transformers' Trainer takes seconds to import, so `train` waits until it is asked for."""
     if name == "train":
         from spectral_window.training.trainer import train
 

@@ -78,7 +78,8 @@ def evaluate(
         tokens = int(summed)
     if not math.isfinite(total):
         raise DivergedError(
-            "the loss on held-out text is not finite (evaluate): the weights are unusable; use an earlier checkpoint"
+            "the loss on held-out text is not finite (evaluate): the weights are unusable; "
+            "use an earlier checkpoint"
         )
     text_bytes = stream.bytes * tokens / (len(stream) - 1)
     loss = total / tokens
@@ -92,8 +93,7 @@ def evaluate(
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of the numbers 0 ... count - 1, evenly spaced and rising (all of them if there are
-    no more)."""
+    """`wanted` of the numbers 0 ... count - 1, evenly spaced and rising; at most all of them."""
     if wanted >= count:
         return list(range(count))
     return [i * count // wanted for i in range(wanted)]

@@ -1,7 +1,8 @@
 """From a path that a person typed to a model that can be trusted.
 
 A path may be a run folder (its final `model/`, else its newest checkpoint whose every byte agrees
-with its manifest) or any folder that `save_pretrained` wrote. Nothing is fetched and nothing is
+with its manifest) or any folder that `save_pretrained` wrote. A folder that has a manifest must
+agree with it, so a single flipped bit is noticed. Nothing is fetched and nothing is
 unpickled; the weights must be safetensors files inside the folder, hold exactly the tensors that
 the config asks for, and be finite.
 """
@@ -22,15 +23,14 @@ from torch import Tensor
 from spectral_window.data.tokenizers import load_tokenizer
 from spectral_window.errors import IntegrityError, UserError
 from spectral_window.hf import SWHConfig, SWHForCausalLM
-from spectral_window.training import checkpoints
+from spectral_window.training import checkpoints, manifest
 
 SHOWN = 10  # tensors that an error names
 LARGEST_JSON = 1 << 20
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode, its tokenizer, the folder they came from, and lines worth telling the
-    user."""
+    """A model in eval mode, its tokenizer, where they came from, and lines worth telling."""
 
     model: SWHForCausalLM
     tokenizer: Any
@@ -39,8 +39,7 @@ class Loaded(NamedTuple):
 
 
 def find_model(path: str | os.PathLike[str]) -> tuple[Path, list[str]]:
-    """The folder with config and weights that `path` means, and a line for each damaged checkpoint
-    passed over.
+    """The model folder that `path` means, and a line for each damaged checkpoint passed over.
 
     Raises UserError where there is none, IntegrityError where there are checkpoints but none is
     intact.
@@ -82,6 +81,7 @@ def load(path: str | os.PathLike[str], *, device: str = "auto") -> Loaded:
     """
     where = choose_device(device)
     folder, notes = find_model(path)
+    _check_manifest(folder)
     config = load_config(folder)
     tensors = _read_tensors(folder)
     # Built without memory and given the stored tensors themselves: nothing is initialised in vain.
@@ -105,9 +105,21 @@ def load(path: str | os.PathLike[str], *, device: str = "auto") -> Loaded:
     return Loaded(model.eval(), tokenizer, folder, notes)
 
 
+def _check_manifest(folder: Path) -> None:
+    """IntegrityError if a file differs from what the folder's manifest says, if it has one."""
+    if not (folder / manifest.MANIFEST).is_file():
+        return
+    try:
+        manifest.verify(folder)
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{error}, or delete its {manifest.MANIFEST} if the change was yours"
+        ) from None
+
+
 def load_config(folder: Path) -> SWHConfig:
-    """The config of a model folder; UserError where a field is wrong, IntegrityError where it is no
-    config."""
+    """The config of a model folder. Raises UserError for a wrong field, IntegrityError for a file
+    that is no config."""
     values = read_json(folder / "config.json")
     try:
         return SWHConfig.from_dict(values)
@@ -120,8 +132,7 @@ def load_config(folder: Path) -> SWHConfig:
 
 
 def choose_device(name: str) -> torch.device:
-    """`name` as a device that this machine has; "auto" takes a GPU if there is one. UserError names
-    the devices."""
+    """`name` as a device of this machine; "auto" takes a GPU if there is one. Or UserError."""
     have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         have.append("mps")
@@ -139,8 +150,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _names_a_model(folder: Path) -> bool:
-    """True for a folder with a model's config.json (a run folder has a config.json too, of another
-    kind)."""
+    """Whether there is a model's config.json (a run folder's is of another kind)."""
     path = folder / "config.json"
     return path.is_file() and "model_type" in read_json(path)
 
@@ -206,8 +216,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_names(folder: Path, stored: dict[str, Tensor], model: torch.nn.Module) -> None:
-    """Every tensor of `model` is stored once with its shape, and nothing else is; tied ones under
-    one name."""
+    """Raise IntegrityError unless `stored` is what `model` needs; of tied tensors one will do."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held = {id(parameters[name]) for name in stored if name in parameters}
     wrong = [f"{n} missing" for n, p in parameters.items() if n not in stored and id(p) not in held]

@@ -3,13 +3,15 @@
 What the library does well stays: the training step, mixed precision, accumulation, several
 processes. What it gets wrong for us is replaced, one method each:
 
-    get_train_dataloader     the data order is a function of (seed, step), so a run resumes at any step exactly
-    get_batch_samples        counts the tokens of the whole step, so each token weighs the same; agrees on a stop
-    create_optimizer         AdamW that leaves dynamics, gains, norms and biases undecayed
-    _get_grad_norm           a loss or gradient that is not finite ends the run before it reaches a weight
-    evaluate                 exact loss over held-out text, from `evaluate.py`
-    _save_checkpoint, _load_*  `checkpoints.py` and `state.py`: all or nothing, verified, nothing pickled
-    log                      metrics.jsonl
+    get_train_dataloader  the order is a function of (seed, step): a run resumes at any step exactly
+    get_batch_samples     counts the tokens of the whole step, so each token weighs the same; looks
+                          for a stop that was asked for
+    create_optimizer      AdamW that leaves dynamics, gains, norms and biases undecayed
+    _get_grad_norm        a loss or gradient that is not finite ends the run before any weight moves
+    evaluate              exact loss over held-out text, from `evaluate.py`
+    log                   metrics.jsonl
+    _save_checkpoint, _load_*
+                          all or nothing, verified, nothing pickled: `checkpoints.py`, `state.py`
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -31,51 +32,25 @@ from transformers.trainer_callback import PrinterCallback
 from spectral_window.data.blocks import IGNORED, PackedBlocks, ShuffledBlocks
 from spectral_window.data.text import Corpus
 from spectral_window.errors import DivergedError, IntegrityError, UserError
-from spectral_window.training.evaluate import evaluate
-from spectral_window.training.recipes import Recipe
-from spectral_window.nn.layers import no_weight_decay
 from spectral_window.training import checkpoints, state
+from spectral_window.training.evaluate import evaluate
 from spectral_window.training.interrupt import StopRequest
+from spectral_window.training.machine import pick_device
 from spectral_window.training.metrics import MetricsLog
+from spectral_window.training.optimizer import adamw, learning_rate_factor
 from spectral_window.training.parallel import World
 from spectral_window.training.progress import Progress
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups: matrices and embeddings are decayed; dynamics, gains, norms and biases
-    are not."""
-    spared = no_weight_decay(model)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for name, p in trained if name not in spared], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name in spared], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate_factor(recipe: Recipe) -> Callable[[int], float]:
-    """Step (counted from 0) -> multiple of `lr`: linear warm-up, then a cosine down to
-    `lr_min_ratio`, or constant."""
-    warmup, steps, lowest = recipe.warmup_steps, recipe.steps, recipe.lr_min_ratio
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if recipe.schedule == "constant":
-            return 1.0
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * done))
-
-    return factor
+from spectral_window.training.recipes import Recipe
 
 
 def accumulation(recipe: Recipe, world: World) -> int:
-    """Micro-batches a process takes per optimiser step. Raises UserError if the batch does not
-    divide."""
+    """Micro-batches a process takes per optimiser step; UserError if the batch does not divide."""
     steps, rest = divmod(recipe.batch_size, recipe.micro_batch_size * world.size)
     if rest or not steps:
         raise UserError(
-            f"batch_size={recipe.batch_size} (recipe): must be a multiple of micro_batch_size={recipe.micro_batch_size} "
-            f"times {world.size} processes; lower micro_batch_size"
+            f"batch_size={recipe.batch_size} (recipe): must be a multiple of "
+            f"micro_batch_size={recipe.micro_batch_size} times {world.size} processes; "
+            "lower micro_batch_size"
         )
     return steps
 
@@ -98,48 +73,63 @@ class _Order(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         recipe, world = self.recipe, self.world
         order = ShuffledBlocks(
-            self.count, seed=recipe.seed, epochs=None, start=self.first_step * recipe.batch_size,
-            rank=world.rank, world=world.size,
-        )  # fmt: skip
-        return islice(
-            iter(order), (recipe.steps - self.first_step) * recipe.batch_size // world.size
+            self.count,
+            seed=recipe.seed,
+            epochs=None,
+            start=self.first_step * recipe.batch_size,
+            rank=world.rank,
+            world=world.size,
         )
+        left = (recipe.steps - self.first_step) * recipe.batch_size // world.size
+        return islice(iter(order), left)
 
 
 class RecipeTrainer(Trainer):
-    """Trains `model` as `recipe` says; see the module's text for what differs from transformers'
-    Trainer."""
+    """Trains `model` as `recipe` says; the module's text tells what differs from Trainer."""
+
+    model: Any  # Trainer allows None; here it is a model from the start
+    lr_scheduler: Any
 
     def __init__(
-        self, *, recipe: Recipe, model: Any, corpus: Corpus, folder: Path, about: dict[str, Any],
-        world: World, stop: StopRequest, metrics: MetricsLog, progress: Progress,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        recipe: Recipe,
+        model: Any,
+        corpus: Corpus,
+        folder: Path,
+        about: dict[str, Any],
+        world: World,
+        stop: StopRequest,
+        metrics: MetricsLog,
+        progress: Progress,
+    ) -> None:
         self.recipe, self.corpus, self.folder, self.about = recipe, corpus, folder, about
         self.world, self.stop, self.log_file, self.progress = world, stop, metrics, progress
         self.blocks = PackedBlocks(corpus.train, recipe.sequence_length)
         self.order = _Order(len(self.blocks), recipe, world)
         self.saved: Path | None = None
         self.stopping = 0  # the signal that all processes agreed to stop for
-        self._counters: dict[str, Any] = {}
+        self.last_loss: float | None = None  # as last logged
+        self.last_speed: float | None = None
+        self._counters: dict[str, Any] = {}  # of the checkpoint that the run resumed from
+        self._generators: list[dict[str, Any]] = []
         self._clock = _Clock()
         if recipe.gradient_checkpointing:
             # Renamed between the versions of transformers that we support.
             name = "activation_checkpointing_enable"
             getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-        super().__init__(
-            model=model, args=_arguments(recipe, folder, world), train_dataset=self.blocks
-        )
-        self.args._n_gpu = min(
-            1, self.args._n_gpu
-        )  # one process drives one device; several need torchrun
+        arguments = _arguments(recipe, folder, world)
+        super().__init__(model=model, args=arguments, train_dataset=self.blocks)
+        # One process drives one device; several need torchrun.
+        self.args._n_gpu = min(1, self.args._n_gpu)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(self))
 
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches from where the run stands; not wrapped by accelerate, for the order is
-        split already."""
+        """Micro-batches from where the run stands. accelerate must not wrap it: the order is split
+        among the processes already."""
         # Its own generator: by default a DataLoader draws from torch's each time it starts, and a
         # resumed run starts once more.
         return DataLoader(
@@ -155,56 +145,42 @@ class RecipeTrainer(Trainer):
         self._clock.start()
         samples = list(islice(epoch_iterator, num_batches))
         counted = sum(int((sample["shift_labels"] != IGNORED).sum()) for sample in samples)
-        if self.world.size == 1:
-            self.stopping = self.stop.signum
-        else:
-            mine = [float(self.stop.signum == signum) for signum in (signal.SIGTERM, signal.SIGINT)]
-            total, term, ctrl_c = self.world.sum(counted, *mine, device=self.args.device)
-            counted, self.stopping = (
-                int(total),
-                signal.SIGTERM if term else signal.SIGINT if ctrl_c else 0,
-            )
-        return samples, torch.tensor(counted, device=device)
+        # One sum tells every process both the tokens of the step and whether any was asked to stop.
+        asked = [float(self.stop.signum == signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+        total, term, ctrl_c = self.world.sum(counted, *asked, device=self.args.device)
+        self.stopping = signal.SIGTERM if term else signal.SIGINT if ctrl_c else 0
+        return samples, torch.tensor(int(total), device=device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return (
-            0  # Trainer would count every parameter at every step; `flops_per_token` knows better
-        )
+        """None counted: Trainer would go over every parameter at every step for an estimate."""
+        return 0
 
     # ------------------------------------------------------------------ optimiser
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            recipe = self.recipe
-            self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.model, recipe.weight_decay),
-                lr=recipe.lr,
-                betas=(recipe.beta1, recipe.beta2),
-                fused=True,
-            )
+            self.optimizer = adamw(self.model, self.recipe)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
-            chosen = optimizer or self.optimizer
-            plain = getattr(chosen, "optimizer", chosen)  # accelerate wraps it
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                plain, learning_rate_factor(self.recipe)
+                _unwrapped(optimizer or self.optimizer), learning_rate_factor(self.recipe)
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once a step, between the backward pass and the optimiser: the last moment to
-        refuse."""
+        """Called once a step between the backward pass and the optimiser: the last moment to refuse
+        numbers that are not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not (math.isfinite(float(norm)) and math.isfinite(float(self._tr_loss))):
             step = self.state.global_step + 1
             self.log_file.write(self._row({"event": "diverged"}, step=step))
             last = f"resume from {self.saved.name}" if self.saved else "start again"
             raise DivergedError(
-                f"the loss or its gradient is not finite (step {step}): nothing of it was kept; {last} with a lower lr "
-                f"(it is {self.recipe.lr:g}) or more warmup_steps"
+                f"the loss or its gradient is not finite (step {step}): nothing of it was kept; "
+                f"{last} with a lower lr (it is {self.recipe.lr:g}) or more warmup_steps"
             )
         return norm
 
@@ -227,9 +203,6 @@ class RecipeTrainer(Trainer):
             )
         )
 
-    last_loss: float | None = None
-    last_speed: float | None = None
-
     def _row(self, values: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         step = self.state.global_step if step is None else step
         return {
@@ -246,33 +219,35 @@ class RecipeTrainer(Trainer):
         self.control.should_evaluate = False
         recipe = self.recipe
         scores = evaluate(
-            self.model, self.corpus.valid, length=recipe.sequence_length, batch=recipe.eval_batch_size,
-            max_tokens=recipe.eval_tokens, dtype=recipe.dtype, world=self.world,
-        )  # fmt: skip
+            self.model,
+            self.corpus.valid,
+            length=recipe.sequence_length,
+            batch=recipe.eval_batch_size,
+            max_tokens=recipe.eval_tokens,
+            dtype=recipe.dtype,
+            world=self.world,
+        )
         found = {key: scores[key] for key in ("perplexity", "bits_per_byte")}
         self.log_file.write(
             self._row({"eval_loss": scores["loss"], **found, "eval_tokens": scores["tokens"]})
         )
         self.progress.note(
-            f"step {self.state.global_step}: held-out loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f}, "
-            f"{scores['bits_per_byte']:.4f} bits per byte"
+            f"step {self.state.global_step}: held-out loss {scores['loss']:.4f}, "
+            f"perplexity {scores['perplexity']:.2f}, {scores['bits_per_byte']:.4f} bits per byte"
         )
         return {"eval_loss": scores["loss"]}
 
     # ------------------------------------------------------------------ checkpoints
 
-    @property
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, parameters = self.state.global_step, self.model.parameters()
+        schedule = self.lr_scheduler.state_dict()
+        schedule.pop("lr_lambdas")
         counters = {
-            "step": self.state.global_step,
-            "samples": self.state.global_step * self.recipe.batch_size,
+            "step": step,
+            "samples": step * self.recipe.batch_size,
             "seconds": self.seconds(),
-            "schedule": {
-                k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"
-            },
+            "schedule": schedule,
             "loss_sum": sum(self.world.gather(float(self._tr_loss))) / self.world.size,
             "logged_step": self._globalstep_last_logged,
         }
@@ -280,25 +255,21 @@ class RecipeTrainer(Trainer):
 
         def write(folder: Path) -> None:
             state.save_model(folder, self.model, self.corpus.tokenizer)
-            state.save_optimizer(folder, self.model, self._plain_optimizer)
+            state.save_optimizer(folder, self.model, _unwrapped(self.optimizer))
             state.save_rest(folder, counters, generators)
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
-        def save() -> str:
-            about = self.about | {"samples": counters["samples"], "processes": self.world.size}
-            size = 4 * sum(parameter.nbytes for parameter in self.model.parameters())
-            return str(
-                checkpoints.save(
-                    self.folder / "checkpoints",
-                    self.state.global_step,
-                    write,
-                    about=about,
-                    keep=self.recipe.keep_checkpoints,
-                    needs=size,
-                )  # fmt: skip
+        def save() -> Path:
+            return checkpoints.save(
+                self.folder / "checkpoints",
+                step,
+                write,
+                about=self.about | {"samples": counters["samples"], "processes": self.world.size},
+                keep=self.recipe.keep_checkpoints,
+                needs=3 * sum(parameter.nbytes for parameter in parameters),  # and two moments
             )
 
-        self.saved = Path(self.world.first(save))
+        self.saved = self.world.first(save)
 
     def resume(self, folder: Path) -> None:
         """Train on from a checkpoint that `checkpoints.verify` accepted."""
@@ -311,24 +282,21 @@ class RecipeTrainer(Trainer):
         state.load_model(Path(resume_from_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state.load_optimizer(Path(checkpoint), self.model, self._plain_optimizer)
-            self.lr_scheduler.load_state_dict(
-                self._counters["schedule"] | {"lr_lambdas": [None] * 2}
-            )
-            # The groups keep the rate of the moment; the schedule's state alone does not set it.
-            for group, rate in zip(
-                self._plain_optimizer.param_groups,
-                self._counters["schedule"]["_last_lr"],
-                strict=True,
-            ):
-                group["lr"] = rate
+        if checkpoint is None:
+            return
+        optimizer, schedule = _unwrapped(self.optimizer), self._counters["schedule"]
+        state.load_optimizer(Path(checkpoint), self.model, optimizer)
+        self.lr_scheduler.load_state_dict(schedule | {"lr_lambdas": [None] * 2})
+        # The groups keep the rate of the moment; the schedule's state alone does not set it.
+        for group, rate in zip(optimizer.param_groups, schedule["_last_lr"], strict=True):
+            group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             if self.world.rank < len(self._generators):
                 state.restore_random_state(self._generators[self.world.rank])
             else:
+                # More processes than were saved: a stream of its own for each of the others.
                 torch.manual_seed(self.recipe.seed * 1_000_003 + self.world.rank)
 
     def restore_sums(self) -> None:
@@ -336,7 +304,8 @@ class RecipeTrainer(Trainer):
         if self._counters:
             if self._counters["step"] != self.state.global_step:
                 raise IntegrityError(
-                    f"trainer_state.json is of step {self.state.global_step} ({self.saved}): resume another checkpoint"
+                    f"trainer_state.json is of step {self.state.global_step} ({self.saved}): "
+                    "resume another checkpoint"
                 )
             self._tr_loss += self._counters["loss_sum"]
             self._globalstep_last_logged = self._counters["logged_step"]
@@ -365,8 +334,7 @@ class _Flow(TrainerCallback):
 
 
 class _Clock:
-    """Wall time since the start, and the time spent in training steps alone since the last
-    question."""
+    """Wall time since the start, and the time spent in training steps alone."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
@@ -419,10 +387,6 @@ def _arguments(recipe: Recipe, folder: Path, world: World) -> TrainingArguments:
     )
 
 
-def pick_device(recipe: Recipe) -> str:
-    """ "cpu" or "cuda". Raises UserError for a GPU that is not there."""
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda (recipe): this machine has no usable GPU; use device=cpu")
-    if recipe.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return recipe.device
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser itself; accelerate wraps it."""
+    return getattr(optimizer, "optimizer", optimizer)

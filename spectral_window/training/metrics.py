@@ -1,9 +1,10 @@
-"""metrics.jsonl: what happened, one JSON object a line, in the order of the steps; it survives a
-kill and a resume.
+"""metrics.jsonl: what happened, one JSON object a line, in the order of the steps.
 
-    {"step": 10, "tokens": 81920, "seconds": 31.2, "loss": 7.91, "lr": 0.0002, "grad_norm": 1.7, "tokens_per_second": 2650}
-    {"step": 100, "tokens": 819200, "seconds": 320.1, "eval_loss": 5.2, "perplexity": 181.3, "bits_per_byte": 2.1, "eval_tokens": 65536}
-    {"step": 100, "tokens": 819200, "seconds": 320.4, "event": "resume"}
+    {"step": 10, "tokens": 81920, "seconds": 31.2,
+     "loss": 7.91, "lr": 0.0002, "grad_norm": 1.7, "tokens_per_second": 2650}
+    {"step": 100, "tokens": 819200, "seconds": 320.1,
+     "eval_loss": 5.2, "perplexity": 181.3, "bits_per_byte": 2.1, "eval_tokens": 65536}
+    {"step": 100, "tokens": 819200, "event": "resume"}
 
 `loss` is the mean over the steps since the line before; `seconds` is the wall time of training so
 far, evaluation and saving included, over all sessions; `tokens_per_second` counts training steps
@@ -14,17 +15,17 @@ run again: no step is lost and none is there twice.
 from __future__ import annotations
 
 import json
-import os
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from spectral_window.errors import ResourceError
+from spectral_window.training.files import write_text
 
 
 class MetricsLog:
-    """Appends to `path`. With `path=None` (a process that is not the first) every call does
-    nothing."""
+    """Appends to `path`. With None (a process that is not the first) no call does anything."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -39,7 +40,8 @@ class MetricsLog:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise ResourceError(
-                f"cannot write: {error.strerror} ({self.path}): make room or restore the folder, then --resume"
+                f"cannot write: {error.strerror} ({self.path}): "
+                "make room or restore the folder, then --resume"
             ) from error
 
     def read(self) -> list[dict[str, Any]]:
@@ -60,18 +62,14 @@ class MetricsLog:
         if self.path is None:
             return
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
-        temporary = self.path.with_name(f".tmp-{self.path.name}-{os.getpid()}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
 
     def speed(self) -> float | None:
-        """Median tokens per second over the lines, without the first one (it holds the warming-up),
-        if there are more."""
+        """Median tokens per second over the lines; the first, which holds the warming-up, is left
+        out if there are more."""
         speeds = [row["tokens_per_second"] for row in self.read() if row.get("tokens_per_second")]
         return statistics.median(speeds[1:] or speeds) if speeds else None
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

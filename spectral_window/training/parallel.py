@@ -22,8 +22,7 @@ _T = TypeVar("_T")
 
 
 class World:
-    """The processes of this run: `rank` of `size`. With one process every method is the trivial
-    one."""
+    """The processes of this run: `rank` of `size`. With one, every method is the trivial one."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -45,7 +44,8 @@ class World:
         ]
         if missing:
             raise UserError(
-                f"{missing[0]} is not set (WORLD_SIZE is {size}): start several processes with torchrun"
+                f"{missing[0]} is not set (WORLD_SIZE is {size}): "
+                "start several processes with torchrun"
             )
         world = cls(int(os.environ["RANK"]), size)
         if not dist.is_initialized():
@@ -66,8 +66,8 @@ class World:
         return self.rank == 0
 
     def first(self, work: Callable[[], _T]) -> _T:
-        """What `work()` returns in the first process, in every process; a UserError there is raised
-        everywhere."""
+        """What `work()` returns in the first process, in every process; an error it raises there is
+        raised in all of them (as a UserError in the others)."""
         if self.size == 1:
             return work()
         box: list[Any] = [None, None, None]
@@ -83,9 +83,7 @@ class World:
             raise failure
         if box[1] is not None:
             kind = getattr(errors, box[1], UserError)
-            raise (kind if isinstance(kind, type) and issubclass(kind, UserError) else UserError)(
-                box[2]
-            )
+            raise (kind if issubclass(kind, UserError) else UserError)(box[2])
         return box[0]
 
     def gather(self, value: _T) -> list[_T]:
@@ -103,11 +101,3 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total.tolist()
-
-    def maximum(self, value: float, device: torch.device | str = "cpu") -> float:
-        """The largest value of any process."""
-        if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=device)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX)
-        return total.item()

@@ -1,5 +1,7 @@
-"""What a training tells whoever watches it. `train` prints nothing itself: it calls the methods of
-a `Progress`."""
+"""What a training tells whoever watches it.
+
+`train` prints nothing itself: it calls the methods of a `Progress`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -36,6 +40,16 @@ class Progress(Protocol):
         """No more events; called once, also after an error."""
 
 
+class Silent:
+    """A Progress that tells nobody."""
+
+    def prepare(self, stage: str, done: int, total: int | None) -> None: ...
+    def start(self, title: str, first_step: int, steps: int) -> None: ...
+    def step(self, step: int, loss: float | None, tokens_per_second: float | None) -> None: ...
+    def note(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
 class RichProgress:
     """Bars on a terminal; elsewhere (a log file) a plain line every `every` seconds."""
 
@@ -43,7 +57,7 @@ class RichProgress:
         self.console = console or Console(stderr=True)
         self.every = every
         self._bar: Bar | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._stage = ""
         self._last = 0.0
         self._steps = 0
@@ -57,19 +71,21 @@ class RichProgress:
             )
             if not self.console.is_terminal:
                 self.console.print(f"{stage} ...")
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None and self._task is not None and self._due(0.1):
             size = f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f}" if total else "")
-            if self._due(0.1):
-                self._bar.update(
-                    self._task, completed=done, total=total, description=stage, size=size
-                )
+            self._bar.update(self._task, completed=done, total=total, description=stage, size=size)
 
     def start(self, title: str, first_step: int, steps: int) -> None:
         self._title, self._steps = title, steps
         self._open(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[size]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[size]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=title, completed=first_step, total=steps)
 
@@ -92,7 +108,7 @@ class RichProgress:
             self._bar.stop()
             self._bar = self._task = None
 
-    def _open(self, *columns) -> None:
+    def _open(self, *columns: ProgressColumn) -> None:
         self.stop()
         if self.console.is_terminal:
             self._bar = Bar(*columns, console=self.console)

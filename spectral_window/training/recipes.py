@@ -21,21 +21,15 @@ Two choices are worth knowing before reading the numbers:
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from spectral_window.errors import UserError, unknown
+from spectral_window.training.knobs import check, parse
 
-DTYPES = ("float32", "bfloat16")
-DEVICES = ("auto", "cpu", "cuda")
-MATMUL_PRECISIONS = ("highest", "high", "medium")
-
-# Knobs that can differ between a run and its resumption: they change what is written down, not what
-# is learned.
+# What may differ between a run and its resumption: it changes the record, not what is learned.
 FREE_ON_RESUME = frozenset(
     {"device", "log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"}
 )
@@ -43,8 +37,7 @@ FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every knob of a training run. Sizes are counts, `lr` is per optimiser step, lengths are in
-    tokens.
+    """Every knob of a training run: sizes are counts, lengths are in tokens.
 
     Raises UserError on a value outside its range, naming the field.
     """
@@ -75,9 +68,8 @@ class Recipe:
     initializer_range: float | None = 0.02
     tie_word_embeddings: bool = False
     vocab_size: int | None = None
-    # Equal size: give this variant as many parameters as the recipe with that mixer and both
-    # branches, or exactly
-    # about `parameters`. match=none turns it off.
+    # Equal size: give this variant as many parameters as the recipe with the mixer `match` and both
+    # branches has (none turns it off), or about `parameters`.
     match: str | None = "spectral_window"
     parameters: int | None = None
     # Optimisation
@@ -107,7 +99,7 @@ class Recipe:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(vars(self), FIELDS)
 
     @property
     def tokens_per_step(self) -> int:
@@ -116,16 +108,12 @@ class Recipe:
 
     @property
     def eval_batch_size(self) -> int:
-        """Blocks evaluated at a time: about as many tokens as fill the processor, whatever the
-        block's length."""
+        """Blocks evaluated at a time: tokens enough to fill the processor, whatever the length."""
         return max(self.micro_batch_size, 4096 // self.sequence_length)
 
     def replace(self, **changes: Any) -> Recipe:
-        """The same recipe with some knobs changed; an unknown name raises UserError with the
-        nearest one."""
-        for key in changes:
-            if key not in FIELDS:
-                raise unknown("recipe key", key, FIELDS)
+        """The same recipe with some knobs changed. Raises UserError on an unknown or bad one."""
+        _check_keys(changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,21 +124,27 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """Inverse of `to_dict`. Raises UserError on an unknown key."""
-        for key in values:
-            if key not in FIELDS:
-                raise unknown("recipe key", key, FIELDS)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        _check_keys(values)
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**fields)
 
 
 FIELDS: dict[str, Any] = typing.get_type_hints(Recipe)
+
+
+def _check_keys(keys: Iterable[str]) -> None:
+    for key in keys:
+        if key not in FIELDS:
+            raise unknown("recipe key", key, FIELDS)
 
 
 # -------------------------------------------------------------------------------------- the recipes
 
 
 def demo() -> Recipe:
-    """Two minutes on two CPU cores: code and docstrings of the running Python's standard
-    library."""
+    """Two minutes on two CPU cores, on the source of the running Python's standard library."""
     return Recipe(
         name="demo",
         data=("stdlib",),
@@ -193,8 +187,7 @@ def tiny() -> Recipe:
 
 
 def small() -> Recipe:
-    """Half an hour or more on two CPU cores, on about 25 MB of English prose: give it `data=` and
-    `valid=`."""
+    """Half an hour or more on two CPU cores: give it some 25 MB of prose as `data=`, `valid=`."""
     return Recipe(
         name="small",
         data=("stdlib",),
@@ -218,8 +211,7 @@ def small() -> Recipe:
 
 
 def paper_lm() -> Recipe:
-    """The paper's language model at its size and data (arXiv 2601.01313): 12 x 768, FineWeb-Edu,
-    GPT-2's tokens.
+    """The paper's language model (arXiv 2601.01313): 12 x 768, FineWeb-Edu, GPT-2's tokens.
 
     As the text says (cosine, 16 000 steps); its code used a constant rate and 2000 optimiser steps
     (schedule=constant steps=2000). It needs a GPU.
@@ -275,162 +267,10 @@ def resolve(name: str, overrides: Iterable[str] = ()) -> Recipe:
         if not equals:
             raise UserError(f"'{text}' (recipe override): write key=value, for example steps=2000")
         key = key.strip().replace("-", "_")
-        if key not in FIELDS:
-            raise unknown("recipe key", key, FIELDS)
+        _check_keys([key])
         if key == "name":
             raise UserError(
-                "name (recipe override): a recipe keeps its name; choose the output folder with --out"
+                "name (recipe override): a recipe keeps its name; choose the folder with --out"
             )
-        changes[key] = parse_value(key, value)
+        changes[key] = parse(key, value, FIELDS[key])
     return RECIPES[name]().replace(**changes)
-
-
-# ----------------------------------------------------------------------------- reading and checking
-
-
-def parse_value(key: str, text: str) -> Any:
-    """`text` as the type of the knob `key`; UserError names the field and what it expects."""
-    text = text.strip()
-    kinds = _kinds(FIELDS[key])
-    if type(None) in kinds and text.lower() in ("none", "null", ""):
-        return None
-    if tuple in kinds:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if bool in kinds:
-        if text.lower() in ("true", "yes", "1", "on"):
-            return True
-        if text.lower() in ("false", "no", "0", "off"):
-            return False
-        raise UserError(f"{key}={text} (recipe): expected true or false")
-    if int in kinds:
-        try:
-            return int(text)
-        except ValueError:
-            number = _number(text)
-            if number is None or not math.isfinite(number) or number != int(number):
-                raise UserError(
-                    f"{key}={text} (recipe): expected a whole number, such as 4096 or 2e6"
-                ) from None
-            return int(number)
-    if float in kinds:
-        number = _number(text)
-        if number is None or not math.isfinite(number):
-            raise UserError(f"{key}={text} (recipe): expected a finite number, such as 6e-4")
-        return number
-    return text
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _kinds(hint: Any) -> set[type]:
-    """The plain types in an annotation: `int | None` -> {int, NoneType}, `tuple[str, ...]` ->
-    {tuple}."""
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return {typing.get_origin(part) or part for part in parts}
-
-
-_TYPE_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    tuple: "a list of texts",
-}
-
-_POSITIVE = (
-    "hidden_size num_hidden_layers num_attention_heads intermediate_size window vocab_size parameters rope_theta "
-    "max_bytes sequence_length batch_size micro_batch_size steps lr log_every eval_every eval_tokens save_every"
-).split()
-_NOT_NEGATIVE = "warmup_steps weight_decay clip seed initializer_range".split()
-
-_T = TypeVar("_T")
-
-
-def _check(recipe: Recipe) -> None:
-    for key, hint in FIELDS.items():
-        _check_type(key, getattr(recipe, key), _kinds(hint))
-    for key in _POSITIVE:
-        value = getattr(recipe, key)
-        _require(value is None or value > 0, key, value, "must be greater than 0")
-    for key in _NOT_NEGATIVE:
-        value = getattr(recipe, key)
-        _require(value is None or value >= 0, key, value, "must not be negative")
-    for key in ("beta1", "beta2"):
-        value = getattr(recipe, key)
-        _require(0 <= value < 1, key, value, "must be at least 0 and less than 1")
-    _require(
-        0 < recipe.valid_fraction < 1,
-        "valid_fraction",
-        recipe.valid_fraction,
-        "must be between 0 and 1",
-    )
-    _require(
-        0 <= recipe.lr_min_ratio <= 1,
-        "lr_min_ratio",
-        recipe.lr_min_ratio,
-        "must be between 0 and 1",
-    )
-    _require(
-        recipe.keep_checkpoints >= 2,
-        "keep_checkpoints",
-        recipe.keep_checkpoints,
-        "must be at least 2",
-    )
-    _require(bool(recipe.data), "data", "", "name at least one source, for example data=book.txt")
-    _require(recipe.seed < 2**32, "seed", recipe.seed, "must be less than 2**32")
-    _require(
-        recipe.warmup_steps <= recipe.steps,
-        "warmup_steps",
-        recipe.warmup_steps,
-        f"must not exceed steps ({recipe.steps})",
-    )
-    _require(
-        recipe.batch_size % recipe.micro_batch_size == 0,
-        "micro_batch_size",
-        recipe.micro_batch_size,
-        f"must divide batch_size ({recipe.batch_size})",
-    )
-    _choice(recipe, "schedule", ("cosine", "constant"))
-    _choice(recipe, "dtype", DTYPES)
-    _choice(recipe, "device", DEVICES)
-    _choice(recipe, "matmul_precision", MATMUL_PRECISIONS)
-    _choice(recipe, "errors", ("strict", "replace"))
-    _choice(recipe, "txt_documents", ("file", "paragraph"))
-
-
-def _check_type(key: str, value: Any, kinds: set[type]) -> None:
-    if value is None:
-        good = type(None) in kinds
-    elif isinstance(value, bool):  # a bool is an int to Python, and never what a count means
-        good = bool in kinds
-    elif isinstance(value, int):
-        good = int in kinds or float in kinds
-    elif isinstance(value, float):
-        good = float in kinds and math.isfinite(value)
-    elif isinstance(value, tuple):
-        good = tuple in kinds and all(isinstance(item, str) for item in value)
-    else:
-        good = type(value) in kinds
-    if not good:
-        wanted = " or ".join(
-            _TYPE_NAMES[kind] for kind in (bool, int, float, str, tuple) if kind in kinds
-        )
-        raise UserError(
-            f"{key}={value!r} (recipe): expected {wanted}{' or none' if type(None) in kinds else ''}"
-        )
-
-
-def _require(good: bool, key: str, value: Any, rule: str) -> None:
-    if not good:
-        raise UserError(f"{key}={value} (recipe): {rule}")
-
-
-def _choice(recipe: Recipe, key: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(recipe, key)
-    if value not in allowed:
-        raise UserError(f"{key}={value} (recipe): choose one of {', '.join(allowed)}")

@@ -34,13 +34,10 @@ _JSON = "training.json"
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Weights, config and tokenizer, loadable by from_pretrained.  Raises DivergedError on a weight
-    that is not finite."""
+    """Weights, config and tokenizer, as from_pretrained loads them. DivergedError if not finite."""
     check_finite(model)
-    use_cache, model.config.use_cache = (
-        model.config.use_cache,
-        True,
-    )  # Trainer turns it off while it trains
+    use_cache = model.config.use_cache
+    model.config.use_cache = True  # Trainer turns it off while it trains
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -58,15 +55,16 @@ def check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise DivergedError(
-                f"weight {name} is not finite: nothing was saved; lower lr and resume the last checkpoint"
+                f"weight {name} is not finite (checkpoint): nothing was saved; "
+                "lower lr and resume the last checkpoint"
             )
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Copy the weights of `folder` into `model`; names, shapes and dtypes must be the model's own
-    (IntegrityError)."""
+    """Copy the weights of `folder` into `model`. Raises IntegrityError unless names, shapes and
+    dtypes are the model's own."""
     stored = _read_tensors(folder / "model.safetensors")
-    wanted = {name: tensor for name, tensor in model.state_dict().items()}
+    wanted = model.state_dict()
     # A tied tensor is stored once, under one of its names.
     held = {wanted[name].data_ptr() for name in stored if name in wanted}
     needed = {
@@ -85,7 +83,7 @@ def load_model(folder: Path, model: nn.Module) -> None:
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Adam's tensors, named `moment:parameter`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
     tensors = {
         f"{key}:{names[parameter]}": value.detach().cpu().contiguous()
         for parameter, moments in optimizer.state.items()
@@ -95,14 +93,15 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DivergedError(
-                f"optimizer state {name} is not finite: nothing was saved; lower lr and resume"
+                f"optimizer state {name} is not finite (checkpoint): nothing was saved; "
+                "lower lr and resume the last checkpoint"
             )
     save_file(tensors, folder / "optimizer.safetensors")
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter of `optimizer` its stored moments; a missing, extra or misshapen one is
-    an IntegrityError."""
+    """Give every parameter of `optimizer` its stored moments. Raises IntegrityError for one that is
+    missing, unexpected or of another shape or dtype."""
     stored = _read_tensors(folder / "optimizer.safetensors")
     names = {parameter: name for name, parameter in model.named_parameters()}
     wanted = {}
@@ -194,8 +193,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _check_same(
     folder: Path, file: str, stored: dict[str, Tensor], wanted: dict[str, Tensor]
 ) -> None:
-    """IntegrityError naming up to ten tensors that are missing, unexpected, or of another shape or
-    dtype."""
+    """Raise IntegrityError naming up to ten tensors that are missing, unexpected or different."""
     wrong = [f"{name} missing" for name in wanted if name not in stored]
     wrong += [f"{name} unexpected" for name in stored if name not in wanted]
     for name in stored.keys() & wanted.keys():
@@ -205,7 +203,7 @@ def _check_same(
                 f"{name} is {have.dtype} {tuple(have.shape)}, not {want.dtype} {tuple(want.shape)}"
             )
     if wrong:
-        shown = "; ".join(sorted(wrong)[:10]) + (
-            f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        )
+        shown = "; ".join(sorted(wrong)[:10])
+        if len(wrong) > 10:
+            shown += f"; and {len(wrong) - 10} more"
         raise IntegrityError(f"{file} does not fit this model ({folder}): {shown}")

@@ -184,6 +184,17 @@ def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
     assert "missing" in report.write([folder], tmp_path / "report.html").read_text()
 
 
+def test_timings_within_five_percent_have_no_winner(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", wall_seconds=100.0, tokens_per_second=1000.0),
+        make_run(tmp_path / "b", "attention", wall_seconds=104.0, tokens_per_second=500.0),
+    ]
+    source = report.write(runs, tmp_path / "report.html").read_text()
+    rows = dict(re.findall(r'<th scope="row">([\w -]+) <span.*?</th>(.*?)</tr>', source))
+    assert "better" not in rows["Wall time"]
+    assert rows["Training speed"].index("better") < rows["Training speed"].index("500")
+
+
 def test_numbers_that_are_not_finite_are_missing(tmp_path: Path) -> None:
     run = read(make_run(tmp_path / "swh", loss=math.nan))
     assert facts.held_out_loss(run) is None

@@ -2,89 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import warnings
-from pathlib import Path
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from spectral_window.errors import DivergedError, IntegrityError, UserError
-from spectral_window.training import Interrupted, checkpoints, train
-
-SAME = ("step", "tokens", "loss", "lr", "grad_norm", "eval_loss", "bits_per_byte")
-
-
-class Stopper:
-    """A Progress that does something at a step."""
-
-    def __init__(self, at: int, action) -> None:
-        self.at, self.action, self.notes = at, action, []
-
-    def prepare(self, stage, done, total): ...
-    def start(self, title, first_step, steps): ...
-    def stop(self): ...
-
-    def step(self, step, loss, tokens_per_second):
-        if step == self.at:
-            self.action()
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-class Crash(Exception):
-    pass
-
-
-def crash():
-    raise Crash
-
-
-def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    found = {}
-    for name in ("model", "optimizer", "rng"):
-        loaded = load_file(folder / "checkpoints" / f"step-{step}" / f"{name}.safetensors")
-        found |= {f"{name}/{key}": value for key, value in loaded.items()}
-    return found
-
-
-def rows(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in SAME if key in row} for row in lines if "event" not in row]
-
-
-def assert_same_run(one: Path, two: Path, step: int = 12) -> None:
-    a, b = tensors(one, step), tensors(two, step)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    counters = [
-        json.loads((d / f"checkpoints/step-{step}/training.json").read_text()) for d in (one, two)
-    ]
-    for found in counters:
-        found["counters"].pop("seconds")
-    assert counters[0] == counters[1]
-    assert rows(one) == rows(two)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Filled by the first test that needs it: the folder of an uninterrupted run."""
-    return tmp_path_factory.mktemp("whole") / "run"
-
-
-@pytest.fixture
-def uninterrupted(whole, recipe, corpus) -> Path:
-    if not whole.exists():
-        train(recipe, whole, corpus=corpus)
-    return whole
+from spectral_window.training import Interrupted, checkpoints, interrupt, train
+from tests.training.runs import Crash, Stopper, assert_same_run, crash
 
 
 @pytest.mark.parametrize("at", [3, 4, 5, 9, 12])
@@ -118,15 +47,33 @@ def test_a_signal_saves_where_it_stands_even_between_two_log_lines(
     assert_same_run(uninterrupted, out)
 
 
-def test_a_second_signal_stops_at_once(recipe, corpus, tmp_path):
+def test_a_second_signal_a_while_later_stops_at_once(recipe, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
+
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted) as caught:
         train(recipe, tmp_path / "run", corpus=corpus, progress=Stopper(2, twice))
     assert caught.value.checkpoint is None
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_signal_in_the_very_last_step_stops_before_the_final_evaluation(
+    recipe, corpus, uninterrupted, tmp_path
+):
+    out = tmp_path / "run"
+    ask = Stopper(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted) as caught:
+        train(recipe, out, corpus=corpus, progress=ask)
+    assert caught.value.checkpoint == out / "checkpoints/step-12"
+    assert not (out / "result.json").exists()
+    result = train(recipe, out, corpus=corpus, resume=True)
+    assert_same_run(uninterrupted, out)
+    whole_result = json.loads((uninterrupted / "result.json").read_text())
+    assert result["eval_loss"] == whole_result["eval_loss"]
 
 
 def test_resuming_a_finished_run_changes_nothing(recipe, corpus, uninterrupted):
@@ -235,55 +182,6 @@ def test_resume_without_a_checkpoint_is_a_usage_error_and_leaves_no_folder(
     assert out.exists() == exists
     if exists:
         assert not list(out.iterdir())
-
-
-CHILD = """
-import sys, warnings
-from pathlib import Path
-from spectral_window.training.recipes import Recipe
-from spectral_window.training import train
-import json, torch
-torch.set_num_threads(1)
-recipe = Recipe.from_dict(json.loads(sys.argv[1]))
-print("ready", flush=True)
-warnings.simplefilter("ignore")
-train(recipe, sys.argv[2], corpus=sys.argv[3], resume="auto")
-"""
-
-
-def test_killed_again_and_again_at_random_moments_the_run_still_ends_with_the_same_bits(
-    recipe, corpus, uninterrupted, tmp_path
-):
-    """Saves after every step, so that many kills land inside a save."""
-    busy, out = recipe.replace(save_every=1), tmp_path / "run"
-    arguments = [sys.executable, "-c", CHILD, json.dumps(busy.to_dict()), str(out), str(corpus)]
-    kills = 0
-    for attempt in range(12):
-        child = subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        delay = 0.9 + int(hashlib.sha256(bytes([attempt])).hexdigest()[:4], 16) / 65536 * 0.6
-        try:
-            child.wait(timeout=delay)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            kills += 1
-        child.wait()
-        child.stdout.close()
-        if child.returncode == 0:
-            break
-        if kills == 5:
-            break
-    assert kills >= 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        train(busy, out, corpus=corpus, resume="auto")
-    a, b = tensors(uninterrupted, 12), tensors(out, 12)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert rows(uninterrupted) == rows(out)
-    assert not list((out / "checkpoints").glob(".tmp-*"))
 
 
 def test_a_non_finite_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(

@@ -1,0 +1,86 @@
+"""A folder's `manifest.json`: how any damage to its files is noticed.
+
+It is written last and holds the size and SHA-256 of every other file, facts about the folder (a
+checkpoint's step, say), and a hash of itself. So a folder whose manifest agrees is whole, bit by
+bit; one without it was not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from spectral_window.errors import IntegrityError
+from spectral_window.training.files import sync_file, write_text
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Force every file of `folder` to the disk, then write its manifest with `facts` in it."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync_file(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {"schema": SCHEMA, **facts, "files": files}
+    signed = manifest | {"sha256": _own_hash(manifest)}
+    write_text(folder / MANIFEST, json.dumps(signed, indent=1))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`, after every file was read and agreed with it.
+
+    Raises IntegrityError naming the first file that does not. Files that the manifest does not list
+    are not looked at.
+    """
+    manifest = _read(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not _PLAIN_NAME.fullmatch(name) or path.is_symlink() or not path.is_file():
+            raise IntegrityError(f"{name} is missing ({folder}): use another checkpoint or copy")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise IntegrityError(
+                f"{name} has {size} bytes instead of {entry['bytes']} ({folder}): "
+                "it was cut or changed; use another checkpoint or copy"
+            )
+        if _sha256(path) != entry["sha256"]:
+            raise IntegrityError(
+                f"{name} does not match its SHA-256 ({folder}): "
+                "it was damaged or changed; use another checkpoint or copy"
+            )
+    return manifest
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except OSError:
+        raise IntegrityError(f"{MANIFEST} is missing ({folder}): it was not finished") from None
+    except (ValueError, RecursionError):
+        raise IntegrityError(f"{MANIFEST} is not JSON ({folder}): it was damaged") from None
+    if not isinstance(manifest, dict):
+        raise IntegrityError(f"{MANIFEST} is not an object ({folder}): it was damaged")
+    schema = manifest.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise IntegrityError(
+            f"schema {schema} is newer than {SCHEMA} ({folder}): upgrade spectral-window to use it"
+        )
+    stated = manifest.pop("sha256", None)
+    if stated != _own_hash(manifest) or schema != SCHEMA:
+        raise IntegrityError(f"{MANIFEST} does not match its own hash ({folder}): it was damaged")
+    return manifest
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
