@@ -29,9 +29,10 @@ test: lint
 
 test-slow: setup
 	$(PYTEST) -m slow --timeout 7200
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) --timeout 7200 tests/ops/test_properties.py tests/hf/test_properties.py
 
 bench: setup
-	$(BIN)/spectral-window bench
+	$(BIN)/spectral-window bench --out results/cpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

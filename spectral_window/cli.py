@@ -321,15 +321,38 @@ def info(
 
 
 @app.command()
+def bench(
+    operators: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OPERATOR]...", help="spectral, window, or both (the default)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write OPERATOR.json there.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short sequences and few rounds: to see that it works.")
+    ] = False,
+    json: Json = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """How fast the operators' methods are here, side by side, after a check that they are right."""
+    _call("bench", threads, operators=operators or [], out=out, quick=quick, json=json)
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the two runs and the report go.")
     ] = Path("runs/demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds instead: shows the way, and no result.")
+    ] = False,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
     """Minutes on any computer: train SWH and a Transformer of equal size, and compare them."""
-    _call("demo", threads, out=out)
+    _call("demo", threads, out=out, quick=quick)
 
 
 # ------------------------------------------------------------------------- running it, failing well

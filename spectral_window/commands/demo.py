@@ -7,6 +7,6 @@ from pathlib import Path
 from spectral_window.lab import demo
 
 
-def run(*, out: Path) -> None:
+def run(*, out: Path, quick: bool) -> None:
     """Train two models of equal size, compare, report; see `spectral-window demo --help`."""
-    demo.run(out)
+    demo.run(out, quick=quick)

@@ -164,7 +164,7 @@ def _row(
     best = None
     if better and len(ranked) > 1 and len(set(texts)) > 1:
         ahead = abs(ranked[0] - ranked[1]) > margin * abs(ranked[0])
-        best = text(ranked[0]) if ahead or not margin else None
+        best = text(ranked[0]) if ahead else None
     cells = [{"text": t, "best": t == best, "missing": t == MISSING} for t in texts]
     return {"name": name, "note": note, "cells": cells}
 

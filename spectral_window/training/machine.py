@@ -17,7 +17,6 @@ import transformers
 
 import spectral_window
 from spectral_window.errors import ResourceError, UserError
-from spectral_window.training.parallel import World
 from spectral_window.training.recipes import Recipe
 
 
@@ -48,6 +47,10 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     if os.name == "nt":
         return psutil.Process().memory_info().peak_wset
+    with contextlib.suppress(OSError, StopIteration):
+        # exact on Linux: getrusage's figure may be inherited from the process that started this one
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:"))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -65,8 +68,8 @@ def matmul_precision(recipe: Recipe) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def environment(recipe: Recipe, world: World, device: str) -> dict[str, Any]:
-    """What the numbers were measured on. Names no user, host or path."""
+def environment(device: str, *, processes: int = 1, dtype: str = "float32") -> dict[str, Any]:
+    """What numbers were measured on, as torch is set now. Names no user, host or path."""
     return {
         "spectral_window": spectral_window.__version__,
         "python": platform.python_version(),
@@ -76,9 +79,9 @@ def environment(recipe: Recipe, world: World, device: str) -> dict[str, Any]:
         "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "processes": world.size,
-        "dtype": recipe.dtype,
-        "matmul_precision": recipe.matmul_precision,
+        "processes": processes,
+        "dtype": dtype,
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

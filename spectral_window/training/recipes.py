@@ -157,13 +157,13 @@ def demo() -> Recipe:
         sequence_length=256,
         batch_size=16,
         micro_batch_size=16,
-        steps=400,
+        steps=300,
         lr=2e-3,
-        warmup_steps=40,
+        warmup_steps=30,
         log_every=5,
-        eval_every=100,
+        eval_every=50,
         eval_tokens=32_768,
-        save_every=200,
+        save_every=150,
     )
 
 

@@ -245,7 +245,9 @@ class _Run:
                 "parameters": self.parameters,
                 "data": {"fingerprint": self.corpus.fingerprint, **_sizes(self.corpus)},
                 "command": self.command,
-                "environment": machine.environment(self.recipe, self.world, self.device),
+                "environment": machine.environment(
+                    self.device, processes=self.world.size, dtype=self.recipe.dtype
+                ),
             },
         )
         self.metrics.rewind(step)
@@ -280,7 +282,9 @@ class _Run:
             "peak_memory_bytes": max(peaks),
             "wall_seconds": round(trainer.seconds(), 3),
             "command": self.command,
-            "environment": machine.environment(recipe, world, self.device),
+            "environment": machine.environment(
+                self.device, processes=world.size, dtype=recipe.dtype
+            ),
         }
 
         def write_model(folder: Path) -> None:
