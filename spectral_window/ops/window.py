@@ -161,19 +161,19 @@ def _check(
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v over [G, W, H, *] queries and [G, 2W, H, *] keys, mask [G, W, 2W].
 
-    PyTorch's fused kernel, except in float64, where it is not twice differentiable, and on a CPU
-    where gradients are wanted: its masked backward pass takes 2 to 5 times as long as products do.
+    By PyTorch's fused kernel, except in float64, where it is not twice differentiable, and on a
+    CPU: there its masked backward pass takes 2 to 5 times as long as plain products, and one way
+    for training and inference gives both the same bits.
     """
     dtype, mask = q.dtype, mask[:, None]
     cpu = q.device.type == "cpu"
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if cpu and dtype in (torch.bfloat16, torch.float16):
-        # on a CPU masked attention in half precision is slower than in float32, and less exact
-        q, k, v = q.float(), k.float(), v.float()
+        q, k, v = q.float(), k.float(), v.float()  # as fast on a CPU, and rounded once
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.dtype == torch.float64 or (cpu and learning):
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-        out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    if cpu or dtype == torch.float64:
+        with torch.autocast("cpu", enabled=False):  # which would round to bfloat16
+            scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+            out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).to(dtype)

@@ -58,6 +58,7 @@ def parse(key: str, text: str, hint: Any) -> Any:
     Raises UserError naming the knob and what it expects.
     """
     text, kinds = text.strip(), _kinds(hint)
+    shown = f"{key}={' '.join(text.split())}"  # an error is one line, whatever was typed
     if type(None) in kinds and text.lower() in ("none", "null", ""):
         return None
     if tuple in kinds:
@@ -67,16 +68,16 @@ def parse(key: str, text: str, hint: Any) -> Any:
             return True
         if text.lower() in ("false", "no", "0", "off"):
             return False
-        raise UserError(f"{key}={text} (recipe): expected true or false")
+        raise UserError(f"{shown} (recipe): expected true or false")
     if int in kinds:
         number = _whole_number(text)
         if number is None:
-            raise UserError(f"{key}={text} (recipe): expected a whole number, such as 4096 or 2e6")
+            raise UserError(f"{shown} (recipe): expected a whole number, such as 4096 or 2e6")
         return number
     if float in kinds:
         value = _finite_number(text)
         if value is None:
-            raise UserError(f"{key}={text} (recipe): expected a finite number, such as 6e-4")
+            raise UserError(f"{shown} (recipe): expected a finite number, such as 6e-4")
         return value
     return text
 

@@ -214,6 +214,14 @@ def test_autocast_does_not_reach_into_the_convolution(method):
     assert torch.equal(plain, cast)
 
 
+def test_autocast_does_not_reach_into_the_window():
+    q, k, v = draw_qkv(1, 40, key_dim=8, value_dim=8)
+    plain, _ = window_attention(q, k, v, window=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = window_attention(q, k, v, window=8)
+    assert torch.equal(plain, cast)
+
+
 @pytest.mark.parametrize("method", ["scan", "chunked"])
 def test_reduced_matmul_precision_does_not_reach_into_the_convolution(method):
     modes = draw_modes(4, dtype=torch.float32)
