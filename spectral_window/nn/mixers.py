@@ -52,7 +52,8 @@ def map_state(state: State, fn: Callable[[Tensor], Tensor]) -> State:
         return state
     if isinstance(state, Tensor):
         return fn(state)  # type: ignore[return-value]
-    return type(state)(*(map_state(part, fn) for part in state))  # type: ignore
+    parts = [map_state(part, fn) for part in state]  # type: ignore[attr-defined]
+    return type(state)(*parts)
 
 
 class Mixer(nn.Module):
