@@ -165,18 +165,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     CPU: there its masked backward pass takes 2 to 5 times as long as plain products, and one way
     for training and inference gives both the same bits.
     """
-    dtype, mask = q.dtype, mask[:, None]
-    cpu = q.device.type == "cpu"
+    dtype, cpu = q.dtype, q.device.type == "cpu"
     if cpu and dtype in (torch.bfloat16, torch.float16):
         q, k, v = q.float(), k.float(), v.float()  # as fast on a CPU, and rounded once
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if cpu or dtype == torch.float64:
-        with torch.autocast("cpu", enabled=False):  # which would round to bfloat16
-            scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-            out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    softmax = _by_products if cpu or dtype == torch.float64 else _by_fused_kernel
+    out = softmax(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None])
     return out.transpose(1, 2).to(dtype)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):  # which would round to bfloat16
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def _by_fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:

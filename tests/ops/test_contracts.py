@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from spectral_window.ops import Modes, WindowState, spectral_conv, window_attention
+from spectral_window.ops import Modes, WindowState, spectral_conv, window, window_attention
 from tests.contracts import operators
 from tests.contracts.operators import ATTENTION_CONTRACT, CONV_CONTRACT
 
@@ -81,6 +81,13 @@ def test_window_attention_keeps(promise, attend):
 
 def test_window_attention_meets_the_float64_bar():
     operators.attention_equals_dense_softmax(ATTEND, torch.float64)
+
+
+@pytest.mark.parametrize("promise", ATTENTION_CONTRACT, ids=lambda f: f.__name__)
+def test_window_attention_by_the_fused_kernel_keeps(promise, monkeypatch):
+    # what other devices run; on a CPU it is not chosen, and would otherwise never be tried
+    monkeypatch.setattr(window, "_by_products", window._by_fused_kernel)
+    promise(ATTEND)
 
 
 # --- deliberate bugs: a contract that none of these breaks would be no contract -----------------
