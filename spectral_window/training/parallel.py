@@ -9,6 +9,7 @@ the others.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from spectral_window import errors
 from spectral_window.errors import UserError
 
 _T = TypeVar("_T")
+_SETTLING = 0.1  # seconds
 
 
 class World:
@@ -58,6 +60,10 @@ class World:
     def leave(self) -> None:
         """Part from the others, if `join` met them."""
         if self._started and dist.is_initialized():
+            # gloo's threads free the last collective's tensors a moment after it is done, for which
+            # they need the interpreter's lock; a thread that asks for it while the interpreter is
+            # ending takes the process down ("terminate called without an active exception").
+            time.sleep(_SETTLING)
             dist.destroy_process_group()
             self._started = False
 

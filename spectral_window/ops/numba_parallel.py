@@ -1,0 +1,230 @@
+"""Compiled loops on torch's own threads: what every numba kernel of this package stands on.
+
+A kernel is a function of one job: a row of 64-bit words that holds the addresses and sizes it works
+with. Threads take the job's parts one by one, so the last to finish is never far behind:
+
+    @kernel
+    def double(job):                     # words: 0 next part, 1 parts, then the call's arguments
+        part = take(job)
+        while part >= 0:
+            x = float32s(job[2], job[3])
+            ...
+            part = take(job)
+
+    double(parts, x, x.numel())          # tensors and arrays are passed as their addresses
+
+Why not numba's own threads? torch runs its operators on a team of OpenMP threads that go on
+spinning for a while after each of them. A second pool has to fight them for the cores: with two
+threads on two cores, short kernels take up to ten times as long. `GOMP_parallel`, the entry to that
+team, is an exported function of the OpenMP library that torch has loaded, so a kernel becomes one
+more of torch's own parallel regions (3 microseconds to enter and leave). Where the library is
+another one (macOS, Windows), Python threads call the same kernel; it runs without the interpreter's
+lock either way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+WORDS = 64  # of a job at most
+_FIRST = 2  # where the arguments begin
+
+
+class kernel:
+    """Compile `function(job)` at its first call, and call it on torch's threads.
+
+    The compiled code is kept beside the source file (or in numba's cache folder), and is compiled
+    again where no folder can be written.
+    """
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self.function = function
+        self._lock = threading.Lock()
+        self._compiled: Any = None  # numba's function, kept alive here
+        self._alone: Any = None  # the same for the calling thread, without the interpreter's lock
+
+    def __call__(self, parts: int, *arguments: Tensor | np.ndarray | int | None) -> None:
+        """Run parts 0 ... `parts` - 1. A tensor or array must be contiguous and stays alive by the
+        caller's reference; None is passed as address 0."""
+        if parts <= 0:
+            return
+        if self._compiled is None:
+            self._compile()
+        job = np.empty(WORDS, np.int64)
+        job[0], job[1] = 0, parts
+        for place, argument in enumerate(arguments, _FIRST):
+            job[place] = _word(argument)
+        address = job.ctypes.data
+        threads = min(torch.get_num_threads(), parts)
+        if threads == 1:
+            self._alone(address)
+        elif (team := _team()) is not None:
+            team(self._compiled.address, address, threads, 0)
+        else:
+            pool = _pool(torch.get_num_threads())
+            others = [pool.submit(self._alone, address) for _ in range(threads - 1)]
+            self._alone(address)
+            for other in others:
+                other.result()
+
+    def _compile(self) -> None:
+        with self._lock:
+            if self._compiled is None:
+                try:
+                    compiled = numba.cfunc(_SIGNATURE, cache=True)(self.function)
+                except RuntimeError:  # "no locator available": nowhere to keep it
+                    compiled = numba.cfunc(_SIGNATURE)(self.function)
+                self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+                self._compiled = compiled
+
+
+_SIGNATURE = types.void(types.CPointer(types.int64))
+
+
+def _word(argument: Tensor | np.ndarray | int | None) -> int:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, np.ndarray):
+        return argument.ctypes.data
+    return 0 if argument is None else argument
+
+
+@cache
+def _team() -> Callable[..., None] | None:
+    """`GOMP_parallel` of the OpenMP library that torch runs on, or None."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        enter = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
+        if enter is not None:
+            enter.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            enter.restype = None
+            return enter
+    return None
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="spectral-window")
+
+
+# ---------------------------------------------------------------- inside a kernel
+
+# Fused multiply-adds, but NaN and infinity keep their meaning.
+inner = numba.njit(fastmath={"contract"}, error_model="numpy")
+# Sums may be reordered too: needed for a loop that adds up to become vector instructions.
+summing = numba.njit(fastmath={"contract", "reassoc"}, error_model="numpy")
+
+
+@intrinsic
+def take(typingctx: Any, job: Any) -> Any:
+    """The next part of the job that no thread has taken, or -1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        part = builder.atomic_rmw("add", args[0], ir.Constant(word, 1), "monotonic")
+        parts = builder.load(builder.gep(args[0], [ir.Constant(word, 1)]))
+        left = builder.icmp_signed("<", part, parts)
+        return builder.select(left, part, ir.Constant(word, -1))
+
+    return types.int64(job), codegen
+
+
+def _array_at(dtype: Any) -> Any:
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:
+        kind = types.CPointer(dtype)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(kind))
+
+        return kind(types.int64), codegen
+
+    return pointer
+
+
+_float32, _float64 = _array_at(types.float32), _array_at(types.float64)
+_int64, _uint16, _bool = _array_at(types.int64), _array_at(types.uint16), _array_at(types.boolean)
+
+
+@inner
+def float32s(address, count):
+    """The `count` float32 numbers at `address`, as an array."""
+    return numba.carray(_float32(address), (count,))
+
+
+@inner
+def float64s(address, count):
+    return numba.carray(_float64(address), (count,))
+
+
+@inner
+def int64s(address, count):
+    return numba.carray(_int64(address), (count,))
+
+
+@inner
+def bfloat16s(address, count):
+    """bfloat16 numbers as their 16 bits: read with `widen`, written with `narrow`."""
+    return numba.carray(_uint16(address), (count,))
+
+
+@intrinsic
+def bits_of(typingctx: Any, number: Any) -> Any:
+    """The 32 bits of a float32, as int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def float_of(typingctx: Any, bits: Any) -> Any:
+    """The float32 of 32 bits, given as int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def widen(typingctx: Any, bits: Any) -> Any:
+    """A bfloat16, given as its 16 bits, as the float32 of the same value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        return builder.bitcast(
+            builder.shl(builder.zext(args[0], word), ir.Constant(word, 16)), ir.FloatType()
+        )
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def narrow(typingctx: Any, number: Any) -> Any:
+    """The 16 bits of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word, half = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(args[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
+        nan = builder.fcmp_unordered("uno", args[0], args[0])
+        kept = builder.select(nan, ir.Constant(word, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(kept, ir.Constant(word, 16)), half)
+
+    return types.uint16(types.float32), codegen
