@@ -21,7 +21,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spectral_window.hf.config import STATE_LAYER_TYPE, SWHConfig
-from spectral_window.hf.inputs import next_position
+from spectral_window.hf.inputs import next_start
 from spectral_window.nn.mixers import map_state
 
 if TYPE_CHECKING:
@@ -137,13 +137,7 @@ class SWHCacheLayer(CacheLayerMixin):
     def _replay(self, step: _Step, keep: int) -> None:
         positions = None if step.positions is None else step.positions[:, :keep]
         self.state = step.layer.next_state(step.x[:, :keep], positions, step.state)
-        if positions is not None:
-            begin = (
-                torch.full_like(positions[:, 0], self.seen) if step.start is None else step.start
-            )
-            self.start = next_position(positions, begin)
-        elif step.start is not None:
-            self.start = step.start + keep
+        self.start = next_start(positions, step.start, self.seen, keep)
         self.seen += keep
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

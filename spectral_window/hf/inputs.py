@@ -77,24 +77,35 @@ def next_position(positions: Tensor, start: Tensor) -> Tensor:
     return torch.where(last >= 0, positions.gather(1, last.clamp(min=0)[:, None])[:, 0] + 1, start)
 
 
+def next_start(
+    positions: Tensor | None, start: Tensor | None, seen: int, length: int
+) -> Tensor | None:
+    """`start` after `length` more tokens at `positions` [B, length]: [B], or None while every row
+    goes on at the number of tokens seen (`seen` before them)."""
+    if positions is None:
+        return None if start is None else start + length
+    if start is None:
+        start = torch.full((positions.shape[0],), seen, device=positions.device)
+    return next_position(positions, start)
+
+
 def resolve_positions(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     *,
-    x: Tensor,
+    tokens: Tensor,
     past: int,
     start: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Positions for the mixers, and where each row goes on afterwards.
+) -> Tensor | None:
+    """Positions [B, T] int64 for the mixers, or None. Raises `ValueError`.
 
     attention_mask: [B, past + T] or None.   position_ids: [B, T] or [1, T] or None.
-    x:     [B, T, D] gives sizes and device.
-    past:  tokens (padding included) that the cache has seen.
-    start: [B] position at which each row goes on; None: at `past`, every row being one document
-           without padding.
-    Returns (positions [B, T] int64 or None, `start` for the next call). Raises `ValueError`.
+    tokens: [B, T, ...] gives sizes and device.
+    past:   tokens (padding included) that the cache has seen.
+    start:  [B] position at which each row goes on; None: at `past`, every row being one document
+            without padding.
     """
-    batch, length = x.shape[:2]
+    batch, length = tokens.shape[:2]
     if attention_mask is not None:
         check_mask(attention_mask, batch, past, length)
     if position_ids is not None:
@@ -107,29 +118,29 @@ def resolve_positions(
                 f"position_ids have shape {list(position_ids.shape)} (model): "
                 f"expected {[batch, length]}, the new tokens only"
             )
-        position_ids = position_ids.to(x.device, torch.int64).expand(batch, length)
-
-    plain = None if start is None else start + length
+        position_ids = position_ids.to(tokens.device, torch.int64).expand(batch, length)
     if length == 0 or (attention_mask is None and position_ids is None):
-        return None, plain
+        return None
 
-    begin = torch.full((batch,), past, device=x.device) if start is None else start
-    counting = begin[:, None] + torch.arange(length, device=x.device)
-    new = None if attention_mask is None else attention_mask[:, past:].to(x.device)
+    new = None if attention_mask is None else attention_mask[:, past:].to(tokens.device)
     look = readable(attention_mask, position_ids)
     full = look and (new is None or bool((new == 1).all()))
-    if full and (position_ids is None or bool((position_ids == counting).all())):
-        return None, plain
+    if full and position_ids is None:
+        return None
+    begin = torch.full((batch,), past, device=tokens.device) if start is None else start
+    counting = begin[:, None] + torch.arange(length, device=tokens.device)
+    if full and position_ids is not None and bool((position_ids == counting).all()):
+        return None
 
-    valid = torch.ones_like(counting, dtype=torch.bool) if new is None else new != 0
+    valid = torch.ones_like(counting, dtype=torch.bool) if new is None else new.bool()
     if position_ids is not None:
         valid = valid & (position_ids >= 0)
     positions = _count(valid, position_ids, begin)
     if look:
         _refuse_contradictions(attention_mask, position_ids, positions)
         if bool((positions == counting).all()):
-            return None, plain
-    return positions, next_position(positions, begin)
+            return None
+    return positions
 
 
 def _count(valid: Tensor, position_ids: Tensor | None, begin: Tensor) -> Tensor:

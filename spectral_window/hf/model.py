@@ -8,6 +8,10 @@ Everything that sees other tokens is in the mixer; everything else works token b
 padding, packed documents and continuing from a cache concern only two arguments of the mixer,
 `positions` and `state`, and a block is a pure function of them. `inputs.py` makes the first from
 what callers pass, `cache.py` keeps the second.
+
+Without gradients, a long text goes through all layers in segments, each from the states that the
+one before left: the memory of the activations is that of one segment, whatever the length, and they
+stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -29,14 +33,21 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from spectral_window.errors import UserError
-from spectral_window.hf.cache import open_cache
+from spectral_window.hf.cache import SWHCacheLayer, open_cache
 from spectral_window.hf.config import SWHConfig
-from spectral_window.hf.inputs import IGNORED_LABEL, check_ids, readable, resolve_positions
+from spectral_window.hf.inputs import (
+    IGNORED_LABEL,
+    check_ids,
+    next_start,
+    readable,
+    resolve_positions,
+)
 from spectral_window.nn.kernels import Kernel
 from spectral_window.nn.layers import MLPS, RMSNorm
 from spectral_window.nn.mixers import MIXERS, Mixer
 
 Part = TypeVar("Part", bound=nn.Module)
+SEGMENT = 1024  # tokens of a row that go through all layers at once, where no gradient is wanted
 
 
 class SWHLayer(GradientCheckpointingLayer):
@@ -156,6 +167,7 @@ class SWHModel(SWHPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        keep_last: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
@@ -167,42 +179,69 @@ class SWHModel(SWHPreTrainedModel):
         position_ids:    [B, T], restarting at 0 where the next packed document begins.
         past_key_values: the cache of an earlier call with the same rows; it is changed in place.
         use_cache:       return a cache (default: config.use_cache).
+        keep_last:       return the hidden states of the last n positions alone; 0 for all.
 
         Raises ValueError for anything else, before any work.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds (model), one of them")
+        tokens = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
         if input_ids is not None:
             check_ids(input_ids, self.config.vocab_size)
-            inputs_embeds = self.embed_tokens(input_ids)
-        x = cast(Tensor, inputs_embeds)
-        if x.dim() != 3 or x.shape[2] != self.config.hidden_size:
+        elif tokens.dim() != 3 or tokens.shape[2] != self.config.hidden_size:
             raise ValueError(
-                f"inputs_embeds have shape {list(x.shape)} (model): "
+                f"inputs_embeds have shape {list(tokens.shape)} (model): "
                 f"expected [batch, time, {self.config.hidden_size}]"
             )
         if position_ids is None and any(key.startswith("cu_seq") for key in kwargs):
             raise ValueError("cu_seqlens (model): pass position_ids that restart at 0 instead")
+        length, segment = tokens.shape[1], self._segment(tokens, kwargs)
+        slots = None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        slots = None if past_key_values is None else open_cache(past_key_values, self.config, x)
+        if past_key_values is not None:
+            slots = open_cache(past_key_values, self.config, self._embed(tokens[:, :0]))
+        elif segment < length:
+            slots = [SWHCacheLayer() for _ in self.layers]
 
-        positions, start = resolve_positions(
-            attention_mask,
-            position_ids,
-            x=x,
-            past=slots[0].seen if slots else 0,
-            start=slots[0].start if slots else None,
+        start, seen = (slots[0].start, slots[0].seen) if slots else (None, 0)
+        positions = resolve_positions(
+            attention_mask, position_ids, tokens=tokens, past=seen, start=start
         )
-        for index, module in enumerate(self.layers):
-            layer = cast(SWHLayer, module)
-            if slots is None:
-                x, _ = layer(x, positions)
-            else:
-                x = slots[index].advance(layer, x, positions, start)
+        kept: list[Tensor] = []
+        for begin in range(0, max(length, 1), segment):
+            x = self._embed(tokens[:, begin : begin + segment])
+            at = None if positions is None else positions[:, begin : begin + segment]
+            start = next_start(at, start, seen + begin, x.shape[1])
+            for index, module in enumerate(self.layers):
+                layer = cast(SWHLayer, module)
+                if slots is None:
+                    x, _ = layer(x, at)
+                else:
+                    x = slots[index].advance(layer, x, at, start)
+            kept.append(x)
+            if keep_last:
+                while len(kept) > 1 and sum(x.shape[1] for x in kept[1:]) >= keep_last:
+                    kept.pop(0)
+        x = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
+            last_hidden_state=self.norm(x[:, -keep_last:]), past_key_values=past_key_values
         )
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, T], or what is embedded already [B, T, D]: [B, T, D]."""
+        return tokens if tokens.dim() == 3 else self.embed_tokens(tokens)
+
+    def _segment(self, tokens: Tensor, wishes: dict[str, Any]) -> int:
+        """How many tokens of a row go through all layers at once (see the module's docstring)."""
+        hidden_states = wishes.get("output_hidden_states", self.config.output_hidden_states)
+        whole = (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not all(mixer.constant_state for mixer in self._parts(Mixer))
+            or bool(hidden_states)  # they are collected a layer at a time
+        )
+        return max(tokens.shape[1], 1) if whole else SEGMENT
 
 
 class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
@@ -261,13 +300,12 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            keep_last=0 if isinstance(logits_to_keep, Tensor) else logits_to_keep,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
         logits = self.lm_head(hidden)
         return CausalLMOutputWithPast(
             loss=None

@@ -64,6 +64,8 @@ class Mixer(nn.Module):
     norms: every mixer takes all of them and uses what it needs.
     """
 
+    constant_state = True  # the state after any number of tokens has the same size
+
     def __init__(
         self,
         *,
@@ -254,6 +256,8 @@ class AttentionState(NamedTuple):
 class AttentionMixer(Mixer):
     """Full causal attention with RoPE, by PyTorch's fused kernel: the Transformer baseline. No
     biases."""
+
+    constant_state = False
 
     def __init__(self, **options: Any):
         super().__init__(**options)
