@@ -43,7 +43,7 @@ from spectral_window.hf.inputs import (
     resolve_positions,
 )
 from spectral_window.nn.kernels import Kernel
-from spectral_window.nn.layers import MLPS, RMSNorm
+from spectral_window.nn.layers import MLPS, RMSNorm, project
 from spectral_window.nn.mixers import MIXERS, Mixer
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -306,7 +306,7 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
-        logits = self.lm_head(hidden)
+        (logits,) = project(hidden, self.lm_head)
         return CausalLMOutputWithPast(
             loss=None
             if scored is None

@@ -8,6 +8,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_window.nn.kernels import Kernel
+from spectral_window.ops.dispatch import resolve
+from spectral_window.ops.linear import linear_maps
+
+
+def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+    """Each of `maps` (linear layers of one input size) applied to x [..., K]; together where that
+    is faster.
+
+    A layer that is more than a plain `nn.Linear` (an adapter, a quantised weight, hooks) is called
+    by itself.
+    """
+    if resolve("linear", "auto", x)[0] == "matmul" or not all(map(_is_plain, maps)):
+        return tuple(layer(x) for layer in maps)
+    return linear_maps(x, [layer.weight for layer in maps], [layer.bias for layer in maps])
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+    )
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +56,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return project(F.silu(gate) * up, self.down_proj)[0]
 
     @staticmethod
     def default_hidden(dim: int) -> int:
@@ -51,7 +74,7 @@ class GeluMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x)))
+        return project(F.gelu(project(x, self.up_proj)[0]), self.down_proj)[0]
 
     @staticmethod
     def default_hidden(dim: int) -> int:

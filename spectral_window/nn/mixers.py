@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from spectral_window.errors import UserError, unknown
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
+from spectral_window.nn.layers import project
 from spectral_window.ops.dispatch import resolve
 from spectral_window.ops.documents import find_documents
 from spectral_window.ops.modes import exact_dtype
@@ -172,16 +173,17 @@ class SpectralWindowMixer(Mixer):
     ) -> tuple[Tensor, SpectralWindowState]:
         spectral = local = spectral_state = window_state = None
         before = state or SpectralWindowState(None, None)
+        projected = self._project(x)
         if "spectral" in self.branches:
             spectral, spectral_state = spectral_conv(
-                self.conv_proj(x),
+                projected.pop(),
                 self.kernel(),
                 state=before.spectral,
                 positions=positions,
                 method=self.methods["spectral"],
             )
         if "window" in self.branches:
-            q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (self._split(part) for part in projected)
             attended, window_state = window_attention(
                 q,
                 k,
@@ -192,10 +194,19 @@ class SpectralWindowMixer(Mixer):
                 positions=positions,
                 method=self.methods["window"],
             )
-            local = self.local_proj(attended.flatten(-2))
-        return self.out_proj(self.fusion(spectral, local)), SpectralWindowState(
-            spectral_state, window_state
-        )
+            local = project(attended.flatten(-2), self.local_proj)[0]
+        (y,) = project(self.fusion(spectral, local), self.out_proj)
+        return y, SpectralWindowState(spectral_state, window_state)
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys, values and the convolution's input (of the branches that are on): all are
+        maps of one x, and made together."""
+        maps: list[nn.Module] = []
+        if "window" in self.branches:
+            maps += (self.q_proj, self.k_proj, self.v_proj)
+        if "spectral" in self.branches:
+            maps.append(self.conv_proj)
+        return list(project(x, *maps))
 
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
@@ -275,7 +286,7 @@ class AttentionMixer(Mixer):
         self, x: Tensor, positions: Tensor | None = None, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState]:
         batch, time = x.shape[:2]
-        q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = map(self._split, project(x, self.q_proj, self.k_proj, self.v_proj))
         past = 0 if state is None else state.key.shape[1]
         # where every row is one document without padding, no mask is built and the fused causal
         # kernel is used
@@ -299,7 +310,7 @@ class AttentionMixer(Mixer):
         ).transpose(1, 2)
         if not plain:
             y = torch.where((positions >= 0)[..., None, None], y, 0.0)
-        return self.out_proj(y.flatten(-2)), AttentionState(k, v, key_position)
+        return project(y.flatten(-2), self.out_proj)[0], AttentionState(k, v, key_position)
 
     @staticmethod
     def _next(state: AttentionState) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from spectral_window.errors import UserError, unknown
@@ -27,7 +28,12 @@ METHODS = {
         "chunked": "one attention call over all chunks, O(T W), plain torch",
         "step": "attention to the ring of 2W keys, for calls with one token",
     },
+    "linear": {
+        "matmul": "PyTorch's matrix product",
+        "rows": "every row of the weights once, in compiled code (numba), for a few vectors",
+    },
 }
+FEW = 4  # vectors at once; more are served better by a matrix product
 
 
 def resolve(op: str, method: str, tensor: Tensor) -> tuple[str, str]:
@@ -38,6 +44,8 @@ def resolve(op: str, method: str, tensor: Tensor) -> tuple[str, str]:
     """
     if op not in METHODS:
         raise unknown("operator", op, METHODS)
+    if op == "linear" and method in ("auto", "rows"):
+        return _linear(tensor, method == "rows")
     one_token = tensor.dim() > 1 and tensor.shape[1] == 1
     if method == "auto":
         if one_token:
@@ -52,3 +60,17 @@ def resolve(op: str, method: str, tensor: Tensor) -> tuple[str, str]:
     if method == "step" and not one_token:
         raise UserError(f"method 'step' ({op}): it takes one token a call, not {tensor.shape[1]}")
     return method, "asked for by name"
+
+
+def _linear(x: Tensor, wanted: bool) -> tuple[str, str]:
+    """`resolve` for linear maps of x [..., K]."""
+    few = 0 < x.numel() <= FEW * x.shape[-1]
+    if not (few or (wanted and x.numel())):
+        return "matmul", "many vectors"
+    if not HAS_NUMBA or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return "matmul", "compiled rows are for float32 and bfloat16 on a CPU with numba"
+    if x.dtype == torch.bfloat16 and x.shape[-1] % 2:
+        return "matmul", "bfloat16 is read in pairs, and the size is odd"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return "matmul", "differentiable, compiled or autocast"
+    return "rows", "asked for by name" if wanted else "a few vectors: bound by reading the weights"

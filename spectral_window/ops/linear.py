@@ -1,0 +1,37 @@
+"""Linear maps of one input: y = x W^T + b for several W at once.
+
+For many vectors that is PyTorch's matrix product. For a few, as when text is generated token by
+token, it is bound by reading W: compiled code then reads all the matrices in one go
+(`numba_linear`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_window.ops.dispatch import resolve
+
+
+def linear_maps(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, method: str = "auto"
+) -> tuple[Tensor, ...]:
+    """x [..., K] times each of `weights` [N, K], plus its bias [N] or None: a [..., N] for each.
+
+    method: "auto", "matmul", or "rows" (no gradients, a CPU, one dtype of float32 or bfloat16;
+    anything else takes "matmul"). Raises what PyTorch's `linear` raises.
+    """
+    method, _ = resolve("linear", method, x)
+    size = x.shape[-1]
+    given = [*weights, *(bias for bias in biases if bias is not None)]
+    alike = all(w.dtype == x.dtype and w.device == x.device and w.is_contiguous() for w in given)
+    fits = all(weight.dim() == 2 and weight.shape[1] == size for weight in weights)
+    if method == "matmul" or not (alike and fits):
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    from spectral_window.ops.numba_linear import multiply
+
+    y = multiply(x.reshape(-1, size).contiguous(), weights, biases)
+    columns = [weight.shape[0] for weight in weights]
+    return y.view(*x.shape[:-1], sum(columns)).split(columns, -1)
