@@ -234,14 +234,16 @@ class SWHModel(SWHPreTrainedModel):
 
     def _segment(self, tokens: Tensor, wishes: dict[str, Any]) -> int:
         """How many tokens of a row go through all layers at once (see the module's docstring)."""
+        length = tokens.shape[1]
         hidden_states = wishes.get("output_hidden_states", self.config.output_hidden_states)
         whole = (
-            torch.is_grad_enabled()
+            length <= SEGMENT
+            or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or not all(mixer.constant_state for mixer in self._parts(Mixer))
             or bool(hidden_states)  # they are collected a layer at a time
+            or not all(cast(SWHLayer, layer).mixer.constant_state for layer in self.layers)
         )
-        return max(tokens.shape[1], 1) if whole else SEGMENT
+        return max(length, 1) if whole else SEGMENT
 
 
 class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
