@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from spectral_window.nn.kernels import Kernel
 from spectral_window.ops.dispatch import resolve
 from spectral_window.ops.linear import linear_maps
+from spectral_window.ops.pointwise import rms_norm, swiglu
 
 
-def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+def project(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
     """Each of `maps` (linear layers of one input size) applied to x [..., K]; together where that
     is faster.
 
@@ -24,7 +25,7 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
     return linear_maps(x, [layer.weight for layer in maps], [layer.bias for layer in maps])
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: nn.Linear) -> bool:
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
@@ -42,7 +43,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -57,7 +58,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return project(F.silu(gate) * up, self.down_proj)[0]
+        return project(swiglu(gate, up), self.down_proj)[0]
 
     @staticmethod
     def default_hidden(dim: int) -> int:

@@ -201,7 +201,7 @@ class SpectralWindowMixer(Mixer):
     def _project(self, x: Tensor) -> list[Tensor]:
         """Queries, keys, values and the convolution's input (of the branches that are on): all are
         maps of one x, and made together."""
-        maps: list[nn.Module] = []
+        maps: list[nn.Linear] = []
         if "window" in self.branches:
             maps += (self.q_proj, self.k_proj, self.v_proj)
         if "spectral" in self.branches:

@@ -80,6 +80,10 @@ class kernel:
             self._alone(address)
             for other in others:
                 other.result()
+        # every thread that ends well has asked for one part too many; an error inside (out of
+        # memory) cannot leave compiled code, it is only printed
+        if job[0] <= parts:
+            raise RuntimeError(f"{self.function.__name__} failed (compiled code): see above")
 
     def _compile(self) -> None:
         with self._lock:

@@ -58,6 +58,12 @@ def round_trip(job):
         part = take(job)
 
 
+@kernel
+def fail_at_once(job):
+    while take(job) >= 0:
+        int64s(job[2], 1)[:] = int64s(job[2], 2)
+
+
 @pytest.fixture(params=["team", "no team"])
 def team(request, monkeypatch):
     if request.param == "no team":
@@ -109,3 +115,9 @@ def test_bfloat16_is_rounded_as_torch_rounds_it():
     number = ~x.isnan()
     assert torch.equal(half[number], x.bfloat16()[number])
     assert torch.equal(y[number], half.float()[number])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_error_inside_is_not_taken_for_a_result(team, threads):
+    with pytest.raises(RuntimeError, match="fail_at_once failed"):
+        fail_at_once(1000, torch.zeros(2, dtype=torch.int64))

@@ -1,0 +1,100 @@
+"""RMSNorm and the gate of SwiGLU: what a layer does between its matrix products.
+
+On a CPU, in float32 and bfloat16, compiled code does each in one pass (`numba_pointwise`);
+everywhere else, and where torch.compile fuses such things itself, it is PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_window.ops.dispatch import HAS_NUMBA
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [..., D] in x's dtype."""
+    if _in_one_pass(x):
+        return (
+            _RMSNorm.apply(x, weight, eps) if _differentiable(x, weight) else _norm(x, weight, eps)
+        )
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [..., N] each and of one dtype."""
+    if _in_one_pass(gate) and up.dtype == gate.dtype and up.shape == gate.shape:
+        return _SwiGLU.apply(gate, up) if _differentiable(gate, up) else _gated(gate, up)
+    return F.silu(gate) * up
+
+
+def _in_one_pass(x: Tensor) -> bool:
+    return (
+        HAS_NUMBA
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from spectral_window.ops import numba_pointwise
+
+    return numba_pointwise.rms_norm(x.contiguous(), weight, eps)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    from spectral_window.ops import numba_pointwise
+
+    return numba_pointwise.swiglu(gate.contiguous(), up.contiguous())
+
+
+class _RMSNorm(torch.autograd.Function):
+    forward = staticmethod(_norm)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from spectral_window.ops import numba_pointwise
+
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            with torch.enable_grad():
+                y = F.rms_norm(x, weight.shape, weight.to(x.dtype), ctx.eps)
+                return *torch.autograd.grad(y, (x, weight), grad, create_graph=True), None
+        found = numba_pointwise.rms_norm_backward(
+            x.contiguous(), weight, ctx.eps, grad.contiguous()
+        )
+        return *found, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    forward = staticmethod(_gated)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from spectral_window.ops import numba_pointwise
+
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                return torch.autograd.grad(F.silu(gate) * up, (gate, up), grad, create_graph=True)
+        return numba_pointwise.swiglu_backward(
+            gate.contiguous(), up.contiguous(), grad.contiguous()
+        )
