@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectral_window.nn.layers import project
-from spectral_window.ops import resolve
+from spectral_window.ops import numba_linear, resolve
 from spectral_window.ops.linear import linear_maps
 from tests.contracts.measure import relative
 
@@ -37,9 +37,12 @@ def test_rows_equal_the_exact_product_in_float32(size, shape, threads):
         assert relative(y, exact) < 5e-7
 
 
-@pytest.mark.parametrize("size", [2, 16, 60, 768])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("size", [2, 16, 60, 64, 66, 768])
 @torch.no_grad()
-def test_rows_in_bfloat16_are_rounded_once(size, threads):
+def test_rows_in_bfloat16_are_rounded_once(size, native, threads, monkeypatch):
+    # where the processor has no products of its own, both are the same way
+    monkeypatch.setattr(numba_linear, "NATIVE", native and numba_linear.NATIVE)
     x = torch.randn(2, size).bfloat16()
     w, b = torch.randn(300, size).bfloat16(), torch.randn(300).bfloat16()
     (y,) = linear_maps(x, [w], [b], method="rows")
