@@ -110,10 +110,11 @@ def _methods(config: SWHConfig, device: torch.device, dtype: torch.dtype) -> lis
         reason = "PyTorch's fused scaled_dot_product_attention, over every earlier key"
         return [{"op": "attention", "use": "prefill and step", "method": "sdpa", "reason": reason}]
     found = []
-    for op in config.branches:
+    for op in (*config.branches, "linear"):
         for use, length in (("prefill", 1024), ("step", 1)):
             probe = torch.empty(1, length, config.hidden_size, device=device, dtype=dtype)
-            method, reason = resolve_method(op, "auto", probe)
+            with torch.no_grad():
+                method, reason = resolve_method(op, "auto", probe)
             found.append({"op": op, "use": use, "method": method, "reason": reason})
     return found
 

@@ -22,6 +22,7 @@ def run(
     command: str | None,
 ) -> None:
     """Train as the recipe says; see `spectral-window train --help`."""
+    from spectral_window.training.machine import keep_memory
     from spectral_window.training.progress import RichProgress
     from spectral_window.training.trainer import train
 
@@ -32,6 +33,7 @@ def run(
         if sources:
             asked = asked.replace(**{name: tuple(sources)})
     folder = out if out is not None else Path("runs") / asked.name
+    keep_memory()  # every step takes the same large tensors again
     train(
         asked,
         folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import platform
@@ -55,6 +56,31 @@ def peak_memory(device: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_memory() -> str:
+    """Let this process reuse the memory of freed tensors; returns what was set, in words.
+
+    glibc maps every block beyond 32 MiB anew and gives it back when freed, so each large tensor
+    pays for fresh zeroed pages: measured, 90 ms for a clone of 200 MB that takes 12 ms in memory
+    at hand. Raised thresholds keep such blocks in the heap. The sliver that aligning a tensor cuts
+    off must go back to its neighbour at once, or the hole no longer fits a tensor of the same
+    size: no fast bins, and the caches of small blocks are filled beforehand. Elsewhere than on
+    glibc nothing changes. The price: what the process once used it keeps until it ends.
+    """
+    if not platform.libc_ver()[0].startswith("glibc"):
+        return "as the system has it"
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    fast_bins, trim_threshold, mmap_threshold = 1, -1, -3  # malloc.h's names: M_MXFAST, ...
+    for option, value in ((mmap_threshold, 2**31 - 1), (trim_threshold, -1), (fast_bins, 0)):
+        libc.mallopt(option, value)
+    for size in range(16, 144, 16):
+        for block in [libc.malloc(size) for _ in range(16)]:
+            libc.free(block)
+    return "glibc keeps freed memory (blocks to 2 GiB in the heap, no trimming, no fast bins)"
 
 
 @contextlib.contextmanager
