@@ -20,9 +20,9 @@ def project(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
     A layer that is more than a plain `nn.Linear` (an adapter, a quantised weight, hooks) is called
     by itself.
     """
-    if resolve("linear", "auto", x)[0] == "matmul" or not all(map(_is_plain, maps)):
-        return tuple(layer(x) for layer in maps)
-    return linear_maps(x, [layer.weight for layer in maps], [layer.bias for layer in maps])
+    if resolve("linear", "auto", x)[0] == "rows" and all(map(_is_plain, maps)):
+        return linear_maps(x, [layer.weight for layer in maps], [layer.bias for layer in maps])
+    return tuple(layer(x) for layer in maps)
 
 
 def _is_plain(layer: nn.Linear) -> bool:

@@ -24,14 +24,19 @@ def linear_maps(
     anything else takes "matmul"). Raises what PyTorch's `linear` raises.
     """
     method, _ = resolve("linear", method, x)
-    size = x.shape[-1]
-    given = [*weights, *(bias for bias in biases if bias is not None)]
-    alike = all(w.dtype == x.dtype and w.device == x.device and w.is_contiguous() for w in given)
-    fits = all(weight.dim() == 2 and weight.shape[1] == size for weight in weights)
-    if method == "matmul" or not (alike and fits):
+    if method == "matmul" or not (
+        all(_readable(w, x) and w.dim() == 2 and w.shape[1] == x.shape[-1] for w in weights)
+        and all(b is None or _readable(b, x) for b in biases)
+    ):
         return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     from spectral_window.ops.numba_linear import multiply
 
-    y = multiply(x.reshape(-1, size).contiguous(), weights, biases)
-    columns = [weight.shape[0] for weight in weights]
-    return y.view(*x.shape[:-1], sum(columns)).split(columns, -1)
+    y = multiply(x.reshape(-1, x.shape[-1]).contiguous(), weights, biases)
+    y = y.view(*x.shape[:-1], y.shape[1])
+    if len(weights) == 1:
+        return (y,)
+    return y.split_with_sizes([weight.shape[0] for weight in weights], -1)
+
+
+def _readable(w: Tensor, x: Tensor) -> bool:
+    return w.dtype is x.dtype and w.is_contiguous() and w.device == x.device

@@ -40,8 +40,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-WORDS = 64  # of a job at most
-_FIRST = 2  # where the arguments begin
+_Job = ctypes.c_int64 * 64
 
 
 class kernel:
@@ -64,11 +63,9 @@ class kernel:
             return
         if self._compiled is None:
             self._compile()
-        job = np.empty(WORDS, np.int64)
-        job[0], job[1] = 0, parts
-        for place, argument in enumerate(arguments, _FIRST):
-            job[place] = _word(argument)
-        address = job.ctypes.data
+        words = [word if type(word) is int else _address(word) for word in arguments]
+        job = _Job(0, parts, *words)
+        address = ctypes.addressof(job)
         threads = min(torch.get_num_threads(), parts)
         if threads == 1:
             self._alone(address)
@@ -99,12 +96,12 @@ class kernel:
 _SIGNATURE = types.void(types.CPointer(types.int64))
 
 
-def _word(argument: Tensor | np.ndarray | int | None) -> int:
+def _address(argument: Any) -> int:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     if isinstance(argument, np.ndarray):
         return argument.ctypes.data
-    return 0 if argument is None else argument
+    return 0 if argument is None else int(argument)
 
 
 @cache

@@ -7,6 +7,8 @@ are worked on in float32 whatever they are stored in, and bfloat16 is rounded on
 
 from __future__ import annotations
 
+import struct
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor
 from spectral_window.ops.numba_parallel import (
     bfloat16s,
     float32s,
+    float_of,
     inner,
     kernel,
     narrow,
@@ -113,9 +116,9 @@ def _norm_gradient(x, g, weighted, factor, slope, dx, dw):
 
 @kernel
 def _rms_norm(job):
-    """job: 2 bfloat16?, 3 rows, 4 D, 5 x, 6 weight float32 [D], 7 eps float32 [1], 8 y."""
+    """job: 2 bfloat16?, 3 rows, 4 D, 5 x, 6 weight float32 [D], 7 bits of eps, 8 y."""
     half, rows, size = job[2], job[3], job[4]
-    weight, eps = float32s(job[6], size), float32s(job[7], 1)[0]
+    weight, eps = float32s(job[6], size), float_of(np.int32(job[7]))
     rooms = np.empty((2, size), np.float32)
     part = take(job)
     while part >= 0:
@@ -130,10 +133,10 @@ def _rms_norm(job):
 
 @kernel
 def _rms_norm_backward(job):
-    """job: 2 bfloat16?, 3 rows, 4 D, 5 x, 6 weight, 7 eps, 8 gradient of y, 9 dx, 10 dw float32
-    [parts, D]: the sum over the rows of a part."""
+    """job: 2 bfloat16?, 3 rows, 4 D, 5 x, 6 weight, 7 bits of eps, 8 gradient of y, 9 dx, 10 dw
+    float32 [parts, D]: the sum over the rows of a part."""
     half, rows, size = job[2], job[3], job[4]
-    weight, eps = float32s(job[6], size), float32s(job[7], 1)[0]
+    weight, eps = float32s(job[6], size), float_of(np.int32(job[7]))
     rooms = np.empty((4, size), np.float32)
     part = take(job)
     while part >= 0:
@@ -205,6 +208,12 @@ def _swiglu_backward(job):
         part = take(job)
 
 
+@cache
+def _bits(number: float) -> int:
+    """The 32 bits of a float32, to be passed in a job."""
+    return struct.unpack("<i", struct.pack("<f", number))[0]
+
+
 def _shape(x: Tensor) -> tuple[int, int, int]:
     """(bfloat16?, rows, size) of [..., size]."""
     return int(x.dtype == torch.bfloat16), x.numel() // x.shape[-1], x.shape[-1]
@@ -213,20 +222,18 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] contiguous, float32 or bfloat16; weight [D]: y like x."""
     y, shape = torch.empty_like(x), _shape(x)
-    least = np.array([eps], np.float32)
     w = weight.float().contiguous()
-    _rms_norm(-(-shape[1] // _ROWS), *shape, x, w, least, y)
+    _rms_norm(-(-shape[1] // _ROWS), *shape, x, w, _bits(eps), y)
     return y
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight, given that of y."""
     dx, shape = torch.empty_like(x), _shape(x)
-    least = np.array([eps], np.float32)
     parts = min(4 * torch.get_num_threads(), shape[1])
     dw = torch.empty(parts, shape[2])
     w = weight.float().contiguous()
-    _rms_norm_backward(parts, *shape, x, w, least, grad, dx, dw)
+    _rms_norm_backward(parts, *shape, x, w, _bits(eps), grad, dx, dw)
     return dx, dw.sum(0, dtype=torch.float64).to(weight.dtype)
 
 

@@ -18,16 +18,14 @@ from spectral_window.ops.dispatch import HAS_NUMBA
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [..., D] in x's dtype."""
     if _in_one_pass(x):
-        return (
-            _RMSNorm.apply(x, weight, eps) if _differentiable(x, weight) else _norm(x, weight, eps)
-        )
+        return (_RMSNorm.apply if torch.is_grad_enabled() else _norm)(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [..., N] each and of one dtype."""
     if _in_one_pass(gate) and up.dtype == gate.dtype and up.shape == gate.shape:
-        return _SwiGLU.apply(gate, up) if _differentiable(gate, up) else _gated(gate, up)
+        return (_SwiGLU.apply if torch.is_grad_enabled() else _gated)(gate, up)
     return F.silu(gate) * up
 
 
@@ -39,10 +37,6 @@ def _in_one_pass(x: Tensor) -> bool:
         and x.numel() > 0
         and not torch.compiler.is_compiling()
     )
-
-
-def _differentiable(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
