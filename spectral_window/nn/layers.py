@@ -3,13 +3,15 @@ be decayed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_window.nn.kernels import Kernel
 from spectral_window.ops.dispatch import resolve
-from spectral_window.ops.linear import linear_maps
+from spectral_window.ops.linear import by_rows
 from spectral_window.ops.pointwise import rms_norm, swiglu
 
 
@@ -21,14 +23,17 @@ def project(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
     by itself.
     """
     if resolve("linear", "auto", x)[0] == "rows" and all(map(_is_plain, maps)):
-        return linear_maps(x, [layer.weight for layer in maps], [layer.bias for layer in maps])
+        held = [
+            layer._parameters for layer in maps
+        ]  # looked up directly: this runs for every token
+        return by_rows(x, [of["weight"] for of in held], [of["bias"] for of in held])
     return tuple(layer(x) for layer in maps)
 
 
 def _is_plain(layer: nn.Linear) -> bool:
     return (
         type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
+        and type(layer._parameters["weight"]) is nn.Parameter
         and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
     )
 

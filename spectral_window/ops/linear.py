@@ -23,20 +23,35 @@ def linear_maps(
     method: "auto", "matmul", or "rows" (no gradients, a CPU, one dtype of float32 or bfloat16;
     anything else takes "matmul"). Raises what PyTorch's `linear` raises.
     """
-    method, _ = resolve("linear", method, x)
-    if method == "matmul" or not (
-        all(_readable(w, x) and w.dim() == 2 and w.shape[1] == x.shape[-1] for w in weights)
-        and all(b is None or _readable(b, x) for b in biases)
-    ):
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    if resolve("linear", method, x)[0] == "rows":
+        return by_rows(x, weights, biases)
+    return _by_products(x, weights, biases)
+
+
+def by_rows(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """`linear_maps` where "rows" was chosen for x; by products where a weight does not allow it."""
+    dtype, size = x.dtype, x.shape[-1]
+    for weight, bias in zip(weights, biases, strict=True):
+        if (
+            weight.dtype is not dtype
+            or weight.shape[1:] != (size,)
+            or not weight.is_contiguous()
+            or not weight.is_cpu
+            or (bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()))
+        ):
+            return _by_products(x, weights, biases)
     from spectral_window.ops.numba_linear import multiply
 
-    y = multiply(x.reshape(-1, x.shape[-1]).contiguous(), weights, biases)
+    y = multiply(x.reshape(-1, size).contiguous(), weights, biases)
     y = y.view(*x.shape[:-1], y.shape[1])
     if len(weights) == 1:
         return (y,)
     return y.split_with_sizes([weight.shape[0] for weight in weights], -1)
 
 
-def _readable(w: Tensor, x: Tensor) -> bool:
-    return w.dtype is x.dtype and w.is_contiguous() and w.device == x.device
+def _by_products(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))

@@ -63,7 +63,12 @@ class kernel:
             return
         if self._compiled is None:
             self._compile()
-        words = [word if type(word) is int else _address(word) for word in arguments]
+        words = [
+            word
+            if type(word) is int
+            else (word.data_ptr() if isinstance(word, Tensor) else _address(word))
+            for word in arguments
+        ]
         job = _Job(0, parts, *words)
         address = ctypes.addressof(job)
         threads = min(torch.get_num_threads(), parts)
@@ -97,8 +102,6 @@ _SIGNATURE = types.void(types.CPointer(types.int64))
 
 
 def _address(argument: Any) -> int:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
     if isinstance(argument, np.ndarray):
         return argument.ctypes.data
     return 0 if argument is None else int(argument)

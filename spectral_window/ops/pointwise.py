@@ -30,10 +30,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _in_one_pass(x: Tensor) -> bool:
+    dtype = x.dtype
     return (
         HAS_NUMBA
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.is_cpu
+        and (dtype is torch.float32 or dtype is torch.bfloat16)
         and x.numel() > 0
         and not torch.compiler.is_compiling()
     )
