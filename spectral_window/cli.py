@@ -322,22 +322,43 @@ def info(
 
 @app.command()
 def bench(
-    operators: Annotated[
+    benches: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OPERATOR]...", help="spectral, window, or both (the default)."),
+        typer.Argument(
+            metavar="[BENCH]...",
+            help="spectral, window, prefill, decode, train, scaling, memory, or all (the default).",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write OPERATOR.json there.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write BENCH.json, goals.json and pictures there."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="float32 or bfloat16. Repeatable. Default: both."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Short sequences and few rounds: to see that it works.")
+        bool, typer.Option("--quick", help="Tiny sizes and few rounds: to see that it works.")
     ] = False,
     json: Json = False,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, metavar="N", help="CPU threads. Default: 1, and then all."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """How fast the operators' methods are here, side by side, after a check that they are right."""
-    _call("bench", threads, operators=operators or [], out=out, quick=quick, json=json)
+    """How fast every path is here, beside what you would take instead and what the hardware allows;
+    each contestant is checked first."""
+    _call(
+        "bench",
+        None,
+        benches=benches or [],
+        dtypes=dtype or [],
+        counts=[threads] if threads else [],  # each gets a process of its own
+        out=out,
+        quick=quick,
+        json=json,
+    )
 
 
 @app.command()

@@ -1,46 +1,132 @@
-"""`spectral-window bench`: see `lab/bench.py`."""
+"""`spectral-window bench`: see `lab/bench`."""
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from spectral_window.commands.show import print_json, print_table
+from spectral_window.commands.show import print_json, print_table, size
+from spectral_window.errors import ResourceError, unknown
 from spectral_window.lab import bench
+from spectral_window.lab.bench.goals import judge, say
+from spectral_window.lab.bench.pictures import draw_all
 from spectral_window.training.files import write_json
 
+TAGS = {
+    "part": "{}",
+    "length": "T {:,}",
+    "context": "context {:,}",
+    "window": "W {}",
+    "batch": "B {}",
+    "layers": "layers: {}",
+    "pass": "{}",
+}
 
-def run(*, operators: list[str], out: Path | None, quick: bool, json: bool) -> None:
-    """Measure, show and, with `out`, write OPERATOR.json there."""
-    for operator in operators or ["spectral", "window"]:
-        found = bench.run(operator, quick=quick)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / f"{operator}.json", found)
-        if json:
-            print_json(found)
-            continue
-        where = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
-        print_table(
-            f"{operator}, one row of {found['channels']} channels, float32"
-            + (" (quick: a trial, not a measurement)" if quick else "")
-            + f"\n{where}",
-            ("T, pass", "contestant", "ms", "times the first", "p10 - p90"),
-            [
-                (
-                    f"{row['length']:,} {row['pass']}",
-                    row["contestant"],
-                    *(
-                        (
-                            f"{row['milliseconds']:,.2f}",
-                            f"{row['ratio']:.2f}" if "ratio" in row else "",
-                            f"{row['ratio_p10']:.2f} - {row['ratio_p90']:.2f}"
-                            if "ratio" in row
-                            else "",
-                        )
-                        if row["status"] == "ok"
-                        else (row["status"], "", "")
-                    ),
-                )
-                for row in found["rows"]
-            ],
-        )
+
+def run(
+    *,
+    benches: list[str],
+    dtypes: list[str],
+    counts: list[int],
+    out: Path | None,
+    quick: bool,
+    json: bool,
+) -> None:
+    """Measure, show and, with `out`, write BENCH.json, goals.json and the pictures there."""
+    names = bench.chosen(benches)
+    for dtype in dtypes:
+        if dtype not in bench.DTYPES:
+            raise unknown("dtype", dtype, bench.DTYPES)
+    counts = counts or bench.thread_counts()
+    results: dict[str, Any] = {}
+    failed: list[str] = []
+    for name in names:
+        once = name in bench.ONCE
+        for count in counts[-1:] if once else counts:
+            begin = time.perf_counter()
+            wanted = [d for d in (dtypes or bench.DTYPES) if d == "float32" or not once or dtypes]
+            try:
+                groups = bench.measure_in_child(name, count, wanted, quick)
+            except ResourceError as error:  # the others can still be measured
+                failed.append(str(error))
+                continue
+            results.setdefault(name, []).extend(groups)
+            if out is not None:
+                bench.keep(out, name, groups)
+            if not json:
+                for group in groups:
+                    _show(name, group)
+            spent = time.perf_counter() - begin
+            print(f"bench {name}, threads {count}: {spent:.0f} s", file=sys.stderr)
+    known = {name: bench.load(out, name) for name in bench.BENCHES} if out else results
+    goals = judge(known)
+    if out is not None:
+        write_json(out / "goals.json", {"goals": goals})
+        draw_all(known, out)
+    if json:
+        print_json({"benches": results, "goals": goals})
+    else:
+        _show_goals([goal for goal in goals if goal["bench"] in names and not quick])
+    if failed:
+        raise ResourceError("; ".join(failed))
+
+
+def _show(name: str, group: dict[str, Any]) -> None:
+    """The rows of one size under its name; why a contestant has no numbers, below the table."""
+    lines: list[tuple[str, ...]] = []
+    reasons: dict[str, list[str]] = {}
+    at = ""
+    for row in group["rows"]:
+        if _tags(row) != at:
+            at = _tags(row)
+            lines.append((at, "", "", "", ""))
+        lines.append((f"  {row['contestant']}", *_numbers(row)))
+        if row["status"] != "ok":
+            reasons.setdefault(f"{row['contestant']}: {row['status']}", []).append(at)
+    head = ("", "ms", "times the first", "p10 - p90", "")
+    print_table(f"{name}\n{bench.header(group)}", head, lines)
+    for why, sizes in reasons.items():
+        print(f"  {why} ({'; '.join(sizes)})")
+
+
+def _tags(row: dict[str, Any]) -> str:
+    words = [text.format(row[key]) for key, text in TAGS.items() if row.get(key) is not None]
+    return ", ".join(words)
+
+
+def _numbers(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    if row["status"] != "ok":
+        return "none", "", "", ""
+    if "error" in row:
+        return "", "", "", f"error {row['error']:.1e}"
+    if "slope" in row:
+        return "", "", "", f"slope {row['slope']:.3f}"
+    if "peak_bytes" in row:
+        beyond = f", {row['inputs']:.2f} x u beyond y" if "inputs" in row else ""
+        return "", "", "", f"{size(row['peak_bytes'])}{beyond}"
+    ratio = spread = more = ""
+    if "ratio" in row:
+        ratio, spread = f"{row['ratio']:.3g}", f"{row['ratio_p10']:.3g} - {row['ratio_p90']:.3g}"
+    if "GB_per_s" in row:
+        more = f"{row['GB_per_s']:.3g} GB/s"
+    return f"{row['milliseconds']:,.4g}", ratio, spread, more
+
+
+def _show_goals(goals: list[dict[str, Any]]) -> None:
+    if not goals:
+        return
+    lines: list[tuple[str, ...]] = []
+    path = ""
+    for goal in goals:
+        if goal["path"] != path:
+            path = goal["path"]
+            lines.append((path, "", "", "", ""))
+        threads = "" if goal["threads"] is None else str(goal["threads"])
+        measured = say(goal["measured"], goal["unit"])
+        lines.append((f"  {goal['goal']}", goal["dtype"], threads, measured, goal["reached"]))
+    head = ("", "", "threads", "measured", "")
+    print_table("goals: the worst of the rows that match", head, lines, numbers=False)
+    for note in dict.fromkeys(g["note"] for g in goals if g["note"] and g["reached"] != "reached"):
+        print(f"  {note}")

@@ -23,9 +23,8 @@ def project(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
     by itself.
     """
     if resolve("linear", "auto", x)[0] == "rows" and all(map(_is_plain, maps)):
-        held = [
-            layer._parameters for layer in maps
-        ]  # looked up directly: this runs for every token
+        # looked up directly: this runs for every token
+        held: list[Any] = [layer._parameters for layer in maps]
         return by_rows(x, [of["weight"] for of in held], [of["bias"] for of in held])
     return tuple(layer(x) for layer in maps)
 

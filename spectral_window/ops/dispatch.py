@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spectral_window.errors import UserError, unknown
 
@@ -25,6 +26,7 @@ METHODS = {
     },
     "window": {
         "reference": "dense masked softmax in float64, O(T^2): the truth for the others",
+        "tiled": "tiles of 16 queries in compiled code (numba), O(T W), RoPE inside, on a CPU",
         "chunked": "one attention call over all chunks, O(T W), plain torch",
         "step": "attention to the ring of 2W keys, for calls with one token",
     },
@@ -54,23 +56,54 @@ def resolve(op: str, method: str, tensor: Tensor) -> tuple[str, str]:
             if HAS_NUMBA:
                 return "scan", "one pass over memory, compiled by numba for this CPU"
             return "chunked", "numba is not installed: linear time in plain torch"
+        if op == "window" and runs_tiled(tensor):
+            return "tiled", "only what is seen, in compiled code (numba) for this CPU"
         return "chunked", "linear time in plain torch on any device"
     if method not in METHODS[op]:
         raise unknown(f"{op} method", method, [*METHODS[op], "auto"])
     if method == "step" and not one_token:
         raise UserError(f"method 'step' ({op}): it takes one token a call, not {tensor.shape[1]}")
+    if method == "tiled" and not runs_tiled(tensor):
+        raise UserError(
+            f"method 'tiled' (window): it needs numba, and float32 or bfloat16 on a CPU, not "
+            f"{tensor.dtype} on {tensor.device}: use 'chunked' or 'auto'"
+        )
     return method, "asked for by name"
+
+
+def runs_tiled(q: Tensor) -> bool:
+    """Is there compiled code for window attention on tensors like q?"""
+    kind = HAS_NUMBA and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
+    return kind and (torch.compiler.is_compiling() or not _transformed())
+
+
+def may_bypass(*tensors: Tensor | None) -> bool:
+    """May compiled code be called on these tensors' memory, past torch's dispatcher? Not where a
+    gradient, a graph or a transformation of the call is wanted."""
+    if torch.compiler.is_compiling() or _transformed():
+        return False
+    learns = torch.is_grad_enabled()
+    return all(
+        x is None or (type(x) in (Tensor, torch.nn.Parameter) and not (learns and x.requires_grad))
+        for x in tensors
+    )
+
+
+def _transformed() -> bool:
+    """Is torch.func (vmap, jvp, ...) or forward-mode differentiation at work?"""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _linear(x: Tensor, wanted: bool) -> tuple[str, str]:
     """`resolve` for linear maps of x [..., K]."""
-    few = 0 < x.numel() <= FEW * x.shape[-1]
-    if not (few or (wanted and x.numel())):
+    count, size = x.numel(), x.shape[-1]
+    if count > FEW * size and not wanted:
         return "matmul", "many vectors"
-    if not HAS_NUMBA or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return "matmul", "compiled rows are for float32 and bfloat16 on a CPU with numba"
-    if x.dtype == torch.bfloat16 and x.shape[-1] % 2:
-        return "matmul", "bfloat16 is read in pairs, and the size is odd"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return "matmul", "differentiable, compiled or autocast"
+    dtype = x.dtype
+    if not (HAS_NUMBA and x.is_cpu and (dtype is torch.float32 or dtype is torch.bfloat16)):
+        return "matmul", "compiled rows are for float32 and bfloat16 on a CPU with numba"
+    if not count or (dtype is torch.bfloat16 and size % 2):
+        return "matmul", "nothing to multiply, or an odd size: bfloat16 is read in pairs"
     return "rows", "asked for by name" if wanted else "a few vectors: bound by reading the weights"

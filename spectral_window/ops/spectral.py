@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_spectral import chunked
-from spectral_window.ops.dispatch import resolve
+from spectral_window.ops.dispatch import HAS_NUMBA, resolve
 from spectral_window.ops.documents import find_documents, given_positions
 from spectral_window.ops.modes import Modes, exact_dtype, kernel, powers, times
 
@@ -33,6 +34,7 @@ def spectral_conv(
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     method: str = "auto",
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal convolution of every channel of `u` with its modes, from `state` (paper section 1).
 
@@ -43,6 +45,8 @@ def spectral_conv(
     positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
     method:     one of `dispatch.METHODS`, or "auto"; then a single token takes the
                 recurrence's step.
+    out:        where y is written (and returned) instead of in fresh memory: [B, T, D] contiguous,
+                u's dtype and device, not overlapping u, with no gradient to record.
 
     Returns y [B, T, D] in u's dtype (0 at padding) and the state after each row's last token.
     Differentiable, twice, in u, state, decay, frequency and gain. Raises ValueError or TypeError
@@ -55,7 +59,9 @@ def spectral_conv(
     method, _ = resolve("spectral", method, u)
     if not u.dtype.is_floating_point:
         raise TypeError(f"u is {u.dtype} (spectral_conv): expected a floating dtype")
-    modes = modes.validated(u.shape[2])
+    # in compiled code that is called directly, the modes' values are checked on the way
+    plain = method in ("scan", "step") and _plain(u, *modes, state)
+    given, modes = modes, modes.validated(u.shape[2], values=not plain)
     if modes.decay.device != u.device:
         raise ValueError(
             f"modes are on {modes.decay.device}, u on {u.device} (spectral_conv): move one"
@@ -68,23 +74,105 @@ def spectral_conv(
             f"state is {tuple(state.shape)} {state.dtype} (spectral_conv): expected {shape} in "
             "float64, as returned by a call with the same batch and modes"
         )
+    if out is not None:
+        _check_out(out, u, *modes, state)
     # any beginning other than 0 continues the state; the state itself does not know its position
-    begin = None if state is None else torch.ones(u.shape[0], dtype=torch.int64, device=u.device)
+    begin = None
+    if cu_seqlens is not None and state is not None:
+        begin = torch.ones(u.shape[0], dtype=torch.int64, device=u.device)
     positions = given_positions(positions, cu_seqlens, u, begin)
+    if plain and u.numel():
+        return _compiled(u, modes, given, state, positions, method, out)
+    known = state is not None
     exact = exact_dtype(u.device)
-    if state is None:
-        state = u.new_zeros(shape, dtype=exact)
-        known = False
-    else:
-        state = state.to(exact)
-        known = True
+    state = u.new_zeros(shape, dtype=exact) if state is None else state.to(exact)
+    y, final = _by_method(method, u, modes, state, positions, known)
+    return y if out is None else out.copy_(y), final
+
+
+def _check_out(out: Tensor, u: Tensor, *others: Tensor | None) -> None:
+    if out.shape != u.shape or out.dtype != u.dtype or out.device != u.device:
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device} (spectral_conv): expected "
+            f"{tuple(u.shape)} {u.dtype} on {u.device}, like u"
+        )
+    if not out.is_contiguous():
+        raise ValueError("out is not contiguous (spectral_conv): pass contiguous memory")
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (out, u, *others)
+    ):
+        raise ValueError(
+            "out with a gradient to record (spectral_conv): leave it away, or use torch.no_grad()"
+        )
+    if out.device.type != "meta" and not torch.compiler.is_compiling():
+        distance = out.data_ptr() - u.data_ptr()
+        span = sum((n - 1) * abs(s) for n, s in zip(u.shape, u.stride(), strict=True)) + 1
+        if u.numel() and -out.nbytes < distance < span * u.element_size():
+            raise ValueError("out overlaps u (spectral_conv): pass other memory")
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether compiled code may be called on these tensors' memory, past torch's dispatcher: on a
+    CPU with numba, and nothing asks for a gradient, a trace or a transformation."""
+    if not HAS_NUMBA or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or _forward_mode():
+        return False
+    wanted = torch.is_grad_enabled()
+    return all(
+        x is None
+        or (
+            type(x) in (Tensor, torch.nn.Parameter)
+            and x.device.type == "cpu"
+            and not (wanted and x.requires_grad)
+        )
+        for x in tensors
+    )
+
+
+def _forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _compiled(
+    u: Tensor,
+    modes: Modes,
+    given: Modes,
+    state: Tensor | None,
+    positions: Tensor | None,
+    method: str,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The scan, or a step as the scan of one token, straight in compiled code."""
+    from spectral_window.ops.numba_spectral import run
+
+    if positions is not None and method == "scan":
+        _check_documents(positions, state is not None)
+    before = None if state is None else state.to(torch.float64)
+    done = run(u, modes, before, positions, refuse=True, out=out)
+    if done is None:
+        given.validated(u.shape[2])
+        raise ValueError("modes are not finite (spectral_conv)")
+    return done[:2]
+
+
+def _check_documents(positions: Tensor, known: bool) -> None:
+    """Raise ValueError where positions neither begin a document nor count on."""
+    find_documents(positions, torch.full((positions.shape[0],), -1) if known else None)
+
+
+def _by_method(
+    method: str, u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None, known: bool
+) -> tuple[Tensor, Tensor]:
+    """`method` for checked inputs; state float64, `known` where it is a caller's."""
     if u.numel() == 0:
         return u.clone(), state
     if method == "step":
         return _step(u, modes, state, positions)
-    if method == "scan":
+    if method == "scan" and not _forward_mode():  # whose tangents the scan does not know
         return _scanned(u, modes, state, positions, known)
-    if method == "chunked":
+    if method in ("chunked", "scan"):
         return chunked(u, modes, state, positions, known)
     whole = _fft if method == "fft" else _reference
     modes = modes.double()  # cast once, so that gradients are summed before they are rounded
@@ -123,8 +211,7 @@ def _scanned(
     from spectral_window.ops.numba_spectral import scan
 
     if positions is not None and not torch.compiler.is_compiling():
-        any_position = torch.full((u.shape[0],), -1) if known else None
-        find_documents(positions, any_position)  # raises where positions do not count on
+        _check_documents(positions, known)
     keep = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (u, *modes, state)
     )

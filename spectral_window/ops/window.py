@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.ops import reference
-from spectral_window.ops.dispatch import resolve
+from spectral_window.ops.dispatch import may_bypass, resolve, runs_tiled
 from spectral_window.ops.documents import Documents, chunk_grid, find_documents, given_positions
 from spectral_window.ops.rotary import rotate
 
@@ -75,8 +75,8 @@ def window_attention(
                 turned already.
     state:      as returned by an earlier call for the same rows; None for none.
     positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method:     "auto", "chunked" or "reference"; with "auto" a single token attends to the ring
-                directly.
+    method:     "auto", "tiled", "chunked" or "reference"; with "auto" a single token attends to the
+                ring directly.
 
     Returns out [B, T, H, V] (0 at padding) and the state after each row's last token. Raises
     ValueError or TypeError before any work.
@@ -85,13 +85,20 @@ def window_attention(
     method, _ = resolve("window", method, q)
     batch, time, heads, key_dim = q.shape
     positions = given_positions(positions, cu_seqlens, q, None if state is None else state.position)
-    if state is None and (positions is not None or method == "step" or time == 0 or batch == 0):
+    if method == "tiled" and q.numel():
+        return _tiled(q, k, v, window, rope_theta, state, positions)
+    if state is None and (positions is not None or method == "step" or q.numel() == 0):
         state = empty_state(
             batch, window, heads, key_dim, v.shape[3], dtype=k.dtype, device=k.device
         )
     if q.numel() == 0:
         assert state is not None
         return q @ k.transpose(-1, -2) @ v if time else v.clone(), state
+    if method == "step":
+        assert state is not None
+        bypass = runs_tiled(q) and may_bypass(q, k, v, *state[:2])
+        step = _step_in_compiled_code if bypass else _step
+        return step(q, k, v, window, rope_theta, state, positions)
     if state is None:
         where = torch.arange(time, device=q.device)
     else:
@@ -100,10 +107,6 @@ def window_attention(
         where = positions
     if rope_theta is not None:
         q, k = rotate(q, where, rope_theta), rotate(k, where, rope_theta)
-    if method == "step":
-        assert state is not None
-        assert positions is not None
-        return _step(q, k, v, window, state, positions[:, 0])
     exactly = method == "reference"
     if state is None:
         rows = _reference_rows if exactly else _chunked_rows
@@ -299,20 +302,83 @@ def _next_state(
     return WindowState(ring(k, state.key), ring(v, state.value), position)
 
 
+def _tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    state: WindowState | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, WindowState]:
+    """In compiled code. It takes documents in one piece: padding between tokens is moved away."""
+    from spectral_window.ops.numba_window import attention
+
+    ring, begin = (None, None) if state is None else (state[:2], state.position)
+    if positions is None or not _has_holes(positions, begin):
+        out, *after = attention(q, k, v, window, theta, ring, begin, positions)
+        return out, WindowState(*after)
+    order = (positions < 0).to(torch.int8).argsort(dim=1, stable=True)  # tokens, then padding
+    order = (order + torch.arange(len(order))[:, None] * order.shape[1]).flatten()
+    q, k, v, positions = (
+        x.flatten(0, 1).index_select(0, order).view(x.shape) for x in (q, k, v, positions)
+    )
+    out, *after = attention(q, k, v, window, theta, ring, begin, positions)
+    spread = torch.zeros_like(out).flatten(0, 1).index_copy(0, order, out.flatten(0, 1))
+    return spread.view(out.shape), WindowState(*after)
+
+
+def _has_holes(positions: Tensor, begin: Tensor | None) -> bool:
+    """Does padding lie inside a document, or before one that goes on? Raises ValueError where
+    positions do not count on."""
+    find_documents(positions, torch.zeros_like(positions[:, 0]) if begin is None else begin)
+    return bool(((positions[:, 1:] > 0) & (positions[:, 1:] != positions[:, :-1] + 1)).any())
+
+
+def _step_in_compiled_code(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    state: WindowState,
+    positions: Tensor | None,
+) -> tuple[Tensor, WindowState]:
+    from spectral_window.ops.numba_window_step import step
+
+    if positions is not None:
+        _check_step(positions[:, 0], state)
+    out, *after = step(q, k, v, window, theta, state[:2], state.position, positions)
+    return out, WindowState(*after)
+
+
+def _check_step(position: Tensor, state: WindowState) -> None:
+    wrong = (position > 0) & (position != state.position)
+    if bool(wrong.any()):
+        b = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"position {int(position[b])} in row {b} (window_attention): "
+            f"its state goes on at {int(state.position[b])}"
+        )
+
+
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState, position: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    state: WindowState,
+    positions: Tensor | None,
 ) -> tuple[Tensor, WindowState]:
     """One token a row, straight from the ring; no data-dependent shape, so it compiles to one
     graph."""
+    position = state.position if positions is None else positions[:, 0]
+    if theta is not None:
+        q, k = (rotate(x, position[:, None], theta) for x in (q, k))
     token = position >= 0
     if position.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = token & (position != 0) & (position != state.position)
-        if bool(wrong.any()):
-            b = int(wrong.nonzero()[0, 0])
-            raise ValueError(
-                f"position {int(position[b])} in row {b} (window_attention): "
-                f"its state goes on at {int(state.position[b])}"
-            )
+        _check_step(position, state)
     at = torch.where(token, position, state.position)
     slot = torch.arange(2 * window, device=q.device)
     here = (slot == (at % (2 * window))[:, None])[..., None, None]

@@ -140,10 +140,8 @@ def attention_sees_exactly_its_window(attend: Callable) -> None:
     """t mod W + 1 + W keys (t + 1 in the first chunk): counted by which values reach the output."""
     for window in (1, 3, 4):
         time = 4 * window + 1
-        q, k, _ = draw_qkv(1, time, heads=1, dtype=torch.float64)
-        v = torch.eye(time, dtype=torch.float64)[
-            None, :, None
-        ]  # value s says "s was seen", with its weight
+        q, k, _ = draw_qkv(1, time, heads=1)
+        v = torch.eye(time)[None, :, None]  # value s says "s was seen", with its weight
         out, _ = attend(q, k, v, window=window)
         seen = (out[0, :, 0] > 0).sum(1).tolist()
         expected = [t % window + 1 + (window if t >= window else 0) for t in range(time)]

@@ -11,44 +11,208 @@ from typer.testing import CliRunner
 from spectral_window.cli import app
 from spectral_window.errors import UserError
 from spectral_window.lab import bench
+from spectral_window.lab.bench import floors, goals, models, operators, pictures
+from spectral_window.lab.bench.race import Race
+
+TIMED = ("milliseconds", "ratio")
 
 
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(bench, "QUICK", (64,))
-
-
-def test_every_row_is_measured_or_says_why(short, tmp_path):
-    shown = CliRunner().invoke(app, ["bench", "--quick", "--out", str(tmp_path)])
+def test_the_command_measures_writes_and_shows(tmp_path):
+    words = ["bench", "spectral", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0, shown.output
-    for operator in ("spectral", "window"):
-        found = json.loads((tmp_path / f"{operator}.json").read_text())
-        assert found["quick"] is True
-        assert found["environment"]["threads"] == torch.get_num_threads()
-        assert all(row["status"] == "ok" and row["milliseconds"] > 0 for row in found["rows"])
-        assert {row["pass"] for row in found["rows"]} == {"forward", "forward + backward"}
+    assert "the paper's FFT" in shown.output
+    assert "QUICK" in shown.output
+    found = json.loads((tmp_path / "spectral.json").read_text())
+    assert [(g["threads"], g["dtype"]) for g in found["groups"]] == [
+        (1, "float32"),
+        (1, "bfloat16"),
+    ]
+    for group in found["groups"]:
+        about = group["environment"]
+        assert about["threads"] == 1
+        assert about["matmul_precision"] == bench.PRECISION
+        assert about["allocator"]
+        assert group["quick"] is True
+    assert (tmp_path / "spectral.png").stat().st_size > 10_000
+    judged = json.loads((tmp_path / "goals.json").read_text())["goals"]
+    assert {goal["reached"] for goal in judged} == {"missing"}  # a trial reaches nothing
 
 
-def test_a_wrong_contestant_gets_no_time(short, monkeypatch):
-    draw, contestants = bench._OPERATORS["spectral"]
-    wrong = bench.Contestant("wrong", lambda inputs: bench._spectral("scan")(inputs) * 1.001)
-    monkeypatch.setitem(bench._OPERATORS, "spectral", (draw, [*contestants, wrong]))
-    rows = [r for r in bench.run("spectral", quick=True)["rows"] if r["contestant"] == "wrong"]
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("name", [name for name in bench.BENCHES if name != "memory"])
+def test_every_row_is_measured(name, dtype):
+    rows = bench.measure(name, dtype, quick=True)
     assert rows
-    assert all(r["status"].startswith("wrong") and "milliseconds" not in r for r in rows)
+    for row in rows:
+        assert row["status"] == "ok", row
+        if not {"error", "slope"} & row.keys():
+            assert row["milliseconds"] > 0
+            assert row["ratio_p10"] <= row["ratio"] <= row["ratio_p90"]
+    assert torch.get_float32_matmul_precision() == "highest"  # as it was
 
 
-def test_a_failing_contestant_says_why(short, monkeypatch):
-    def fail(inputs):
+def test_peaks_are_measured_in_processes_of_their_own():
+    from spectral_window.lab.bench import memory
+
+    given, *_ = rows = memory.bench_memory(torch.float32, quick=True)
+    if not memory.RESET.exists():
+        pytest.skip("the peak can be reset on Linux only")
+    assert [row["status"] for row in rows] == ["ok"] * len(rows), rows
+    assert given["inputs"] <= 0.5  # the scan needs next to nothing beyond y
+
+
+def test_a_wrong_contestant_gets_no_time(monkeypatch):
+    scan = operators.SPECTRAL["scan"]
+    monkeypatch.setitem(operators.SPECTRAL, "wrong", lambda *inputs: scan(*inputs) * 1.001)
+    rows = bench.measure("spectral", "float32", quick=True)
+    rows = [row for row in rows if row["contestant"] == "wrong" and "error" not in row]
+    assert rows
+    for row in rows:
+        assert row["status"].startswith("wrong: relative error 1.0e-03")
+        assert not set(TIMED) & row.keys()
+
+
+def test_a_model_with_wrong_logits_or_gradients_gets_no_time(monkeypatch):
+    true = models.next_token
+    monkeypatch.setattr(models, "next_token", lambda *args: (true(*args)[0] + 0.01, true(*args)[1]))
+    rows = bench.measure("decode", "float32", quick=True)
+    ours = [row for row in rows if row["contestant"] == "SWH"]
+    assert len(ours) == 3
+    assert all(row["status"].startswith("wrong") and "milliseconds" not in row for row in ours)
+    monkeypatch.undo()
+
+    step = models.train_step
+
+    def forgetful(model, ids, dtype):
+        step(model, ids, dtype)
+        if dtype == torch.float32:
+            model.lm_head.weight.grad.mul_(1.01)
+
+    monkeypatch.setattr(models, "train_step", forgetful)
+    rows = bench.measure("train", "float32", quick=True)
+    assert all(r["status"].startswith("wrong") for r in rows if r["contestant"] == "SWH")
+
+
+def test_a_failing_contestant_says_why_and_slow_ones_leave():
+    def fail():
         raise RuntimeError("not enough memory: you tried to allocate 10 EB")
 
-    draw, contestants = bench._OPERATORS["window"]
-    broken = bench.Contestant("broken", fail, exact=False)
-    monkeypatch.setitem(bench._OPERATORS, "window", (draw, [*contestants, broken]))
-    rows = [r for r in bench.run("window", quick=True)["rows"] if r["contestant"] == "broken"]
-    assert all("10 EB" in r["status"] and "milliseconds" not in r for r in rows)
+    race = Race(seconds=0.01, longest=-1.0, always=("ours",))
+    lineup = {"ours": lambda: None, "slow": lambda: None, "broken": fail}
+    first = race.run(lineup, length=1)
+    assert [row["status"] == "ok" for row in first] == [True, True, False]
+    assert "10 EB" in first[2]["status"]
+    second = race.run(lineup, length=2)
+    assert second[0]["status"] == "ok"
+    assert second[1]["status"].startswith("left out")
+    assert not set(TIMED) & second[1].keys()
 
 
-def test_an_unknown_operator_is_named():
+def test_ratios_are_of_the_same_round():
+    spent = iter([2, 6] * 100)
+    race = Race(seconds=0.0, fewest=5)
+    rounds = [{"ours": float(k), "other": 3.0 * k} for k in (1, 5, 9)]
+    race._rounds = lambda *_: rounds
+    ours, other = race.run({"ours": lambda: next(spent), "other": lambda: next(spent)})
+    assert (ours["ratio"], other["ratio"]) == (1.0, 3.0)
+    assert (other["ratio_p10"], other["ratio_p90"]) == (3.0, 3.0)  # though the times differ
+    assert other["milliseconds_p10"] < other["milliseconds_p90"]
+
+
+def test_the_plain_contestants_compute_what_they_stand_for():
+    q, k, v = operators.draw_qkv(100, torch.float32, False)
+    whole = operators.full(q, k, v)
+    one_window = operators.naive_chunks(q, k, v, window=100)
+    torch.testing.assert_close(one_window, whole, atol=1e-5, rtol=1e-5)
+    u, modes = operators.draw_spectral(50, torch.float32, False)
+    direct = operators.direct_blocks(u, *modes[:2], (0, 40), length=10)
+    fft = operators.paper_fft(u, *modes[:2])[0].double()
+    torch.testing.assert_close(direct, torch.stack((fft[:10], fft[40:])), atol=1e-4, rtol=1e-4)
+
+
+def test_the_floor_makes_the_products_of_the_model():
+    config = models.shape(3, quick=True)
+    model = models.SWHForCausalLM(config)
+    inner = sum(p.numel() for n, p in model.model.layers.named_parameters() if p.dim() == 2)
+    kernels = sum(
+        p.numel() for n, p in model.named_parameters() if ".kernel." in n and p.dim() == 2
+    )
+    products = floors.layer_products(config)
+    assert 3 * sum(k * n for k, n in products) == inner - kernels
+
+
+def test_peers_are_equally_large():
+    config = models.shape(12)
+    with torch.device("meta"):
+        size = models.count_inner(models.SWHForCausalLM(config))
+        for name in models.PEERS:
+            peer = models.build_peer(name, config, size, torch.float32)
+            layers = peer.config.num_hidden_layers
+            near = 0.5 / layers if name == "Mamba2" else 0.001  # by whole layers, by width
+            assert abs(models.count_inner(peer) / size - 1) <= near, name
+
+
+def _group(rows, **more):
+    return {"threads": 1, "dtype": "float32", "quick": False, "rows": rows, **more}
+
+
+def test_goals_are_computed_from_the_rows():
+    row = {"pass": "forward", "contestant": "copy", "status": "ok"}
+    rows = [
+        {**row, "length": 512, "ratio": 0.1},  # too short to count
+        {**row, "length": 16_384, "ratio": 0.9},
+        {**row, "length": 65_536, "ratio": 0.8},
+        {**row, "length": 262_144, "status": "failed: no memory"},
+    ]
+    (copy,) = [g for g in goals.judge({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]]
+    assert (copy["measured"], copy["reached"]) == (1.25, "not reached")  # the worst of them
+    assert copy["at"] == "length 65,536"
+    rows[2]["ratio"] = 0.85
+    (copy,) = [g for g in goals.judge({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]]
+    assert copy["reached"] == "reached"
+
+
+def test_goals_without_rows_are_missing():
+    trial = [_group([{"pass": "forward", "contestant": "copy", "status": "ok", "length": 16_384,
+                      "ratio": 1.0}], quick=True)]  # fmt: skip
+    for groups in ({}, {"spectral": trial}):
+        judged = goals.judge(groups)
+        assert len(judged) == len(goals.GOALS)
+        assert all(g["reached"] == "missing" and g["measured"] is None for g in judged)
+
+
+def test_growth_of_memory_is_a_goal():
+    peak = {"part": "prefill", "contestant": "SWH", "status": "ok"}
+    rows = [
+        {**peak, "length": 4096, "peak_bytes": 100},
+        {**peak, "length": 65_536, "peak_bytes": 110},
+    ]
+    found = [g for g in goals.judge({"memory": [_group(rows)]}) if "prefill memory" in g["path"]]
+    assert [(g["measured"], g["reached"]) for g in found] == [(1.1, "reached")]
+
+
+def test_results_are_kept_beside_one_another(tmp_path):
+    one, two = _group([1]), _group([2], threads=2)
+    bench.keep(tmp_path, "window", [two])
+    bench.keep(tmp_path, "window", [one])
+    assert bench.load(tmp_path, "window") == [one, two]
+    bench.keep(tmp_path, "window", [_group([3])])
+    assert [g["rows"] for g in bench.load(tmp_path, "window")] == [[3], [2]]
+    with pytest.raises(UserError, match="holds measurements: give --quick another --out"):
+        bench.keep(tmp_path, "window", [_group([4], quick=True)])
+
+
+def test_pictures_say_what_is_missing(tmp_path):
+    about = {"environment": {"processor": "a processor"}}
+    nothing = [_group([{"contestant": "SWH", "status": "failed: ..."}], **about)]
+    written = pictures.draw_all({"decode": nothing}, tmp_path)
+    assert [path.name for path in written] == ["decode.png"]
+
+
+def test_an_unknown_bench_or_dtype_is_named():
     with pytest.raises(UserError, match="did you mean 'spectral'"):
-        bench.run("spectrl")
+        bench.chosen(["spectrl"])
+    shown = CliRunner().invoke(app, ["bench", "--dtype", "float31"])
+    assert isinstance(shown.exception, UserError)
+    assert bench.chosen([]) == bench.chosen(["all"]) == list(bench.BENCHES)

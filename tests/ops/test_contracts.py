@@ -16,6 +16,7 @@ SCAN = partial(spectral_conv, method="scan")
 FFT = partial(spectral_conv, method="fft")
 DIRECT = partial(spectral_conv, method="reference")
 ATTEND = partial(window_attention, method="chunked", rope_theta=None)
+TILED = partial(window_attention, method="tiled")
 
 
 def stepwise(op):
@@ -72,15 +73,16 @@ def test_convolution_is_exact_at_a_million(conv):
 @pytest.mark.parametrize("promise", ATTENTION_CONTRACT, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "attend",
-    [ATTEND, partial(window_attention, method="reference"), stepwise(window_attention)],
-    ids=["chunked", "reference", "step"],
+    [ATTEND, TILED, partial(window_attention, method="reference"), stepwise(window_attention)],
+    ids=["chunked", "tiled", "reference", "step"],
 )
 def test_window_attention_keeps(promise, attend):
     promise(attend)
 
 
-def test_window_attention_meets_the_float64_bar():
-    operators.attention_equals_dense_softmax(ATTEND, torch.float64)
+@pytest.mark.parametrize("attend", [ATTEND, stepwise(window_attention)], ids=["chunked", "step"])
+def test_window_attention_meets_the_float64_bar(attend):
+    operators.attention_equals_dense_softmax(attend, torch.float64)
 
 
 @pytest.mark.parametrize("promise", ATTENTION_CONTRACT, ids=lambda f: f.__name__)

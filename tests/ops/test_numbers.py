@@ -6,11 +6,13 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from spectral_window.errors import UserError
 from spectral_window.ops import Modes, reference, resolve, spectral_conv, window_attention
 from spectral_window.ops.modes import kernel, powers
 from spectral_window.ops.rotary import rotate
@@ -70,8 +72,9 @@ def test_float32_gradients_meet_the_bar(method, time):
         assert relative(mine, exact) <= 2e-6
 
 
+@pytest.mark.parametrize("method", ["tiled", "chunked"])
 @pytest.mark.parametrize("window", [1, 5, 16])
-def test_float32_window_gradients_meet_the_bar(window):
+def test_float32_window_gradients_meet_the_bar(window, method):
     q, k, v = draw_qkv(2, 3 * window + 2, key_dim=8, value_dim=8)
 
     def gradients(dtype, method):
@@ -80,9 +83,117 @@ def test_float32_window_gradients_meet_the_bar(window):
         return torch.autograd.grad(out, leaves, torch.ones_like(out) * torch.arange(8))
 
     for mine, exact in zip(
-        gradients(torch.float32, "chunked"), gradients(torch.float64, "reference"), strict=True
+        gradients(torch.float32, method), gradients(torch.float64, "reference"), strict=True
     ):
         assert rms(mine - exact) <= 2e-6 * max(rms(exact), 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [1, 3, 60, 768])
+@pytest.mark.parametrize("time", [1, 63, 64, 65, 1000])
+def test_convolution_fills_given_memory_at_odd_sizes(time, channels, dtype):
+    each = 2 if channels < 60 else 1
+    modes = draw_modes(channels, each, dtype=torch.float32, gain=each > 1)
+    u = torch.randn(channels, time, 2).to(dtype).permute(2, 1, 0)  # not contiguous
+    state = torch.randn(2, channels, each, 2, dtype=torch.float64)
+    out = torch.full((2, time, channels), torch.nan, dtype=dtype)
+    y, end = spectral_conv(u, modes, state=state, out=out)
+    assert y.data_ptr() == out.data_ptr()
+    truth, final = spectral_conv(u.double(), modes, state=state, method="chunked")
+    bar = {torch.float32: 2e-6, torch.float64: 1e-11}.get(dtype)
+    if bar is None:
+        assert relative(out, truth) <= 1.25 * relative(truth.to(dtype), truth)
+    else:
+        assert block_error(out, truth) <= bar
+    assert relative(end, final) <= 1e-10
+    recorded, _ = spectral_conv(u.requires_grad_(), modes, state=state, method="scan")
+    assert torch.equal(recorded, out)
+
+
+def test_a_large_output_written_past_the_cache_is_the_same():
+    from spectral_window.ops import numba_spectral
+
+    modes = draw_modes(64, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        u = torch.randn(1, (numba_spectral.PAST_CACHE >> 6) // dtype.itemsize + 3, 64).to(dtype)
+        whole, _ = spectral_conv(u, modes, method="scan")
+        parts, state = [], None
+        for part in u.split(len(u[0]) // 2, 1):
+            y, state = spectral_conv(part, modes, state=state, method="scan")
+            parts.append(y)
+        assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("time", [64, 65, 200])
+def test_gradients_of_documents_and_padding_across_blocks(time, gain):
+    modes = draw_modes(5, 2, gain=gain)
+    u, weight = torch.randn(2, 2, time, 5, dtype=torch.float64)
+    state, weight_end = torch.randn(2, 2, 5, 2, 2, dtype=torch.float64)
+    positions = torch.full((2, time), -1)
+    for row in positions:
+        count = 5  # the first document goes on from the state
+        for t in range(time):
+            event = torch.rand(()).item()
+            if event < 0.1:
+                continue  # padding
+            count = 0 if event < 0.15 else count
+            row[t] = count
+            count += 1
+    found = []
+    for method in ("scan", "chunked"):
+        leaves = [x.detach().requires_grad_() for x in (u, state, *modes) if x is not None]
+        y, end = spectral_conv(
+            leaves[0], Modes(*leaves[2:]), state=leaves[1], positions=positions, method=method
+        )
+        found.append(torch.autograd.grad((y * weight).sum() + (end * weight_end).sum(), leaves))
+    for mine, truth in zip(*found, strict=True):
+        assert relative(mine, truth) <= 1e-12
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_a_compiled_step_is_the_plain_one(each):
+    modes = draw_modes(37, each, dtype=torch.float32, gain=each > 1)
+    u, state = torch.randn(4, 1, 37), torch.randn(4, 37, each, 2, dtype=torch.float64)
+    positions = torch.tensor([[0], [7], [-1], [1]])
+    for at in (None, positions):
+        y, h = spectral_conv(u, modes, state=state, positions=at)
+        before = state.clone()
+        truth, after = spectral_conv(u.clone().requires_grad_(), modes, state=state, positions=at)
+        assert relative(h, after) <= 1e-15
+        assert relative(y, truth) <= 1e-7
+        assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e5, 1e7])
+def test_compiled_powers_are_exact(scale):
+    """z, read off one step from the state 1, against exp, cos and sin of the C library."""
+    decay = torch.rand(1000, dtype=torch.float64) * 3
+    decay[:4] = torch.tensor([0.0, 700.0, 740.0, 1e300], dtype=torch.float64)
+    frequency = torch.randn(1000, dtype=torch.float64).clamp(-1, 1) * scale
+    frequency[4:8] = torch.tensor([0.0, 0.5, -1, 0.75], dtype=torch.float64) * math.pi
+    h = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 1000, 1, 2)
+    u = torch.zeros(1, 1, 1000, dtype=torch.float64)
+    _, z = spectral_conv(u, Modes(decay, frequency), state=h)
+    truth = [
+        (math.exp(-a) * math.cos(w), math.exp(-a) * math.sin(w))
+        for a, w in zip(decay.tolist(), frequency.tolist(), strict=True)
+    ]
+    size = torch.exp(-decay)[:, None].clamp(min=1e-300)
+    assert (
+        float(((z[0, :, 0] - torch.tensor(truth, dtype=torch.float64)) / size).abs().max()) < 5e-16
+    )
+
+
+def test_forward_mode_and_vmap_reach_through_the_compiled_methods():
+    modes = draw_modes(3, dtype=torch.float32)
+    u = torch.randn(2, 2, 9, 3)
+    for method in ("scan", "chunked"):
+        conv = partial(spectral_conv, modes=modes, method=method)
+        _, tangent = torch.func.jvp(lambda x, f=conv: f(x)[0], (u[0],), (u[1],))
+        assert relative(tangent, conv(u[1])[0]) <= 2e-6  # the convolution is linear
+    mapped = torch.func.vmap(lambda x: spectral_conv(x, modes)[0])(u)
+    assert relative(mapped, torch.stack([spectral_conv(x, modes)[0] for x in u])) <= 2e-6
 
 
 @pytest.mark.parametrize("op", ["scan", "chunked", "window"])
@@ -315,6 +426,21 @@ Q = torch.randn(2, 8, 1, 4)
             "same batch and modes",
             lambda: spectral_conv(U, M, state=torch.zeros(2, 3, 1, 2).bfloat16()),
         ),
+        (ValueError, "like u", lambda: spectral_conv(U, M, out=torch.empty(2, 8, 4))),
+        (ValueError, "like u", lambda: spectral_conv(U, M, out=torch.empty_like(U).double())),
+        (
+            ValueError,
+            "not contiguous",
+            lambda: spectral_conv(U, M, out=torch.empty(8, 2, 3).transpose(0, 1)),
+        ),
+        (ValueError, "overlaps", lambda: spectral_conv(U, M, out=U)),
+        (
+            ValueError,
+            "gradient to record",
+            lambda: spectral_conv(
+                U, Modes(M.decay.clone().requires_grad_(), M.frequency), out=torch.empty_like(U)
+            ),
+        ),
         (ValueError, "did you mean 'chunked'", lambda: spectral_conv(U, M, method="chunkd")),
         (ValueError, "one token a call", lambda: spectral_conv(U, M, method="step")),
         (ValueError, "begin at 0", lambda: spectral_conv(U, M, cu_seqlens=torch.tensor([1, 16]))),
@@ -387,6 +513,11 @@ Q = torch.randn(2, 8, 1, 4)
                 state=window_attention(Q, Q, Q, window=2)[1],
                 positions=torch.tensor([[8], [5]]),
             ),
+        ),
+        (
+            UserError,
+            "float32 or bfloat16 on a CPU",
+            lambda: window_attention(Q.double(), Q.double(), Q.double(), window=2, method="tiled"),
         ),
         (ValueError, "unknown operator", lambda: resolve("spectrl", "auto", U)),
     ],

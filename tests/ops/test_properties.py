@@ -19,7 +19,8 @@ from tests.contracts.operators import draw_modes
 BAR = 2e-6
 CONV_METHODS = ["reference", "fft", "chunked", "scan"]
 LINEAR = st.sampled_from(["scan", "chunked"])
-WINDOW_METHODS = ["reference", "chunked"]
+WINDOW_METHODS = ["reference", "chunked", "tiled"]
+FAST_WINDOW = st.sampled_from(["chunked", "tiled"])
 CHUNK = 32  # of the chunked convolution: what a NaN may reach inside
 
 
@@ -98,6 +99,12 @@ def run_conv(u, modes, method, **options):
     return torch.cat(parts, 1), state
 
 
+def suited(case, method):
+    """The case in a dtype that the method takes."""
+    *qkv, window = case
+    return (*(x.float() if method == "tiled" else x for x in qkv), window)
+
+
 def run_window(q, k, v, window, method, **options):
     if method != "step":
         return window_attention(q, k, v, window=window, rope_theta=100.0, method=method, **options)
@@ -154,18 +161,18 @@ def test_the_future_never_reaches_the_past_of_the_convolution(case, method, data
 
 @given(
     window_case(batch=(1, 3), empty=False),
-    st.sampled_from(["reference", "chunked", "step"]),
+    st.sampled_from(["reference", "chunked", "tiled", "step"]),
     st.data(),
 )
 def test_the_future_never_reaches_the_past_of_attention(case, method, data):
-    q, k, v, window = case
+    q, k, v, window = suited(case, method)
     t = data.draw(st.integers(0, q.shape[1] - 1))
     how = data.draw(st.sampled_from([1.0, 1e6, torch.inf, torch.nan]))
     y, _ = run_window(q, k, v, window, method)
     other, _ = run_window(*(spoil(x, t, how) for x in (q, k, v)), window, method)
     if method == "reference" and how not in (1.0, 1e6):
         return  # the dense oracle multiplies masked values by zero, and 0 * NaN is NaN
-    safe = t if method == "step" or how in (1.0, 1e6) else t // window * window
+    safe = t if method in ("tiled", "step") or how in (1.0, 1e6) else t // window * window
     assert torch.equal(other[:, :safe], y[:, :safe])
 
 
@@ -192,7 +199,7 @@ def test_no_gradient_flows_from_the_past_to_the_future_of_the_convolution(case, 
 
 @given(window_case(batch=(1, 2), empty=False), st.sampled_from(WINDOW_METHODS), st.data())
 def test_no_gradient_flows_from_the_past_to_the_future_of_attention(case, method, data):
-    *qkv, window = case
+    *qkv, window = suited(case, method)
     t = data.draw(st.integers(0, qkv[0].shape[1] - 1))
     leaves = [x.detach().clone().requires_grad_() for x in qkv]
     y, _ = run_window(*leaves, window, method)
@@ -219,10 +226,12 @@ def test_the_convolution_of_a_prefix_is_the_prefix(case, method, data):
 
 @given(window_case(), st.sampled_from([*WINDOW_METHODS, "step"]), st.data())
 def test_the_attention_of_a_prefix_is_the_prefix(case, method, data):
-    q, k, v, window = case
+    q, k, v, window = suited(case, method)
     t = data.draw(st.integers(0, q.shape[1]))
     whole, _ = run_window(q, k, v, window, method)
     part, _ = run_window(q[:, :t], k[:, :t], v[:, :t], window, method)
+    if method == "tiled":
+        assert torch.equal(part, whole[:, :t])
     assert near(part, whole[:, :t])
 
 
@@ -248,7 +257,7 @@ def test_any_split_of_the_convolution_equals_one_call(case, method, data):
 
 @given(window_case(), st.sampled_from(WINDOW_METHODS), st.data())
 def test_any_split_of_attention_equals_one_call(case, method, data):
-    q, k, v, window = case
+    q, k, v, window = suited(case, method)
     whole, end = run_window(q, k, v, window, method)
     state, parts = None, []
     pieces = cuts(data, q.shape[1])
@@ -296,7 +305,7 @@ def test_packed_documents_convolve_as_each_alone(case, method, data):
     window_case(batch=(1, 3), empty=False), st.sampled_from([*WINDOW_METHODS, "step"]), st.data()
 )
 def test_packed_documents_attend_as_each_alone(case, method, data):
-    q, k, v, window = case
+    q, k, v, window = suited(case, method)
     rows, time = q.shape[:2]
     cu = draw_documents(data, rows, time)
     positions = positions_from_cu_seqlens(cu, rows, time)
@@ -327,15 +336,16 @@ def test_a_changed_document_leaves_the_others_of_the_convolution_untouched(case,
 
 @given(window_case(batch=(1, 3), empty=False), st.sampled_from([1.0, 1e6, torch.nan]), st.data())
 def test_a_changed_document_leaves_the_others_of_attention_untouched(case, how, data):
-    *qkv, window = case
+    method = data.draw(FAST_WINDOW)
+    *qkv, window = suited(case, method)
     rows, time = qkv[0].shape[:2]
     cu = draw_documents(data, rows, time)
     row, a, b = data.draw(st.sampled_from(pieces_of(cu, rows, time)))
     others = [x.clone() for x in qkv]
     for x in others:
         x[row, a:b] = torch.randn_like(x[row, a:b]) * how
-    y, _ = window_attention(*qkv, window=window, cu_seqlens=cu, method="chunked")
-    changed, _ = window_attention(*others, window=window, cu_seqlens=cu, method="chunked")
+    y, _ = window_attention(*qkv, window=window, cu_seqlens=cu, method=method)
+    changed, _ = window_attention(*others, window=window, cu_seqlens=cu, method=method)
     outside = torch.ones(rows, time, dtype=torch.bool)
     outside[row, a:b] = False
     assert torch.equal(y[outside], changed[outside])
@@ -355,7 +365,7 @@ def test_the_convolution_does_not_depend_on_absolute_time(case, method, shift):
 
 @given(window_case(batch=(1, 2), empty=False), st.sampled_from(WINDOW_METHODS), st.integers(1, 3))
 def test_attention_depends_on_time_only_through_the_chunk_grid(case, method, chunks):
-    q, k, v, window = case
+    q, k, v, window = suited(case, method)
     before = [
         torch.randn(x.shape[0], chunks * window, *x.shape[2:], dtype=x.dtype) for x in (q, k, v)
     ]
@@ -376,6 +386,8 @@ def test_attention_depends_on_time_only_through_the_chunk_grid(case, method, chu
 
 @given(conv_case(batch=(1, 3), empty=False), window_case(batch=(1, 3), empty=False), st.data())
 def test_padding_takes_no_part(conv, attention, data):
+    how = data.draw(FAST_WINDOW)
+    attention = suited(attention, how)
     for which in ("conv", "attention"):
         tensors = conv[:1] if which == "conv" else attention[:3]
         rows, time = tensors[0].shape[:2]
@@ -406,9 +418,9 @@ def test_padding_takes_no_part(conv, attention, data):
             assert relative(state, end) <= 1e-10
         else:
             y, state = window_attention(
-                *map(padded, tensors), window=attention[3], positions=positions, method="chunked"
+                *map(padded, tensors), window=attention[3], positions=positions, method=how
             )
-            truth, end = window_attention(*tensors, window=attention[3], method="chunked")
+            truth, end = window_attention(*tensors, window=attention[3], method=how)
             assert torch.equal(state.position, end.position)
             assert torch.equal(state.key, end.key)
         assert near(tokens(y), truth)
@@ -449,15 +461,18 @@ def test_a_row_is_the_same_in_any_batch_of_the_convolution(case, data):
 
 @given(window_case(batch=(2, 4), empty=False), st.data())
 def test_a_row_is_the_same_in_any_batch_of_attention(case, data):
-    *qkv, window = case
+    method = data.draw(FAST_WINDOW)
+    *qkv, window = suited(case, method)
     order = data.draw(st.permutations(range(qkv[0].shape[0])))
-    y, _ = window_attention(*qkv, window=window, method="chunked")
-    shuffled, _ = window_attention(*(x[order] for x in qkv), window=window, method="chunked")
+    y, _ = window_attention(*qkv, window=window, method=method)
+    shuffled, _ = window_attention(*(x[order] for x in qkv), window=window, method=method)
+    if method == "tiled":
+        assert torch.equal(shuffled, y[order])
     assert near(shuffled, y[order], 1e-7)
     spoiled = [x.clone() for x in qkv]
     for x in spoiled:
         x[order[0]] = torch.nan
-    z, _ = window_attention(*spoiled, window=window, method="chunked")
+    z, _ = window_attention(*spoiled, window=window, method=method)
     assert torch.equal(z[order[1:]], y[order[1:]])
 
 

@@ -1,0 +1,246 @@
+"""What is to be reached, path by path, and whether it was: computed from the rows and nothing else.
+
+A goal names the rows it is about and a bound. Where several rows match (lengths, windows), the
+worst counts. Ratios come from within the rounds of one race: every row's `ratio` is the
+contestant's time over ours, so "ours / theirs" is its inverse and "theirs / ours" is itself. A
+goal none of whose rows was measured is "missing", never reached. `note` says why a goal is missed,
+as profiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spectral_window.lab.bench import Rows
+from spectral_window.lab.bench.models import FAR, GEMMS, READING
+from spectral_window.lab.bench.operators import PASSES
+
+FORWARD, BOTH = PASSES
+NAIVE = "naive chunks (the paper's)"
+FFT = "the paper's FFT"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One bound: `text` for people; of the rows of `bench` in `dtype` that are as `where` says, the
+    worst value of `key` (inverted where the row has theirs over ours and the goal is the other way
+    round; `times` a factor) is at least or at most the bound.
+
+    where: key -> value, or a function of the row's value that is true.
+    unit:  what the value is counted in: "x", "%" (of a share) or "" (a plain number).
+    """
+
+    path: str
+    text: str
+    bench: str
+    where: Mapping[str, Any]
+    dtype: str = "float32"
+    key: str = "ratio"
+    inverse: bool = False
+    times: float = 1.0
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: str = "x"
+    note: str = ""
+
+    def judge(self, rows: Rows) -> dict[str, Any]:
+        """{"measured", "at", "reached"}; "measured" is None and "reached" "missing" without a
+        row."""
+        found = []
+        for row in rows:
+            if row.get("status") == "ok" and self.key in row and self._matches(row):
+                value = 1 / row[self.key] if self.inverse else row[self.key]
+                found.append((self.times * value, row))
+        if not found:
+            return {"measured": None, "at": "", "reached": "missing"}
+        pick: Callable = min if self.at_least is not None else max
+        value, row = pick(found, key=lambda pair: pair[0])
+        low, high = self.at_least, self.at_most
+        reached = (low is None or value >= low) and (high is None or value <= high)
+        return {
+            "measured": float(f"{value:.4g}"),
+            "at": ", ".join(f"{k} {row[k]:,}" for k in ("length", "window", "batch") if k in row),
+            "reached": "reached" if reached else "not reached",
+        }
+
+    def _matches(self, row: Row) -> bool:
+        return all(
+            key in row and (want(row[key]) if callable(want) else row[key] == want)
+            for key, want in self.where.items()
+        )
+
+
+def _long(length: int) -> bool:
+    return length >= 16_384
+
+
+def _prefill(dtype: str, length: int, bound: float) -> Goal:
+    return Goal(
+        "prefill against Llama (SDPA)",
+        f"{bound:g} x as fast, T = {length:,}",
+        "prefill",
+        {"contestant": "Llama", "length": length},
+        dtype,
+        at_least=bound,
+    )
+
+
+def _train(dtype: str, length: int, bound: float) -> Goal:
+    return Goal(
+        "training step against Llama (SDPA), 4096 tokens",
+        f"{bound:g} x as fast, T = {length:,}",
+        "train",
+        {"contestant": "Llama", "length": length},
+        dtype,
+        at_least=bound,
+    )
+
+
+GOALS = (
+    Goal(
+        "spectral forward, T >= 16,384", "at most 1.2 x a copy", "spectral",
+        {"pass": FORWARD, "contestant": "copy", "length": _long},
+        inverse=True, at_most=1.2,
+    ),
+    Goal(
+        "spectral forward, T >= 16,384", "100 x as fast as the paper's FFT", "spectral",
+        {"pass": FORWARD, "contestant": FFT, "length": _long}, at_least=100,
+    ),
+    Goal(
+        "spectral forward + backward, T >= 16,384", "at most 3.5 x a copy", "spectral",
+        {"pass": BOTH, "contestant": "copy", "length": _long}, inverse=True, at_most=3.5,
+    ),
+    Goal(
+        "spectral forward + backward, T >= 16,384", "60 x as fast as the paper's FFT", "spectral",
+        {"pass": BOTH, "contestant": FFT, "length": _long}, at_least=60,
+    ),
+    Goal(
+        "spectral memory, T = 16,384, beyond input and output", "at most 0.1 x u, forward",
+        "memory", {"part": "spectral", "pass": FORWARD, "contestant": "scan"},
+        key="inputs", at_most=0.1,
+    ),
+    Goal(
+        "spectral memory, T = 16,384, beyond input and output",
+        "at most 1.1 x u, forward + backward", "memory",
+        {"part": "spectral", "pass": BOTH, "contestant": "scan"}, key="inputs", at_most=1.1,
+    ),
+    Goal(
+        "spectral error without damping, T = 1,048,576", "at most 2e-6", "spectral",
+        {"contestant": "scan", "length": 1 << 20}, key="error", at_most=2e-6, unit="",
+    ),
+    *(
+        Goal(
+            "window against naive chunks, T = 4096, W = 32 ... 256",
+            f"{bound:g} x as fast, {direction}", "window",
+            {"pass": direction, "contestant": NAIVE, "length": 4096}, dtype, at_least=bound,
+        )
+        for direction, dtype, bound in (
+            (FORWARD, "float32", 3.8), (FORWARD, "bfloat16", 2.0),
+            (BOTH, "float32", 1.5), (BOTH, "bfloat16", 1.5),
+        )
+    ),
+    _prefill("float32", 512, 1), _prefill("float32", 4096, 1.4), _prefill("float32", 16_384, 2.8),
+    _prefill("bfloat16", 512, 1.5), _prefill("bfloat16", 4096, 3), _prefill("bfloat16", 16_384, 9),
+    *(
+        Goal(
+            "prefill against its own matrix products", "at most 1.10 x their time", "prefill",
+            {"contestant": GEMMS}, dtype, inverse=True, at_most=1.10,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    Goal(
+        "prefill memory beyond the weights", "T = 65,536 at most 1.2 x of T = 4096", "memory",
+        {"part": "prefill", "contestant": "SWH"}, key="growth", at_most=1.2,
+    ),
+    *(
+        Goal(
+            "decode step", "at 1,000,000 at most 1.1 x of 1,000", "decode",
+            {"contestant": "SWH", "context": FAR}, dtype, at_most=1.1,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Goal(
+            "decode step at 32,000 against Llama (StaticCache)", "4 x as fast", "decode",
+            {"contestant": "Llama, StaticCache", "context": 32_000}, dtype, at_least=4,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Goal(
+            "decode step, share of read bandwidth", f"{bound:.0%}", "decode",
+            {"contestant": READING}, dtype, at_least=bound, unit="%",
+        )
+        for dtype, bound in (("float32", 0.8), ("bfloat16", 0.7))
+    ),
+    _train("float32", 1024, 1), _train("float32", 4096, 1.25),
+    _train("bfloat16", 1024, 1), _train("bfloat16", 4096, 2),
+    *(
+        Goal(
+            "training step, share of the matrix products' peak", "75%", "train",
+            {"contestant": GEMMS}, dtype, times=3, at_least=0.75, unit="%",
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Goal(
+            "slope of log time over log T, 4096 ... 262,144", f"1.0 within 0.05, {part}",
+            "scaling", {"part": part, "contestant": name}, key="slope",
+            at_least=0.95, at_most=1.05, unit="",
+        )
+        for part, name in (("spectral", "scan"), ("window", "ours"), ("prefill", "SWH"))
+    ),
+)  # fmt: skip
+
+
+def judge(groups: Mapping[str, Rows]) -> list[dict[str, Any]]:
+    """A row for each goal and number of threads that was measured: path, goal, dtype, threads,
+    measured, at, reached ("reached", "not reached" or "missing"), note.
+
+    groups: bench -> its groups (see `load`); trials (quick) are never judged.
+    """
+    judged = []
+    for goal in GOALS:
+        real = [g for g in groups.get(goal.bench, []) if not g["quick"]]
+        mine = [g for g in real if g["dtype"] == goal.dtype]
+        for group in mine or [{"threads": None, "rows": []}]:
+            judged.append(
+                {
+                    "bench": goal.bench,
+                    "path": goal.path,
+                    "goal": goal.text,
+                    "dtype": goal.dtype,
+                    "threads": group["threads"],
+                    **goal.judge(_with_growth(group["rows"])),
+                    "unit": goal.unit,
+                    "note": goal.note,
+                }
+            )
+    return judged
+
+
+def _with_growth(rows: Rows) -> Rows:
+    """The rows, and for each model's memory how its peak grew from the shortest to the longest
+    prompt."""
+    ours = [r for r in rows if r.get("part") == "prefill" and "peak_bytes" in r]
+    grown = []
+    for name in dict.fromkeys(row["contestant"] for row in ours):
+        peaks = sorted((r["length"], r["peak_bytes"]) for r in ours if r["contestant"] == name)
+        if len(peaks) > 1 and peaks[0][1]:
+            grown.append(
+                {"part": "prefill", "contestant": name, "status": "ok", "length": peaks[-1][0]}
+                | {"growth": peaks[-1][1] / peaks[0][1]}
+            )
+    return [*rows, *grown]
+
+
+def say(value: float | None, unit: str) -> str:
+    """A measured value for people."""
+    if value is None:
+        return ""
+    if unit == "%":
+        return f"{value:.0%}"
+    return f"{value:.3g}" + (f" {unit}" if unit else "")

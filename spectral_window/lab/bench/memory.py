@@ -1,0 +1,181 @@
+"""Peak memory, each contestant in a process of its own.
+
+The process imports, builds what it needs, runs the same call at a small size (so that code and
+libraries are loaded), draws its inputs, and only then is the kernel's high-water mark reset: the
+peak is what one call adds, its output included, weights and inputs not. Freed memory is given back
+as the system has it (large blocks at once). Linux only: elsewhere the mark cannot be reset, and
+the rows say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_window.hf.peers import next_token
+from spectral_window.lab.bench import DTYPES, PRECISION, child_environment
+from spectral_window.lab.bench.models import (
+    TRAIN_LAYERS,
+    build,
+    draw_ids,
+    shape,
+    train_step,
+)
+from spectral_window.lab.bench.operators import (
+    GIVEN,
+    PASSES,
+    draw_qkv,
+    draw_spectral,
+    spectral_lineup,
+    window_lineup,
+)
+from spectral_window.lab.bench.race import Call
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PREFILL_LAYERS = 2
+
+
+def bench_memory(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
+    """Rows by part, length and contestant: peak_bytes that one call adds, held_bytes before it
+    (weights, inputs, loaded code); for operators also what is beyond their outputs, in bytes and
+    as a multiple of the input u or q."""
+    name = next(key for key, value in DTYPES.items() if value is dtype)
+    return [row | _in_child(row, name, quick) for row in jobs(quick)]
+
+
+def jobs(quick: bool) -> list[dict[str, Any]]:
+    """What is measured."""
+    forward, both = PASSES
+    long = 256 if quick else 16_384
+    rows: list[dict[str, Any]] = []
+    for direction, names in (
+        (forward, (GIVEN, "scan", "chunked", "the paper's FFT")),
+        (both, ("scan", "chunked", "the paper's FFT")),
+    ):
+        rows += [_job("spectral", long, name, **{"pass": direction}) for name in names]
+    names = ("ours", "naive chunks (the paper's)", "local-attention", "full causal attention")
+    rows += [_job("window", long // 4, name, window=32, **{"pass": both}) for name in names]
+    for name in ("SWH", "Llama"):
+        rows += [
+            _job("prefill", time, name, layers=PREFILL_LAYERS)
+            for time in ((32, 64) if quick else (4096, 65_536))
+        ]
+    for name in ("SWH", "Llama"):
+        rows.append(_job("train", 64 if quick else 4096, name, layers=TRAIN_LAYERS))
+    return [rows[0], rows[-3], rows[-1]] if quick else rows
+
+
+def _job(part: str, length: int, contestant: str, **more: Any) -> dict[str, Any]:
+    return {"part": part, "length": length, "contestant": contestant, **more}
+
+
+def _in_child(job: dict[str, Any], dtype: str, quick: bool) -> dict[str, Any]:
+    if not RESET.exists():
+        return {"status": "not here: the peak can be reset on Linux only"}
+    words = json.dumps(job | {"dtype": dtype, "quick": quick})
+    command = [sys.executable, "-m", "spectral_window.lab.bench.memory", words]
+    done = subprocess.run(
+        command,
+        env=child_environment(torch.get_num_threads()),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        return {"status": f"failed: {lines[-1][:200]}"}
+    return {"status": "ok", **json.loads(done.stdout.splitlines()[-1])}
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure one job in this process."""
+    torch.set_float32_matmul_precision(PRECISION)
+    torch.manual_seed(0)
+    start = _status("VmRSS")
+    parts = {"spectral": _operator, "window": _operator, "prefill": _prefill, "train": _train}
+    prepare, given, output = parts[job["part"]](job, DTYPES[job["dtype"]])
+    prepare(64)()
+    call = prepare(job["length"])
+    gc.collect()
+    _give_back()
+    RESET.write_text("5")  # forget the high-water mark
+    before = _status("VmRSS")
+    call()
+    peak = max(0, _status("VmHWM") - before)
+    found: dict[str, Any] = {"peak_bytes": peak, "held_bytes": before - start}
+    if given:
+        beyond = max(0, peak - output)
+        found |= {"beyond_output_bytes": beyond, "inputs": round(beyond / given, 3)}
+    return found
+
+
+Prepared = tuple[Callable[[int], Call], int, int]  # (size -> call, bytes of u or q, of the output)
+
+
+def _operator(job: dict[str, Any], dtype: torch.dtype) -> Prepared:
+    backward = job["pass"] != PASSES[0]
+
+    def prepare(length: int) -> Call:
+        if job["part"] == "spectral":
+            lineup = spectral_lineup(*draw_spectral(length, dtype, backward), backward)
+        else:
+            lineup = window_lineup(draw_qkv(length, dtype, backward), job["window"], backward)
+        return lineup[job["contestant"]]
+
+    given = draw_spectral(job["length"], dtype, False)[0].nbytes
+    outputs = 0 if job["contestant"] == GIVEN else 1
+    if backward:
+        outputs += 1 if job["part"] == "spectral" else 3  # gradients of the inputs
+    return prepare, given, outputs * given
+
+
+def _prefill(job: dict[str, Any], dtype: torch.dtype) -> Prepared:
+    config = shape(job["layers"], job["quick"])
+    model = build(config, (job["contestant"],), dtype)[job["contestant"]]
+
+    def prepare(length: int) -> Call:
+        ids = draw_ids(config, 1, length)
+
+        def call() -> None:
+            with torch.no_grad():
+                next_token(model, ids)
+
+        return call
+
+    return prepare, 0, 0
+
+
+def _train(job: dict[str, Any], dtype: torch.dtype) -> Prepared:
+    config = shape(job["layers"], job["quick"])
+    model = build(config, (job["contestant"],), torch.float32)[job["contestant"]].train()
+
+    def prepare(length: int) -> Call:
+        ids = draw_ids(config, 1, length)
+        return lambda: train_step(model, ids, dtype)
+
+    return prepare, 0, 0
+
+
+def _give_back() -> None:
+    """Return what earlier calls freed, so that the measured call cannot live in it unseen."""
+    with contextlib.suppress(AttributeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(key: str) -> int:
+    """Bytes, from the kernel's account of this process."""
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

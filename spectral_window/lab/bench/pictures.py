@@ -1,0 +1,244 @@
+"""A picture for each bench, drawn from the rows: lines over size, one panel for each case.
+
+    scaling    seconds against T of a one-layer SWH and Llama; the operators against T
+    decode     milliseconds a token against context, above the floor of reading the weights
+    spectral, window, prefill, train   how many times as long as ours, or as a copy
+
+Panels without rows are left out; a picture without any says "missing". Each names processor and
+threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from spectral_window.lab.bench import Rows
+from spectral_window.lab.bench.models import GEMMS, READING
+from spectral_window.lab.bench.operators import GIVEN, PASSES
+from spectral_window.lab.figures import MUTED, SERIES, STYLE, say_missing
+
+Points = Sequence[tuple[float, float]]
+Lines = Mapping[str, Points]
+FORWARD, BOTH = PASSES
+INK_OF = {  # a contestant keeps its colour in every picture
+    "SWH": 0, "scan": 5, GIVEN: 0, "ours": 0,
+    "Llama": 1, "Llama, DynamicCache": 1, "the paper's FFT": 1, "naive chunks (the paper's)": 1,
+    "Llama, StaticCache": 3, "Mamba2": 2, "chunked": 2, "local-attention": 2, "ours, chunked": 5,
+    "RecurrentGemma": 4, "full causal attention": 4, "SWH, plain methods": 5, "window": 3,
+    "spectral": 0,
+}  # fmt: skip
+FLOORS = (GEMMS, READING, "copy", "clone")
+
+
+def draw_all(groups: Mapping[str, Rows], folder: Path) -> list[Path]:
+    """Write BENCH.png into `folder` for every bench that has rows."""
+    written = []
+    for name, panels in PICTURES.items():
+        if groups.get(name):
+            path = folder / f"{name}.png"
+            drawn = panels(groups[name])
+            drawn = [panel for panel in drawn if panel.lines] or drawn[:1]
+            figure = _figure(drawn, _about(groups[name]))
+            figure.savefig(path, dpi=160, metadata={"Software": None})
+            written.append(path)
+    return written
+
+
+class Panel:
+    """One axes: its title, its lines, and what stands at its axes. `x` formats an abscissa."""
+
+    def __init__(self, title: str, lines: Lines, across: str, up: str, ticks: Callable = str):
+        self.title, self.across, self.up, self.ticks = title, across, up, ticks
+        self.lines = {name: sorted(points) for name, points in lines.items() if points}
+
+    def paint(self, axes: Axes) -> None:
+        """Log-log lines with a dot at each measured size; floors are dashed and grey."""
+        axes.set_title(self.title, loc="left", fontsize=10.5)
+        if not self.lines:
+            say_missing(axes)
+            return
+        for name, points in self.lines.items():
+            x, y = zip(*points, strict=True)
+            floor = name in FLOORS
+            axes.loglog(
+                x, y, color=MUTED if floor else SERIES[INK_OF.get(name, 5)], label=name,
+                lw=1.2 if floor else 1.7, ls=(0, (3, 2)) if floor else "-",
+                marker=None if floor and len(x) > 1 else "o", ms=3.6, clip_on=False,
+                zorder=3 if INK_OF.get(name) == 0 else 2,
+            )  # fmt: skip
+        sizes = sorted({x for points in self.lines.values() for x, _ in points})
+        every = -(-len(sizes) // 6)
+        axes.xaxis.set_major_locator(FixedLocator(sizes[::-1][::every]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: self.ticks(x)))
+        axes.yaxis.set_major_locator(LogLocator(subs=_subdivision(self.lines), numticks=9))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+        axes.margins(y=0.12)
+        axes.set_xlabel(self.across)
+        axes.set_ylabel(self.up)
+        axes.legend(loc="best", fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def _subdivision(lines: Lines) -> tuple[float, ...]:
+    values = [y for points in lines.values() for _, y in points]
+    spread = max(values) / min(values)
+    return (1.0,) if spread > 300 else (1.0, 3.0) if spread > 10 else (1.0, 2.0, 3.0, 5.0)
+
+
+def _figure(panels: Sequence[Panel], about: str) -> Figure:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(panels), 3.7), layout="constrained")
+        for axes, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            panel.paint(axes)
+        figure.supxlabel(about, fontsize=8, color=MUTED, x=0.995, ha="right")
+        return figure
+
+
+def _about(groups: Rows) -> str:
+    """What the shown rows (those of most threads) were measured on."""
+    last = groups[-1]
+    threads = max(group["threads"] for group in groups)
+    text = f"{last['environment']['processor']}, {threads} thread{'s' * (threads > 1)}"
+    return text + (", a quick trial" if last["quick"] else "")
+
+
+def _rows(groups: Rows, dtype: str, **where: Any) -> Rows:
+    """Measured rows of most threads in `dtype` that are as `where` says."""
+    threads = max(group["threads"] for group in groups)
+    return [
+        row
+        for group in groups
+        if group["dtype"] == dtype and group["threads"] == threads
+        for row in group["rows"]
+        if row["status"] == "ok" and all(row.get(key) == want for key, want in where.items())
+    ]
+
+
+def _lines(rows: Rows, across: str, up: str, per: float = 1.0) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for row in rows:
+        if across in row and up in row:
+            found.setdefault(row["contestant"], []).append((row[across], row[up] / per))
+    return found
+
+
+def _over_copy(rows: Rows) -> dict[str, list]:
+    """Times a copy, by length."""
+    timed = [row for row in rows if "ratio" in row]
+    copies = {row["length"]: row["ratio"] for row in timed if row["contestant"] == "copy"}
+    found: dict[str, list] = {}
+    for row in timed:
+        if row["contestant"] not in ("copy", "clone") and row["length"] in copies:
+            point = (row["length"], row["ratio"] / copies[row["length"]])
+            found.setdefault(row["contestant"], []).append(point)
+    return found
+
+
+def _spectral(groups: Rows) -> list[Panel]:
+    return [
+        Panel(
+            f"convolution, {direction}, float32",
+            _over_copy(_rows(groups, "float32", **{"pass": direction})),
+            "tokens", "times a copy of the input", _tokens,
+        )
+        for direction in PASSES
+    ]  # fmt: skip
+
+
+def _window(groups: Rows) -> list[Panel]:
+    return [
+        Panel(
+            f"window attention, {direction}, {dtype}",
+            _lines(_rows(groups, dtype, **{"pass": direction}), "window", "ratio"),
+            "window", "times ours", _plain,
+        )
+        for direction, dtype in ((FORWARD, "float32"), (FORWARD, "bfloat16"), (BOTH, "float32"))
+    ]  # fmt: skip
+
+
+def _prefill(groups: Rows) -> list[Panel]:
+    return [
+        Panel(
+            f"prefill, {dtype}", _lines(_rows(groups, dtype), "length", "ratio"),
+            "tokens of the prompt", "times SWH", _tokens,
+        )
+        for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
+
+
+def _train(groups: Rows) -> list[Panel]:
+    return [
+        Panel(
+            f"training step of 4,096 tokens, {dtype}",
+            _lines(_rows(groups, dtype), "length", "ratio"),
+            "tokens a sequence", "times SWH", _tokens,
+        )
+        for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
+
+
+def _decode(groups: Rows) -> list[Panel]:
+    panels = []
+    for dtype in ("float32", "bfloat16"):
+        lines = _lines(_rows(groups, dtype), "context", "milliseconds")
+        far = max((x for points in lines.values() for x, _ in points), default=0)
+        if READING in lines:  # the same bytes at any context
+            lines[READING] = [*lines[READING], (far, lines[READING][-1][1])]
+        panels.append(
+            Panel(f"a token more, {dtype}", lines, "context, tokens", "milliseconds", _round)
+        )
+    return panels
+
+
+def _scaling(groups: Rows) -> list[Panel]:
+    rows = _rows(groups, "float32")
+    slopes = {(r["part"], r["contestant"]): r["slope"] for r in rows if "slope" in r}
+    operators = {
+        part: _lines([r for r in rows if r["part"] == part], "length", "milliseconds").get(name, [])
+        for part, name in (("window", "ours"), ("spectral", "scan"))
+    }
+    model = _lines([r for r in rows if r["part"] == "prefill"], "length", "milliseconds", 1000)
+
+    def title(text: str, *keys: tuple[str, str]) -> str:
+        shown = [f"{slopes[key]:.2f}" for key in keys if key in slopes]
+        return f"{text}: slope {' and '.join(shown)}" if shown else text
+
+    both = ("window", "ours"), ("spectral", "scan")
+    return [
+        Panel(title("prefill, one layer", ("prefill", "SWH")), model, "tokens", "seconds", _tokens),
+        Panel(title("operators", *both), operators, "tokens", "milliseconds", _tokens),
+    ]
+
+
+PICTURES: dict[str, Callable[[Rows], list[Panel]]] = {
+    "spectral": _spectral,
+    "window": _window,
+    "prefill": _prefill,
+    "decode": _decode,
+    "train": _train,
+    "scaling": _scaling,
+}
+
+
+def _tokens(x: float) -> str:
+    """Powers of two: 16384 -> 16k."""
+    return f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
+
+
+def _round(x: float) -> str:
+    """Thousands: 32000 -> 32k."""
+    return f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}"
+
+
+def _plain(x: float) -> str:
+    return f"{x:g}"

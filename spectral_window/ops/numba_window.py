@@ -1,0 +1,312 @@
+"""Window attention in compiled code (numba), for float32 and bfloat16 on a CPU, and its operators.
+
+A part is a segment of the queries of one head. It brings its keys and values into a scratch of its
+own, where they stay in cache, and goes through its queries tile by tile (`numba_window_tiles`). For
+a tile with the keys it sees:
+
+    P^T = exp(K Q^T - max),   O = (P^T)^T V / sum
+
+The weights P never leave the scratch. Keys before the first column come from the ring of the state.
+All sums run in the order of keys and dimensions, so a query's result has the same bits in any batch
+or prefix.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectral_window.ops.dispatch import may_bypass
+from spectral_window.ops.numba_parallel import float32s, int64s, kernel, take
+from spectral_window.ops.numba_registers import (
+    BYTES,
+    LANES,
+    store,
+)
+from spectral_window.ops.numba_window_backward import attend_backward
+from spectral_window.ops.numba_window_rows import (
+    ANCHOR,
+    BATCH,
+    HALF,
+    HEADS,
+    KEY_DIM,
+    NEW_KEY,
+    NEW_POSITION,
+    ONE,
+    OUT,
+    RING_KEY,
+    TIME,
+    VALUE_DIM,
+    WINDOW,
+    K,
+    V,
+    aligned,
+    arguments,
+    blocks_of,
+    clear,
+    copy_row,
+    find_turns,
+    last_token,
+    oldest,
+    out_row,
+    padded,
+    position,
+    put,
+    ring_row,
+    row_of,
+    turns_at,
+)
+from spectral_window.ops.numba_window_tiles import (
+    SEGMENT,
+    fetch_keys,
+    fetch_queries,
+    first_seen,
+    gather,
+    most_keys,
+    score,
+    softmax,
+)
+
+
+@kernel
+def attend(job):
+    """Parts: (row, segment, head)."""
+    key_blocks, value_blocks = blocks_of(job[KEY_DIM]), blocks_of(job[VALUE_DIM])
+    most, tile_vectors = most_keys(job), LANES * (2 * key_blocks + value_blocks) + 4
+    room = np.empty(LANES * (tile_vectors + most * (key_blocks + value_blocks + 1)), np.float32)
+    lows = aligned(room)
+    sums = lows + 2 * BYTES
+    queries = sums + BYTES
+    columns = queries + LANES * key_blocks * BYTES
+    out = columns + LANES * key_blocks * BYTES
+    keys = out + LANES * value_blocks * BYTES
+    values = keys + most * key_blocks * BYTES
+    scores = values + most * value_blocks * BYTES
+    segments = (job[TIME] + SEGMENT - 1) // SEGMENT
+    part = take(job)
+    while part >= 0:
+        h, run, b = part % job[HEADS], part // job[HEADS] % segments, part // job[HEADS] // segments
+        start, stop = run * SEGMENT, min((run + 1) * SEGMENT, job[TIME])
+        begin = first_seen(job, b, start, stop)
+        clean = fetch_keys(job, b, h, begin, stop, keys, values)
+        for c in range(start, stop, LANES):
+            count = min(LANES, stop - c)
+            tile = fetch_queries(job, b, h, c, count, begin, clean, lows, queries, columns)
+            clear(out, LANES * value_blocks)
+            if tile.last >= 0:
+                score(keys, columns, job[KEY_DIM], tile, scores)
+                store(sums, softmax(scores, tile))
+                gather(out, scores, values, value_blocks, tile)
+            for lane in range(count):
+                row = out + lane * value_blocks * BYTES
+                scale = float32s(sums, LANES)[lane]
+                if position(job, b, c + lane) < 0:
+                    clear(row, value_blocks)
+                    scale = ONE
+                target = out_row(job, OUT, b, c + lane, h, job[VALUE_DIM])
+                put(row, job[HALF], job[VALUE_DIM], 0, scale, target)
+        part = take(job)
+    room[0] = 0  # alive until here
+
+
+@kernel
+def remember(job):
+    """The ring after each row's last token, and its position. Parts: (row, head)."""
+    slots = 2 * job[WINDOW]
+    room = np.empty(LANES * (1 + blocks_of(max(job[KEY_DIM], job[VALUE_DIM]))), np.float32)
+    between = aligned(room)
+    part = take(job)
+    while part >= 0:
+        b, h = part // job[HEADS], part % job[HEADS]
+        last = last_token(job, b)
+        after = position(job, b, last) + 1
+        if h == 0 and last >= 0:
+            int64s(job[NEW_POSITION], job[BATCH])[b] = after
+        for slot in range(slots):
+            held = after - 1 - (after - 1 - slot) % slots
+            c = last - (after - 1 - held)
+            for which in range(2):
+                size = job[KEY_DIM + which]
+                target = ring_row(job, NEW_KEY + which, b, slot, h, size)
+                live = last >= 0 and held >= oldest(after, job[WINDOW])
+                if job[RING_KEY] and (last < 0 or (live and c < 0)):
+                    old = ring_row(job, RING_KEY + which, b, slot, h, size)
+                    copy_row(job, old, size, 0, target, between)
+                elif live:
+                    row = row_of(job, V if which else K, b, c, h)
+                    turns = 0 if which else turns_at(job, b, c)
+                    copy_row(job, row, size, turns, target, between)
+                else:
+                    clear(between, blocks_of(size))
+                    put(between, job[HALF], size, 0, ONE, target)
+        part = take(job)
+    room[0] = 0
+
+
+# ---------------------------------------------------------------- operators
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    ring: tuple[Tensor, Tensor] | None,
+    begin: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k [B, T, H, K], v [B, T, H, V], not turned yet, T >= 1; float32 or bfloat16 on a CPU.
+
+    ring: keys and values of the state [B, 2W, H, *]; begin [B] int64: the position of its next
+    token. positions: [B, T] int64, where tokens of a document lie side by side and a continued one
+    begins in column 0; None where all rows are one document without padding.
+
+    Returns (out [B, T, H, V], key, value [B, 2W, H, *], position [B]): the last three are the state
+    after each row's last token.
+    """
+    key, value = ring or (None, None)
+    call = (q, k, v, window, theta, key, value, begin, positions)
+    # torch's dispatcher takes as long as a short call
+    return (_forward if may_bypass(q, k, v, key, value) else window_attention)(*call)
+
+
+def _inputs(q, k, v, window, theta, key, value, begin, positions):
+    """The arguments that both passes begin with; RoPE's angles are found here."""
+    rows = 1 if positions is None and begin is None else q.shape[0]
+    turns = None if theta is None else torch.empty(rows, q.shape[1], padded(q.shape[3]))
+    job = arguments(q, k, v, window, theta, turns, (key, value), begin, positions)
+    if turns is not None:
+        find_turns(rows * -(-q.shape[1] // ANCHOR), *job)
+    return job
+
+
+def _forward(q, k, v, window, theta, ring_key, ring_value, begin, positions):
+    batch, time, heads, key_dim = q.shape
+    out = q.new_empty(v.shape)
+    new_key = q.new_empty(batch, 2 * window, heads, key_dim)
+    new_value = q.new_empty(batch, 2 * window, heads, v.shape[3])
+    new_position = torch.zeros(batch, dtype=torch.int64) if begin is None else begin.clone()
+    job = _inputs(q, k, v, window, theta, ring_key, ring_value, begin, positions)
+    job = (*job, out, new_key, new_value, new_position)
+    attend(batch * -(-time // SEGMENT) * heads, *job)
+    remember(batch * heads, *job)
+    return out, new_key, new_value, new_position
+
+
+@torch.library.custom_op("spectral_window::window_attention", mutates_args=(), device_types="cpu")
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    ring_key: Tensor | None,
+    ring_value: Tensor | None,
+    begin: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `attention`."""
+    return _forward(q, k, v, window, theta, ring_key, ring_value, begin, positions)
+
+
+@window_attention.register_fake
+def _(q, k, v, window, theta, ring_key, ring_value, begin, positions):
+    batch, _, heads, key_dim = q.shape
+    key = q.new_empty(batch, 2 * window, heads, key_dim)
+    value = q.new_empty(batch, 2 * window, heads, v.shape[3])
+    return q.new_empty(v.shape), key, value, q.new_empty(batch, dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "spectral_window::window_attention_backward", mutates_args=(), device_types="cpu"
+)
+def window_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    ring_key: Tensor | None,
+    ring_value: Tensor | None,
+    begin: Tensor | None,
+    positions: Tensor | None,
+    grad: Tensor,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and of the ring (empty where there is none), given those of the
+    output and, unless None, of the new ring."""
+    room = torch.empty if positions is None else torch.zeros  # padding is not written
+    dq, dk, dv = (room(x.shape, dtype=x.dtype) for x in (q, k, v))
+    d_key, d_value = (q.new_zeros(0 if x is None else x.shape) for x in (ring_key, ring_value))
+    job = _inputs(q, k, v, window, theta, ring_key, ring_value, begin, positions)
+    given = [x if x is None else x.contiguous() for x in (grad, grad_key, grad_value)]
+    attend_backward(q.shape[0] * q.shape[2], *job, *given, None, dq, dk, dv, d_key, d_value)
+    return dq, dk, dv, d_key, d_value
+
+
+@window_attention_backward.register_fake
+def _(q, k, v, window, theta, ring_key, ring_value, begin, positions, grad, grad_key, grad_value):
+    like = [x.new_empty(x.shape) for x in (q, k, v)]
+    return *like, *(q.new_empty(0 if x is None else x.shape) for x in (ring_key, ring_value))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.window, ctx.theta, *rest = inputs
+    ctx.save_for_backward(q, k, v, *rest)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, grad_key, grad_value, _):
+    q, k, v, ring_key, ring_value, begin, positions = ctx.saved_tensors
+    call = (q, k, v, ctx.window, ctx.theta, ring_key, ring_value, begin, positions)
+    slots = (q.shape[0], 2 * ctx.window, q.shape[2])
+    if grad is None:
+        grad = torch.zeros_like(v)
+    if grad_key is None and grad_value is not None:
+        grad_key = q.new_zeros(*slots, q.shape[3])
+    if grad_value is None and grad_key is not None:
+        grad_value = v.new_zeros(*slots, v.shape[3])
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiate_again(*call, grad, grad_key, grad_value)
+    *d_qkv, d_key, d_value = window_attention_backward(*call, grad, grad_key, grad_value)
+    d_ring = (None, None) if ring_key is None else (d_key, d_value)
+    return *d_qkv, None, None, *d_ring, None, None
+
+
+def _differentiate_again(
+    q, k, v, window, theta, ring_key, ring_value, begin, positions, grad, grad_key, grad_value
+):
+    """The same gradients by operations that can be differentiated themselves."""
+    from spectral_window.ops import window as operator
+
+    leaves = [x for x in (q, k, v, ring_key, ring_value) if x is not None and x.requires_grad]
+    with torch.enable_grad():
+        state = None if ring_key is None else operator.WindowState(ring_key, ring_value, begin)
+        out, after = operator.window_attention(
+            q,
+            k,
+            v,
+            window=window,
+            rope_theta=theta,
+            state=state,
+            positions=positions,
+            method="chunked",
+        )
+        given = [
+            (y, g)
+            for y, g in ((out, grad), (after.key, grad_key), (after.value, grad_value))
+            if g is not None and y.requires_grad
+        ]
+        outputs, gradients = zip(*given, strict=True)
+        found = torch.autograd.grad(
+            outputs, leaves, gradients, create_graph=True, allow_unused=True
+        )
+    by_id = {id(x): d for x, d in zip(leaves, found, strict=True)}
+    d_q, d_k, d_v, d_key, d_value = (by_id.get(id(x)) for x in (q, k, v, ring_key, ring_value))
+    return d_q, d_k, d_v, None, None, d_key, d_value, None, None
+
+
+window_attention.register_autograd(_differentiate, setup_context=_save)
