@@ -196,11 +196,11 @@ class SWHModel(SWHPreTrainedModel):
         if position_ids is None and any(key.startswith("cu_seq") for key in kwargs):
             raise ValueError("cu_seqlens (model): pass position_ids that restart at 0 instead")
         length, segment = tokens.shape[1], self._segment(tokens, kwargs)
-        slots = None
+        x, slots = self._embed(tokens[:, :segment]), None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            slots = open_cache(past_key_values, self.config, self._embed(tokens[:, :0]))
+            slots = open_cache(past_key_values, self.config, x)
         elif segment < length:
             slots = [SWHCacheLayer() for _ in self.layers]
 
@@ -210,7 +210,8 @@ class SWHModel(SWHPreTrainedModel):
         )
         kept: list[Tensor] = []
         for begin in range(0, max(length, 1), segment):
-            x = self._embed(tokens[:, begin : begin + segment])
+            if begin:
+                x = self._embed(tokens[:, begin : begin + segment])
             at = None if positions is None else positions[:, begin : begin + segment]
             start = next_start(at, start, seen + begin, x.shape[1])
             for index, module in enumerate(self.layers):

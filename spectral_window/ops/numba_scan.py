@@ -2,7 +2,7 @@
 and one slice of its channels at a time, forwards and backwards.
 
 A state is loaded from the part's room (`numba_rooms`) into registers, advanced over a few rows of
-time, eight channels at once (`numba_vectors`), and stored back. One mode without a gain
+time, many channels at once (`numba_vectors`), and stored back. One mode without a gain
 writes y at once; several add theirs into rows of float64 first.
 """
 
@@ -121,6 +121,8 @@ def _advance_lanes(u, y, i, channels, rows, j, count, room, o, size, acc, width,
 
 @inner
 def _advance(u, y, i, channels, rows, width, room, o, size, acc, alone, past):
+    for k in range(rows):  # one line: it is the page's address that takes long to find
+        prefetch(y, i + (k + _AHEAD) * channels)
     whole = width // LANES * LANES
     for j in range(0, whole, LANES):
         _advance_lanes(u, y, i, channels, rows, j, LANES, room, o, size, acc, width, alone, past)
@@ -246,6 +248,8 @@ def _retreat_lanes(g, du, i, channels, rows, j, count, room, o, size, acc, width
 
 @inner
 def _retreat(g, du, i, channels, rows, width, room, o, size, acc, alone, past):
+    for k in range(rows):
+        prefetch(du, i - (k + _AHEAD) * channels)
     whole = width // LANES * LANES
     for j in range(0, whole, LANES):
         _retreat_lanes(g, du, i, channels, rows, j, LANES, room, o, size, acc, width, alone, past)

@@ -2,7 +2,7 @@
 
     h_t = z h_{t-1} + u_t,   y_t = sum_m gain_m Re h_t
 
-The state is float64 and stays in registers over a few rows of time, eight channels at once
+The state is float64 and stays in registers over a few rows of time, many channels at once
 (`numba_vectors`), so the pass is bound by reading u and writing y. Documents need no rearranging: a
 position 0 clears the state. A single token is the same pass with one row.
 
@@ -83,8 +83,8 @@ def _words(
 
 
 def _streams(y: Tensor) -> bool:
-    """Whether an output is written past the cache: it is large, and eight numbers never straddle
-    what the instruction needs aligned."""
+    """Whether an output is written past the cache: it is large, and every vector lies where
+    the instruction needs it."""
     size = y.element_size()
     aligned = y.shape[2] % LINE == 0 and y.data_ptr() % 64 == 0
     return aligned and y.numel() * size >= PAST_CACHE

@@ -1,17 +1,17 @@
-"""Eight float64 numbers at a time: what a compiled loop needs when the compiler must not guess.
+"""Many float64 numbers at a time: what a compiled loop needs when the compiler must not guess.
 
 A loop over arrays becomes vector instructions only after the compiler has proved, or tests at every
 entry, that no array overlaps another. With a dozen short rows those tests cost more than the loop.
-So a kernel may hold `Lanes`, a value of eight float64 numbers, and say itself what is read and
+So a kernel may hold `Lanes`, a value of LANES float64 numbers, and say itself what is read and
 written when:
 
-    x = load(u, i, 8)              # u[i] ... u[i + 7], from float32, float64 or bfloat16
+    x = load(u, i, LANES)          # u[i] ... u[i + LANES - 1], from float32, float64 or bfloat16
     r = a * r - b * x              # + - * become fused multiply-adds
-    store(y, i, 8, r)              # rounded once to y's dtype
+    store(y, i, LANES, r)          # rounded once to y's dtype
 
-`load` and `store` take the number of lanes that exist, so a width that is no multiple of eight ends
-in a partial vector: nothing outside is read or written, the missing lanes are 0. LLVM turns the
-eight lanes into whatever the CPU has: one AVX-512 register, two of AVX2, four of NEON.
+`load` and `store` take the number of lanes that exist, so a width that is no multiple of LANES ends
+in a partial vector: nothing outside is read or written, the missing lanes are 0. LLVM turns them
+into whatever the CPU has: registers of eight float64 numbers (AVX-512), four (AVX2) or two (NEON).
 
 `prefetch` and `stream` are about memory: the first asks for a cache line early, the second writes
 past the cache. A plain store first reads the line that it will overwrite; for an output larger than
@@ -24,11 +24,12 @@ import operator
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-LANES = 8
+LANES = 16 if get_host_cpu_features().get("avx512f") else 8  # what registers hold nine times
 _i16, _i32, _i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _DOUBLES = ir.VectorType(ir.DoubleType(), LANES)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
@@ -44,7 +45,7 @@ class _BFloat(ir.Type):
 
 
 class Lanes(types.Type):
-    """The numba type of eight float64 numbers."""
+    """The numba type of LANES float64 numbers."""
 
     def __init__(self) -> None:
         super().__init__(name="Lanes")
@@ -75,7 +76,7 @@ def _at(context: Any, builder: Any, array: Any, value: Any, index: Any) -> Any:
 
 
 def _stored(array: Any) -> ir.VectorType:
-    """How eight numbers of an array lie in memory; uint16 means bfloat16, as in `bfloat16s`."""
+    """How LANES numbers of an array lie in memory; uint16 means bfloat16, as in `bfloat16s`."""
     return {types.float32: _FLOATS, types.float64: _DOUBLES, types.uint16: _SHORTS}[array.dtype]
 
 
@@ -87,7 +88,7 @@ def _mask(builder: Any, count: Any) -> Any:
 
 @intrinsic
 def load(typingctx: Any, array: Any, index: Any, count: Any) -> Any:
-    """Lanes of `array[index : index + count]`; count 1 ... 8, the lanes beyond are 0."""
+    """Lanes of `array[index : index + count]`; count 1 ... LANES, the lanes beyond are 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _stored(array)
@@ -120,7 +121,7 @@ def _rounded(builder: Any, x: Any, kind: ir.VectorType) -> Any:
 
 @intrinsic
 def store(typingctx: Any, array: Any, index: Any, count: Any, x: Any) -> Any:
-    """`array[index : index + count] = x`, rounded once; count 1 ... 8."""
+    """`array[index : index + count] = x`, rounded once; count 1 ... LANES."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _stored(array)
@@ -139,8 +140,8 @@ def store(typingctx: Any, array: Any, index: Any, count: Any, x: Any) -> Any:
 
 @intrinsic
 def stream(typingctx: Any, array: Any, index: Any, x: Any) -> Any:
-    """`array[index : index + 8] = x` past the cache. The address must be a multiple of eight
-    numbers of the array."""
+    """`array[index : index + LANES] = x` past the cache. The address must be a multiple of 64
+    bytes, or of LANES numbers where those are fewer."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _stored(array)
