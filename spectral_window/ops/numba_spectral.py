@@ -36,6 +36,7 @@ from spectral_window.ops import numba_scan
 from spectral_window.ops.chunked_spectral import chunked
 from spectral_window.ops.modes import Modes
 from spectral_window.ops.numba_rooms import BLOCK, LINE
+from spectral_window.ops.pages import empty
 
 _NARROWEST, _WIDEST = 128, 256  # channels of a slice: long reads, but a block stays in the cache
 PAST_CACHE = 16 << 20  # bytes of an output that no cache keeps for its reader
@@ -110,7 +111,7 @@ def run(
     each = modes.decay.shape[1]
     dtype = u.dtype if u.dtype in _FORWARD else torch.float32
     x = u.to(dtype).contiguous()
-    y = torch.empty_like(x) if out is None or out.dtype != dtype else out
+    y = empty(x.shape, dtype) if out is None or out.dtype != dtype else out
     before = None if state is None else state.contiguous()
     final = torch.empty((batch, channels, each, 2), dtype=torch.float64)
     kept = None
@@ -171,7 +172,7 @@ def scan_backward(
     final state."""
     dtype = u.dtype if u.dtype in _BACKWARD else torch.float32
     x, g = u.to(dtype).contiguous(), grad.to(dtype).contiguous()
-    du = torch.empty_like(x)
+    du = empty(x.shape, dtype)
     end, begin = grad_state.contiguous(), torch.empty(grad_state.shape, dtype=torch.float64)
     groups, cuts = parts = _divided(*u.shape, torch.get_num_threads())
     words = _words(x, decay, frequency, gain, positions, parts)

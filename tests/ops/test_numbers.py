@@ -124,6 +124,15 @@ def test_a_large_output_written_past_the_cache_is_the_same():
         assert torch.equal(torch.cat(parts, 1), whole)
 
 
+def test_large_fresh_memory_is_like_any_other():
+    from spectral_window.ops.pages import empty
+
+    x = empty((9, 1_000_001), torch.float32)  # 36 MB
+    assert (x.shape, x.dtype, x.is_contiguous()) == ((9, 1_000_001), torch.float32, True)
+    x.fill_(1.0)
+    assert x.sum(dtype=torch.float64) == x.numel()
+
+
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("time", [64, 65, 200])
 def test_gradients_of_documents_and_padding_across_blocks(time, gain):
