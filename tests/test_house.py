@@ -27,7 +27,7 @@ FLOORS = [
 ONLY_IN = {
     "transformers": ("hf/", "training/", "data/tokenizers.py"),
     "matplotlib": ("lab/",),
-    "numba": ("ops/numba_",),
+    "numba": ("ops/compiled/",),
     "triton": ("ops/triton_",),
     "datasets": ("data/",),
     "typer": ("cli.py",),

@@ -2,7 +2,7 @@
 
 For many vectors that is PyTorch's matrix product. For a few, as when text is generated token by
 token, it is bound by reading W: compiled code then reads all the matrices in one go
-(`numba_linear`).
+(`linear`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def by_rows(
             or (bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()))
         ):
             return _by_products(x, weights, biases)
-    from spectral_window.ops.numba_linear import multiply
+    from spectral_window.ops.compiled.linear import multiply
 
     y = multiply(x.reshape(-1, size).contiguous(), weights, biases)
     y = y.view(*x.shape[:-1], y.shape[1])

@@ -1,6 +1,6 @@
 """RMSNorm and the gate of SwiGLU: what a layer does between its matrix products.
 
-On a CPU, in float32 and bfloat16, compiled code does each in one pass (`numba_pointwise`);
+On a CPU, in float32 and bfloat16, compiled code does each in one pass (`pointwise`);
 everywhere else, and where torch.compile fuses such things itself, it is PyTorch's operations.
 """
 
@@ -41,15 +41,15 @@ def _in_one_pass(x: Tensor) -> bool:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    from spectral_window.ops import numba_pointwise
+    from spectral_window.ops.compiled import pointwise
 
-    return numba_pointwise.rms_norm(x.contiguous(), weight, eps)
+    return pointwise.rms_norm(x.contiguous(), weight, eps)
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    from spectral_window.ops import numba_pointwise
+    from spectral_window.ops.compiled import pointwise
 
-    return numba_pointwise.swiglu(gate.contiguous(), up.contiguous())
+    return pointwise.swiglu(gate.contiguous(), up.contiguous())
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -62,16 +62,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from spectral_window.ops import numba_pointwise
+        from spectral_window.ops.compiled import pointwise
 
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
             with torch.enable_grad():
                 y = F.rms_norm(x, weight.shape, weight.to(x.dtype), ctx.eps)
                 return *torch.autograd.grad(y, (x, weight), grad, create_graph=True), None
-        found = numba_pointwise.rms_norm_backward(
-            x.contiguous(), weight, ctx.eps, grad.contiguous()
-        )
+        found = pointwise.rms_norm_backward(x.contiguous(), weight, ctx.eps, grad.contiguous())
         return *found, None
 
 
@@ -84,12 +82,10 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from spectral_window.ops import numba_pointwise
+        from spectral_window.ops.compiled import pointwise
 
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 return torch.autograd.grad(F.silu(gate) * up, (gate, up), grad, create_graph=True)
-        return numba_pointwise.swiglu_backward(
-            gate.contiguous(), up.contiguous(), grad.contiguous()
-        )
+        return pointwise.swiglu_backward(gate.contiguous(), up.contiguous(), grad.contiguous())

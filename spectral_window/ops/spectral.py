@@ -7,7 +7,7 @@ two numbers of state a mode (see `modes`), which gives a linear-time method and 
 step:
 
     chunked    products inside chunks, a scan between them (`chunked_spectral`).
-    scan       the recurrence itself, one pass over memory in compiled code (`numba_spectral`).
+    scan       the recurrence itself, one pass over memory in compiled code (`scan`).
     step       one token: h <- z h + u, y = Re(sum gain h).
     fft        the paper's: zero-pad to >= 2T, multiply spectra, crop; float32 whatever the dtype.
     reference  the direct sum in float64.
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_spectral import chunked
-from spectral_window.ops.dispatch import HAS_NUMBA, resolve
+from spectral_window.ops.dispatch import HAS_NUMBA, may_bypass, resolve
 from spectral_window.ops.documents import find_documents, given_positions
 from spectral_window.ops.modes import Modes, exact_dtype, kernel, powers, times
 
@@ -60,7 +60,7 @@ def spectral_conv(
     if not u.dtype.is_floating_point:
         raise TypeError(f"u is {u.dtype} (spectral_conv): expected a floating dtype")
     # in compiled code that is called directly, the modes' values are checked on the way
-    plain = method in ("scan", "step") and _plain(u, *modes, state)
+    plain = method in ("scan", "step") and HAS_NUMBA and u.is_cpu and may_bypass(u, *modes, state)
     given, modes = modes, modes.validated(u.shape[2], values=not plain)
     if modes.decay.device != u.device:
         raise ValueError(
@@ -111,25 +111,6 @@ def _check_out(out: Tensor, u: Tensor, *others: Tensor | None) -> None:
             raise ValueError("out overlaps u (spectral_conv): pass other memory")
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    """Whether compiled code may be called on these tensors' memory, past torch's dispatcher: on a
-    CPU with numba, and nothing asks for a gradient, a trace or a transformation."""
-    if not HAS_NUMBA or torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active() or _forward_mode():
-        return False
-    wanted = torch.is_grad_enabled()
-    return all(
-        x is None
-        or (
-            type(x) in (Tensor, torch.nn.Parameter)
-            and x.device.type == "cpu"
-            and not (wanted and x.requires_grad)
-        )
-        for x in tensors
-    )
-
-
 def _forward_mode() -> bool:
     """Whether forward-mode derivatives are being taken."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
@@ -145,7 +126,7 @@ def _compiled(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The scan, or a step as the scan of one token, straight in compiled code."""
-    from spectral_window.ops.numba_spectral import run
+    from spectral_window.ops.compiled.scan import run
 
     if positions is not None and method == "scan":
         _check_documents(positions, state is not None)
@@ -208,7 +189,7 @@ def _scanned(
 ) -> tuple[Tensor, Tensor]:
     if u.device.type != "cpu":
         raise ValueError(f"method 'scan' needs a CPU, u is on {u.device}: use 'chunked' or 'auto'")
-    from spectral_window.ops.numba_spectral import scan
+    from spectral_window.ops.compiled.scan import scan
 
     if positions is not None and not torch.compiler.is_compiling():
         _check_documents(positions, known)

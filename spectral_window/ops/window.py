@@ -312,7 +312,7 @@ def _tiled(
     positions: Tensor | None,
 ) -> tuple[Tensor, WindowState]:
     """In compiled code. It takes documents in one piece: padding between tokens is moved away."""
-    from spectral_window.ops.numba_window import attention
+    from spectral_window.ops.compiled.window import attention
 
     ring, begin = (None, None) if state is None else (state[:2], state.position)
     if positions is None or not _has_holes(positions, begin):
@@ -344,7 +344,7 @@ def _step_in_compiled_code(
     state: WindowState,
     positions: Tensor | None,
 ) -> tuple[Tensor, WindowState]:
-    from spectral_window.ops.numba_window_step import step
+    from spectral_window.ops.compiled.window_step import step
 
     if positions is not None:
         _check_step(positions[:, 0], state)

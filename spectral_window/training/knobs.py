@@ -58,7 +58,7 @@ def parse(key: str, text: str, hint: Any) -> Any:
     Raises UserError naming the knob and what it expects.
     """
     text, kinds = text.strip(), _kinds(hint)
-    shown = f"{key}={' '.join(text.split())}"  # an error is one line, whatever was typed
+    shown = f"{key}={_one_line(text)}"
     if type(None) in kinds and text.lower() in ("none", "null", ""):
         return None
     if tuple in kinds:
@@ -82,6 +82,11 @@ def parse(key: str, text: str, hint: Any) -> Any:
     return text
 
 
+def _one_line(value: Any) -> str:
+    """An error is one line, whatever was typed."""
+    return " ".join(str(value).split())
+
+
 def check(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Raise UserError for the first knob whose type or value cannot be."""
     for key, hint in hints.items():
@@ -89,7 +94,7 @@ def check(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 
     def require(good: bool, key: str, rule: str) -> None:
         if not good:
-            raise UserError(f"{key}={values[key]} (recipe): {rule}")
+            raise UserError(f"{key}={_one_line(values[key])} (recipe): {rule}")
 
     for key in _POSITIVE:
         require(values[key] is None or values[key] > 0, key, "must be greater than 0")

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("numba")
 
 from spectral_window.ops import WindowState, reference, rotate, window_attention
-from spectral_window.ops.numba_window import window_attention as operator
-from spectral_window.ops.numba_window import window_attention_backward
+from spectral_window.ops.compiled.window import window_attention as operator
+from spectral_window.ops.compiled.window import window_attention_backward
 from tests.contracts.measure import relative, rms
 from tests.contracts.operators import draw_qkv
 

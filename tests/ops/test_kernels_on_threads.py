@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("numba")
 
-from spectral_window.ops import numba_parallel
-from spectral_window.ops.numba_parallel import (
+from spectral_window.ops.compiled import threads as on_threads
+from spectral_window.ops.compiled.threads import (
     bfloat16s,
     bits_of,
     float32s,
@@ -67,7 +67,7 @@ def fail_at_once(job):
 @pytest.fixture(params=["team", "no team"])
 def team(request, monkeypatch):
     if request.param == "no team":
-        monkeypatch.setattr(numba_parallel, "_team", lambda: None)
+        monkeypatch.setattr(on_threads, "_team", lambda: None)
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from spectral_window.nn.layers import project
-from spectral_window.ops import numba_linear, resolve
+from spectral_window.ops import resolve
+from spectral_window.ops.compiled import linear
 from spectral_window.ops.linear import linear_maps
 from tests.contracts.measure import relative
 
@@ -42,7 +43,7 @@ def test_rows_equal_the_exact_product_in_float32(size, shape, threads):
 @torch.no_grad()
 def test_rows_in_bfloat16_are_rounded_once(size, native, threads, monkeypatch):
     # where the processor has no products of its own, both are the same way
-    monkeypatch.setattr(numba_linear, "NATIVE", native and numba_linear.NATIVE)
+    monkeypatch.setattr(linear, "NATIVE", native and linear.NATIVE)
     x = torch.randn(2, size).bfloat16()
     w, b = torch.randn(300, size).bfloat16(), torch.randn(300).bfloat16()
     (y,) = linear_maps(x, [w], [b], method="rows")

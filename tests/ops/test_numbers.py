@@ -111,11 +111,11 @@ def test_convolution_fills_given_memory_at_odd_sizes(time, channels, dtype):
 
 
 def test_a_large_output_written_past_the_cache_is_the_same():
-    from spectral_window.ops import numba_spectral
+    from spectral_window.ops.compiled import scan
 
     modes = draw_modes(64, dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
-        u = torch.randn(1, (numba_spectral.PAST_CACHE >> 6) // dtype.itemsize + 3, 64).to(dtype)
+        u = torch.randn(1, (scan.PAST_CACHE >> 6) // dtype.itemsize + 3, 64).to(dtype)
         whole, _ = spectral_conv(u, modes, method="scan")
         parts, state = [], None
         for part in u.split(len(u[0]) // 2, 1):
@@ -125,7 +125,7 @@ def test_a_large_output_written_past_the_cache_is_the_same():
 
 
 def test_large_fresh_memory_is_like_any_other():
-    from spectral_window.ops.pages import empty
+    from spectral_window.ops.compiled.pages import empty
 
     x = empty((9, 1_000_001), torch.float32)  # 36 MB
     assert (x.shape, x.dtype, x.is_contiguous()) == ((9, 1_000_001), torch.float32, True)
@@ -358,7 +358,7 @@ def test_reduced_matmul_precision_does_not_reach_into_the_convolution(method):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("gain", [False, True])
 def test_registered_operators_pass_opcheck(gain, documents):
-    from spectral_window.ops.numba_spectral import scan, scan_backward
+    from spectral_window.ops.compiled.scan import scan, scan_backward
 
     modes = draw_modes(3, 2, gain=gain)
     u = torch.randn(2, 70, 3, requires_grad=True)

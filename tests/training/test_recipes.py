@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spectral_window.errors import UserError
@@ -115,6 +115,7 @@ def test_the_python_face_refuses_wrong_types_too():
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(FIELDS)), st.text(max_size=12))
+@example("device", "0\n0")
 def test_any_text_for_any_knob_gives_a_recipe_or_one_line(key, text):
     try:
         found = resolve("tiny", [f"{key}={text}"])

@@ -3,7 +3,7 @@
     h_t = z h_{t-1} + u_t,   y_t = sum_m gain_m Re h_t
 
 The state is float64 and stays in registers over a few rows of time, many channels at once
-(`numba_vectors`), so the pass is bound by reading u and writing y. Documents need no rearranging: a
+(`float64_lanes`), so the pass is bound by reading u and writing y. Documents need no rearranging: a
 position 0 clears the state. A single token is the same pass with one row.
 
 The gradient of u is the same recurrence backwards in time. With the gradient l_t of h_t,
@@ -20,7 +20,7 @@ run forwards from the kept state and from s = 0; what the block adds to dL/dz th
 blocks is conj(l) s at its end; then l runs backwards through it. So no state inside a block is ever
 stored. A second derivative goes through the chunked method, which is differentiable by itself.
 
-The loops are in `numba_scan`; here they are called, and registered with torch.
+The loops are in `scan_loops`; here they are called, and registered with torch.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_window.ops import numba_scan
 from spectral_window.ops.chunked_spectral import chunked
+from spectral_window.ops.compiled import scan_loops
+from spectral_window.ops.compiled.pages import empty
+from spectral_window.ops.compiled.scan_rooms import BLOCK, LINE
 from spectral_window.ops.modes import Modes
-from spectral_window.ops.numba_rooms import BLOCK, LINE
-from spectral_window.ops.pages import empty
 
 _NARROWEST, _WIDEST = 128, 256  # channels of a slice: long reads, but a block stays in the cache
 PAST_CACHE = 16 << 20  # bytes of an output that no cache keeps for its reader
 _FORWARD = {
-    torch.float32: numba_scan.forward_float32,
-    torch.float64: numba_scan.forward_float64,
-    torch.bfloat16: numba_scan.forward_bfloat16,
+    torch.float32: scan_loops.forward_float32,
+    torch.float64: scan_loops.forward_float64,
+    torch.bfloat16: scan_loops.forward_bfloat16,
 }
 _BACKWARD = {
-    torch.float32: numba_scan.backward_float32,
-    torch.float64: numba_scan.backward_float64,
-    torch.bfloat16: numba_scan.backward_bfloat16,
+    torch.float32: scan_loops.backward_float32,
+    torch.float64: scan_loops.backward_float64,
+    torch.bfloat16: scan_loops.backward_bfloat16,
 }
 
 

@@ -17,8 +17,15 @@ import math
 
 import numba
 
-from spectral_window.ops.numba_parallel import inner
-from spectral_window.ops.numba_vectors import LANES, load, nearest, power_of_two, spread, store
+from spectral_window.ops.compiled.float64_lanes import (
+    LANES,
+    load,
+    nearest,
+    power_of_two,
+    spread,
+    store,
+)
+from spectral_window.ops.compiled.threads import inner
 
 _always = numba.njit(forceinline=True, error_model="numpy")
 

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spectral_window.ops.numba_parallel import float32s, inner
-from spectral_window.ops.numba_registers import (
+from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
     LANES,
     fused,
@@ -33,7 +32,8 @@ from spectral_window.ops.numba_registers import (
     transpose,
     where_between,
 )
-from spectral_window.ops.numba_window_rows import (
+from spectral_window.ops.compiled.threads import float32s, inner
+from spectral_window.ops.compiled.window_rows import (
     HALF,
     K_TIME,
     KEY_DIM,

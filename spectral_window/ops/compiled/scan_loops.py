@@ -1,23 +1,15 @@
-"""The compiled loops of the recurrence (see `numba_spectral` for the maths): one row of the batch
+"""The compiled loops of the recurrence (see `scan` for the maths): one row of the batch
 and one slice of its channels at a time, forwards and backwards.
 
-A state is loaded from the part's room (`numba_rooms`) into registers, advanced over a few rows of
-time, many channels at once (`numba_vectors`), and stored back. One mode without a gain
+A state is loaded from the part's room (`scan_rooms`) into registers, advanced over a few rows of
+time, many channels at once (`float64_lanes`), and stored back. One mode without a gain
 writes y at once; several add theirs into rows of float64 first.
 """
 
 from __future__ import annotations
 
-from spectral_window.ops.numba_parallel import (
-    bfloat16s,
-    float32s,
-    float64s,
-    inner,
-    int64s,
-    kernel,
-    take,
-)
-from spectral_window.ops.numba_rooms import (
+from spectral_window.ops.compiled.float64_lanes import LANES, load, prefetch, spread, store, stream
+from spectral_window.ops.compiled.scan_rooms import (
     AT,
     BATCH,
     BEGIN,
@@ -62,7 +54,15 @@ from spectral_window.ops.numba_rooms import (
     slice_of,
     write_state,
 )
-from spectral_window.ops.numba_vectors import LANES, load, prefetch, spread, store, stream
+from spectral_window.ops.compiled.threads import (
+    bfloat16s,
+    float32s,
+    float64s,
+    inner,
+    int64s,
+    kernel,
+    take,
+)
 
 _AHEAD = 8  # rows of time that are asked for before they are needed
 

@@ -18,8 +18,7 @@ import math
 
 import numpy as np
 
-from spectral_window.ops.numba_parallel import inner, kernel, take
-from spectral_window.ops.numba_registers import (
+from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
     LANES,
     fused,
@@ -28,7 +27,8 @@ from spectral_window.ops.numba_registers import (
     store,
     total,
 )
-from spectral_window.ops.numba_window_rows import (
+from spectral_window.ops.compiled.threads import inner, kernel, take
+from spectral_window.ops.compiled.window_rows import (
     D_RING_KEY,
     DK,
     DQ,
@@ -56,7 +56,7 @@ from spectral_window.ops.numba_window_rows import (
     ring_row,
     turns_at,
 )
-from spectral_window.ops.numba_window_tiles import (
+from spectral_window.ops.compiled.window_tiles import (
     SEGMENT,
     fetch_keys,
     fetch_queries,

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from spectral_window.ops.numba_parallel import (
+from spectral_window.ops.compiled.threads import (
     bfloat16s,
     float32s,
     float_of,

@@ -16,18 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_window.ops.numba_parallel import (
-    bfloat16s,
-    float32s,
-    float64s,
-    inner,
-    int64s,
-    kernel,
-    narrow,
-    take,
-    widen,
-)
-from spectral_window.ops.numba_registers import (
+from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
     LANES,
     fused,
@@ -38,6 +27,17 @@ from spectral_window.ops.numba_registers import (
     store,
     store_bfloat16,
     turned,
+)
+from spectral_window.ops.compiled.threads import (
+    bfloat16s,
+    float32s,
+    float64s,
+    inner,
+    int64s,
+    kernel,
+    narrow,
+    take,
+    widen,
 )
 
 ANCHOR = 64  # an angle is exact at multiples of 64, and follows from there in float64

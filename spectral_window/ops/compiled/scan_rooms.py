@@ -1,7 +1,7 @@
 """What the scan's loops work with: the words of their job, a part's share of it, and the `room` in
 which the part keeps its numbers.
 
-A part of the work (see `numba_parallel`) is a group of the batch's rows and a slice of the
+A part of the work (see `threads`) is a group of the batch's rows and a slice of the
 channels. Its room is a few
 float64 planes of [M, width], the width rounded up to whole `Lanes`, so that only tensors, never a
 room, end in a partial vector.
@@ -12,9 +12,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from spectral_window.ops.numba_modes import exponentiate
-from spectral_window.ops.numba_parallel import float32s, float64s, inner, int64s
-from spectral_window.ops.numba_vectors import LANES
+from spectral_window.ops.compiled.float64_lanes import LANES
+from spectral_window.ops.compiled.scan_modes import exponentiate
+from spectral_window.ops.compiled.threads import float32s, float64s, inner, int64s
 
 BLOCK = 64  # positions between kept states
 ROWS = 4  # of time that a state stays in registers

@@ -1,7 +1,7 @@
 """Window attention in compiled code (numba), for float32 and bfloat16 on a CPU, and its operators.
 
 A part is a segment of the queries of one head. It brings its keys and values into a scratch of its
-own, where they stay in cache, and goes through its queries tile by tile (`numba_window_tiles`). For
+own, where they stay in cache, and goes through its queries tile by tile (`window_tiles`). For
 a tile with the keys it sees:
 
     P^T = exp(K Q^T - max),   O = (P^T)^T V / sum
@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_window.ops.dispatch import may_bypass
-from spectral_window.ops.numba_parallel import float32s, int64s, kernel, take
-from spectral_window.ops.numba_registers import (
+from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
     LANES,
     store,
 )
-from spectral_window.ops.numba_window_backward import attend_backward
-from spectral_window.ops.numba_window_rows import (
+from spectral_window.ops.compiled.threads import float32s, int64s, kernel, take
+from spectral_window.ops.compiled.window_backward import attend_backward
+from spectral_window.ops.compiled.window_rows import (
     ANCHOR,
     BATCH,
     HALF,
@@ -57,7 +56,7 @@ from spectral_window.ops.numba_window_rows import (
     row_of,
     turns_at,
 )
-from spectral_window.ops.numba_window_tiles import (
+from spectral_window.ops.compiled.window_tiles import (
     SEGMENT,
     fetch_keys,
     fetch_queries,
@@ -67,6 +66,7 @@ from spectral_window.ops.numba_window_tiles import (
     score,
     softmax,
 )
+from spectral_window.ops.dispatch import may_bypass
 
 
 @kernel

@@ -12,9 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_window.ops.numba_parallel import bfloat16s, float32s, inner, int64s, kernel, take
-from spectral_window.ops.numba_registers import BYTES, LANES, fused, load, spread, store, total
-from spectral_window.ops.numba_window_rows import (
+from spectral_window.ops.compiled.float32_lanes import (
+    BYTES,
+    LANES,
+    fused,
+    load,
+    spread,
+    store,
+    total,
+)
+from spectral_window.ops.compiled.threads import bfloat16s, float32s, inner, int64s, kernel, take
+from spectral_window.ops.compiled.window_rows import (
     BATCH,
     FREQUENCY,
     HALF,
@@ -45,7 +53,7 @@ from spectral_window.ops.numba_window_rows import (
     ring_row,
     row_of,
 )
-from spectral_window.ops.numba_window_tiles import exponential
+from spectral_window.ops.compiled.window_tiles import exponential
 
 
 @inner
@@ -185,7 +193,7 @@ def step(
     begin: Tensor,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`numba_window.attention` for T = 1, without gradients. ring [B, 2W, H, *] and begin [B] are
+    """`window.attention` for T = 1, without gradients. ring [B, 2W, H, *] and begin [B] are
     the state; positions [B, 1] int64, -1 for a row that has no token."""
     batch, _, heads, _ = q.shape
     key, value = (x.contiguous() for x in ring)

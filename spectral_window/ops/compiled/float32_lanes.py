@@ -10,7 +10,7 @@ columns multiply-adds. `product` builds such a tile.
     store(address, fused(x, spread(two), x))    # 2 x + x, rounded once
 
 Vectors add, subtract and multiply by +, - and *. They live in kernels only, never in Python. For a
-CPU with narrower vectors the compiler splits them. (`numba_vectors` has eight float64 numbers, for
+CPU with narrower vectors the compiler splits them. (`float64_lanes` has eight float64 numbers, for
 loops along rows of an array.)
 """
 

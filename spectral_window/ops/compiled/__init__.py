@@ -1,0 +1,7 @@
+"""Loops compiled by numba for a CPU, one file an idea; `threads` is where to begin.
+
+threads                       how a kernel is compiled, called, and shared among torch's threads
+float64_lanes, float32_lanes  vectors as values, for kernels whose speed hangs on registers
+scan*, window*, linear, pointwise   the kernels themselves, each called by one operator of `ops`
+pages                         fresh memory for large outputs
+"""
