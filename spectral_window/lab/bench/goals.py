@@ -49,8 +49,8 @@ SHORT = (
     "below the line of the longer ones; the slope of a plain copy is 1.28 for the same reason"
 )
 BOUND_BY_MEMORY = (
-    "spectral against the FFT: a second thread halves the FFT's time, but not that of a pass at the "
-    "speed of memory"
+    "spectral against the FFT: a second thread halves the FFT's time, but not that of a pass at "
+    "the speed of memory"
 )
 NAIVE = "naive chunks (the paper's)"
 FFT = "the paper's FFT"
