@@ -100,15 +100,16 @@ def _figure(panels: Sequence[Panel], about: str) -> Figure:
         ):
             panel.paint(axes)
         # one legend for all panels, below them: lines cross every corner
-        named = {}
+        named: dict[str, Any] = {}
         for axes in figure.axes:
             for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-                named.setdefault(name, handle)
-        columns = min(len(named), 3 * len(panels))
-        figure.legend(
-            named.values(), named.keys(), loc="outside lower left", ncols=columns,
-            fontsize=8.5, frameon=False, labelcolor="linecolor",
-        )  # fmt: skip
+                named.setdefault(str(name), handle)
+        if named:
+            figure.legend(
+                list(named.values()), list(named), loc="outside lower left",
+                ncols=min(len(named), 3 * len(panels)), fontsize=8.5, frameon=False,
+                labelcolor="linecolor",
+            )  # fmt: skip
         figure.supxlabel(about, fontsize=8, color=MUTED, x=0.995, ha="right")
         return figure
 
