@@ -13,10 +13,8 @@ pytest.importorskip("numba")
 from spectral_window.ops.compiled import threads as on_threads
 from spectral_window.ops.compiled.threads import (
     bfloat16s,
-    bits_of,
     float32s,
     float64s,
-    float_of,
     int64s,
     kernel,
     narrow,
@@ -53,7 +51,7 @@ def round_trip(job):
         n = job[5]
         x, bits, y = float32s(job[2], n), bfloat16s(job[3], n), float32s(job[4], n)
         for i in range(n):
-            bits[i] = narrow(float_of(bits_of(x[i])))
+            bits[i] = narrow(x[i])
             y[i] = widen(bits[i])
         part = take(job)
 

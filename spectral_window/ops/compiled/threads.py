@@ -191,16 +191,6 @@ def bfloat16s(address, count):
 
 
 @intrinsic
-def bits_of(typingctx: Any, number: Any) -> Any:
-    """The 32 bits of a float32, as int32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), codegen
-
-
-@intrinsic
 def float_of(typingctx: Any, bits: Any) -> Any:
     """The float32 of 32 bits, given as int32."""
 
