@@ -30,7 +30,7 @@ ONLY_IN = {
     "numba": ("ops/compiled/",),
     "triton": ("ops/triton_",),
     "datasets": ("data/",),
-    "typer": ("cli.py",),
+    "typer": ("cli/",),
 }
 
 

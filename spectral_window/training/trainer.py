@@ -55,6 +55,11 @@ _MODEL_FIELDS = (
     "tie_word_embeddings",
 )
 
+# what a recipe's `match` counts the parameters of, with its mixer
+_PAPERS_LAYER = {
+    name: getattr(SWHConfig, name) for name in ("branches", "kernel", "fusion")
+}  # the defaults of the config
+
 
 def train(
     recipe: Recipe,
@@ -121,8 +126,8 @@ def model_config(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> SWHC
     if recipe.parameters is not None:
         return match_parameters(config, recipe.parameters)
     if recipe.match is not None:
-        whole = SWHConfig(**fields | {"mixer": recipe.match, "branches": ("spectral", "window")})
-        if (whole.mixer, whole.branches) != (config.mixer, config.branches):
+        whole = SWHConfig(**fields | _PAPERS_LAYER | {"mixer": recipe.match})
+        if any(getattr(whole, name) != getattr(config, name) for name in ("mixer", *_PAPERS_LAYER)):
             return match_parameters(config, count_parameters(whole))
     return config
 

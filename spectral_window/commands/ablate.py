@@ -1,0 +1,66 @@
+"""`spectral-window ablate`: see `lab/ablate.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spectral_window.commands.reproduce import QUICK_NOTE, folders, refuse_failures, tell
+from spectral_window.commands.show import print_table
+from spectral_window.lab import ablate
+from spectral_window.lab.jobs import workers_here
+from spectral_window.lab.trainings import Text
+
+SHOWN = {
+    "text": "nats/token",
+    "recall 1x": "recall",
+    "recall 4x": "4x",
+    "needle 1x": "needle",
+    "needle 4x": "4x",
+    "needle 16x": "16x",
+}
+
+
+def run(
+    *,
+    groups: list[str],
+    data: list[str],
+    valid: list[str],
+    out: Path | None,
+    work: Path | None,
+    jobs: int | None,
+    quick: bool,
+    command: str,
+) -> None:
+    """Run what is missing of the ablations and print their table."""
+    out, work = folders(out, work, quick)
+    if quick:
+        tell(QUICK_NOTE)
+    runs = work / "ablate"
+    found = ablate.run(
+        out,
+        runs,
+        groups=groups,
+        text=Text(tuple(data), tuple(valid), runs / "tokens"),
+        quick=quick,
+        workers=workers_here(jobs),
+        command=command,
+        say=tell,
+    )
+    for group in groups or ablate.GROUPS:
+        lines = [line for line in ablate.table(found) if line["group"] == group]
+        title = f"{group}: mean over seeds, half width of the 95 % interval"
+        print_table(
+            f"{title} ({QUICK_NOTE})" if quick else title,
+            ("", *SHOWN.values()),
+            [(line["variant"], *(_cell(line[key]) for key in SHOWN)) for line in lines],
+        )
+    refuse_failures(found.get("failed", []))
+
+
+def _cell(estimate: Any) -> str:
+    if estimate is None:
+        return "missing"
+    if estimate.seeds < 2:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} ± {(estimate.high - estimate.low) / 2:.3f}"

@@ -1,0 +1,1 @@
+"""The paper's experiments, each as published and well-posed."""

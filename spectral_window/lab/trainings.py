@@ -1,0 +1,119 @@
+"""Trainings of language models as jobs: a recipe with some knobs changed, run by `train`.
+
+A training is kept as a row: how it ended, and its two curves. As a probe's, its key names all that
+decides it, so that a row found in earlier results stands for the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spectral_window.data.text import prepare
+from spectral_window.lab import runs
+from spectral_window.lab.jobs import Job
+from spectral_window.training.recipes import Recipe, resolve
+
+CURVE = 100  # points that are kept of a training curve
+KEPT = (
+    "parameters", "steps", "tokens", "train_loss", "eval_loss", "perplexity", "bits_per_byte",
+    "eval_tokens", "eval_length", "tokens_per_second", "peak_memory_bytes", "wall_seconds",
+    "command", "environment",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Text:
+    """What all trainings of a suite read: sources of `data` and `valid`, and where their tokens
+    are kept."""
+
+    data: tuple[str, ...]
+    valid: tuple[str, ...]
+    tokens: Path
+
+    def prepare(self, recipe: Recipe) -> None:
+        """Make the tokens, once and before any training starts; raises as `data.text.prepare`."""
+        prepare(
+            list(self.data or recipe.data),
+            recipe.tokenizer,
+            self.tokens,
+            valid_fraction=recipe.valid_fraction,
+            valid_sources=list(self.valid) or None,
+            seed=recipe.seed,
+            txt_documents=recipe.txt_documents,
+            errors=recipe.errors,
+            skip_bad=recipe.skip_bad,
+            max_bytes=recipe.max_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of the recipe `recipe` with `knobs` changed; `place`: its folder in the suite's."""
+
+    recipe: str
+    knobs: dict[str, Any]
+    place: str
+    about: dict[str, Any] = field(default_factory=dict)  # what the row says beside: part, variant
+
+    def words(self) -> list[str]:
+        """The knobs as on the command line."""
+        return [f"{key}={_word(value)}" for key, value in self.knobs.items()]
+
+    def resolved(self) -> Recipe:
+        """The recipe as it will run, but for its text."""
+        return resolve(self.recipe, self.words())
+
+    def key(self, text: Text) -> str:
+        """Names the run: the same recipe and sources, the same key."""
+        recipe = self.resolved().to_dict() | {"data": text.data, "valid": text.valid}
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+    def job(self, folder: Path, text: Text) -> Job:
+        """The run as a job; its result.json ends it."""
+        out = folder / self.place
+        words = ["train", self.recipe, *self.words(), "--out", str(out)]
+        words += ["--corpus", str(text.tokens)]
+        for option, sources in (("--data", text.data), ("--valid", text.valid)):
+            words += [option, *sources] if sources else []
+        return Job(
+            self.place,
+            tuple(words),
+            out / "result.json",
+            begun=out / "config.json",
+            resume=("--resume",),
+        )
+
+    def row(self, folder: Path, text: Text) -> dict[str, Any] | None:
+        """How the run in `folder` ended, or None where it has not."""
+        run = runs.read(folder / self.place)
+        if run.number("eval_loss") is None:
+            return None
+        train, held = run.train(), run.evaluations()
+        step = max(1, math.ceil(len(train) / CURVE))
+        curves = {
+            "train_curve": _points(train.tokens[step - 1 :: step], _blocks(train.value, step)),
+            "eval_curve": _points(held.tokens, held.value),
+        }
+        key = {"key": self.key(text), "recipe": self.recipe, "knobs": self.words()}
+        return self.about | key | {name: run.result.get(name) for name in KEPT} | curves
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+
+
+def _blocks(values: Any, step: int) -> Any:
+    """Means of `step` values each; a rest is left out."""
+    count = len(values) // step
+    return values[: count * step].reshape(count, step).mean(1)
+
+
+def _points(tokens: Any, values: Any) -> list[list[float]]:
+    return [[float(t), round(float(v), 5)] for t, v in zip(tokens, values, strict=False)]
