@@ -13,6 +13,8 @@ from spectral_window.commands.show import print_json, print_table, size, tell
 from spectral_window.data.tokenizers import SMALLEST, bpe_size, load_tokenizer
 from spectral_window.errors import UserError, unknown
 from spectral_window.hf import SWHConfig, SWHForCausalLM
+from spectral_window.nn.kernels import KERNELS
+from spectral_window.ops import Taps
 from spectral_window.ops.dispatch import resolve as resolve_method
 from spectral_window.training.loading import choose_device, find_model, load_config
 from spectral_window.training.recipes import RECIPES, Recipe
@@ -110,11 +112,16 @@ def _methods(config: SWHConfig, device: torch.device, dtype: torch.dtype) -> lis
         reason = "PyTorch's fused scaled_dot_product_attention, over every earlier key"
         return [{"op": "attention", "use": "prefill and step", "method": "sdpa", "reason": reason}]
     found = []
-    for op in (*config.branches, "linear"):
+    taps = 0
+    if "spectral" in config.branches:
+        kernel = KERNELS[config.kernel](config.hidden_size)()
+        taps = kernel.weights.shape[1] if isinstance(kernel, Taps) else 0
+    for branch in (*config.branches, "linear"):
+        op = "taps" if branch == "spectral" and taps else branch
         for use, length in (("prefill", 1024), ("step", 1)):
             probe = torch.empty(1, length, config.hidden_size, device=device, dtype=dtype)
             with torch.no_grad():
-                method, reason = resolve_method(op, "auto", probe)
+                method, reason = resolve_method(op, "auto", probe, taps=taps)
             found.append({"op": op, "use": use, "method": method, "reason": reason})
     return found
 

@@ -42,6 +42,7 @@ from spectral_window.hf.inputs import (
     readable,
     resolve_positions,
 )
+from spectral_window.nn.fusions import Fusion
 from spectral_window.nn.kernels import Kernel
 from spectral_window.nn.layers import MLPS, RMSNorm, project
 from spectral_window.nn.mixers import MIXERS, Mixer
@@ -110,7 +111,7 @@ class SWHPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (nn.Linear, nn.Embedding, Kernel)):
+        elif isinstance(module, (nn.Linear, nn.Embedding, Kernel, Fusion)):
             module.reset_parameters()
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)

@@ -1,5 +1,9 @@
 """Fusions: how the outputs of the two branches become one.
 
+The paper adds the spectral branch, normalised, to the local one. The others ask one question each:
+does it matter that the sum is learned (`weighted`), chosen by each token (`gated`), normalised on
+both sides (`symmetric_norm`) or on none (`sum`)?
+
 To add one: subclass `Fusion` and decorate it with `@register("name")`; the contract suite enrols
 it by itself.
 """
@@ -8,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from spectral_window.nn.layers import RMSNorm
+from spectral_window.nn.layers import RMSNorm, project
 
 FUSIONS: dict[str, type[Fusion]] = {}
 
@@ -29,13 +34,24 @@ def register(name: str) -> Callable[[type[Fusion]], type[Fusion]]:
 
 class Fusion(nn.Module):
     """(spectral, local), both [B, T, D] -> [B, T, D], token by token; either may be None where
-    that branch is off."""
+    that branch is off, and then there is nothing to weigh against the other."""
 
     def __init__(self, dim: int, eps: float, branches: tuple[str, ...]):
         super().__init__()
 
     def forward(self, spectral: Tensor | None, local: Tensor | None) -> Tensor:
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Set parameters of the fusion itself, not those of its modules, to where they begin."""
+
+
+def _add(spectral: Tensor | None, local: Tensor | None) -> Tensor:
+    """The sum of the branches that are on."""
+    if spectral is None:
+        assert local is not None
+        return local
+    return spectral if local is None else spectral + local
 
 
 @register("norm_add")
@@ -47,9 +63,68 @@ class NormAdd(Fusion):
         super().__init__(dim, eps, branches)
         self.norm = RMSNorm(dim, eps) if "spectral" in branches else None
 
+    def normed(self, spectral: Tensor | None) -> Tensor | None:
+        return None if spectral is None or self.norm is None else self.norm(spectral)
+
     def forward(self, spectral: Tensor | None, local: Tensor | None) -> Tensor:
-        if spectral is None or self.norm is None:
-            assert local is not None
-            return local
-        normed = self.norm(spectral)
-        return normed if local is None else normed + local
+        return _add(self.normed(spectral), local)
+
+
+@register("weighted")
+class Weighted(NormAdd):
+    """w_s * RMSNorm(spectral) + w_l * local, a learned weight a channel for both, from 1: it starts
+    as the paper's. w_s is the RMSNorm's own weight; what is added is w_l."""
+
+    def __init__(self, dim: int, eps: float, branches: tuple[str, ...]):
+        super().__init__(dim, eps, branches)
+        self.local_weight = nn.Parameter(torch.empty(dim)) if "window" in branches else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.local_weight is not None:
+            nn.init.ones_(self.local_weight)
+
+    def forward(self, spectral: Tensor | None, local: Tensor | None) -> Tensor:
+        if local is not None and self.local_weight is not None:
+            local = local * self.local_weight
+        return _add(self.normed(spectral), local)
+
+
+@register("gated")
+class Gated(NormAdd):
+    """g * RMSNorm(spectral) + (1 - g) * local with g = sigmoid(W [RMSNorm(spectral); local] + b):
+    each token chooses, a channel at a time, which branch to believe. W [D, 2D] begins like the
+    model's other maps, so g begins near 1/2."""
+
+    def __init__(self, dim: int, eps: float, branches: tuple[str, ...]):
+        super().__init__(dim, eps, branches)
+        self.gate = nn.Linear(2 * dim, dim) if len(branches) == 2 else None
+
+    def forward(self, spectral: Tensor | None, local: Tensor | None) -> Tensor:
+        normed = self.normed(spectral)
+        if normed is None or local is None or self.gate is None:
+            return _add(normed, local)
+        (logit,) = project(torch.cat((normed, local), -1), self.gate)
+        return torch.lerp(local, normed, torch.sigmoid(logit))
+
+
+@register("symmetric_norm")
+class SymmetricNorm(NormAdd):
+    """RMSNorm(spectral) + RMSNorm(local): neither branch can win by its scale."""
+
+    def __init__(self, dim: int, eps: float, branches: tuple[str, ...]):
+        super().__init__(dim, eps, branches)
+        self.local_norm = RMSNorm(dim, eps) if "window" in branches else None
+
+    def forward(self, spectral: Tensor | None, local: Tensor | None) -> Tensor:
+        if local is not None and self.local_norm is not None:
+            local = self.local_norm(local)
+        return _add(self.normed(spectral), local)
+
+
+@register("sum")
+class Sum(Fusion):
+    """spectral + local, no norm at all: what the paper's norm is for shows where it is missing."""
+
+    def forward(self, spectral: Tensor | None, local: Tensor | None) -> Tensor:
+        return _add(spectral, local)

@@ -24,7 +24,6 @@ from spectral_window.nn.kernels import KERNELS
 from spectral_window.nn.layers import project
 from spectral_window.ops.dispatch import resolve
 from spectral_window.ops.documents import find_documents
-from spectral_window.ops.modes import exact_dtype
 from spectral_window.ops.rotary import rotate
 from spectral_window.ops.spectral import spectral_conv
 from spectral_window.ops.window import WindowState, empty_state, window_attention
@@ -122,8 +121,8 @@ class Mixer(nn.Module):
 
 
 class SpectralWindowState(NamedTuple):
-    """spectral: [B, D, M, 2] float64; window: `WindowState`, at most 2W keys and values. None
-    where a branch is off."""
+    """spectral: the kernel's, [B, D, M, 2] float64 for oscillators, the last inputs [B, L - 1, D]
+    for taps; window: `WindowState`, at most 2W keys and values. None where a branch is off."""
 
     spectral: Tensor | None
     window: WindowState | None
@@ -133,9 +132,9 @@ class SpectralWindowState(NamedTuple):
 class SpectralWindowMixer(Mixer):
     """The paper's layer (section 1): Y = (RMSNorm(Y_spec) + Y_local) W_out.
 
-    Y_spec is the causal convolution of X W_conv + b with damped oscillators, Y_local =
-    Attention(X) W_local in chunks. The convolution's projection alone has a bias. `branches`
-    switches one of them off for ablations.
+    Y_spec is the causal convolution of X W_conv + b with a kernel of `KERNELS`, Y_local =
+    Attention(X) W_local in chunks; a fusion of `FUSIONS` brings them together. The convolution's
+    projection alone has a bias. `branches` switches one of them off for ablations.
     """
 
     def __init__(self, **options: Any):
@@ -213,8 +212,7 @@ class SpectralWindowMixer(Mixer):
     ) -> SpectralWindowState:
         spectral = window = None
         if "spectral" in self.branches:
-            shape = (batch_size, self.hidden_size, self.kernel.modes_per_channel, 2)
-            spectral = torch.zeros(shape, dtype=exact_dtype(torch.device(device)), device=device)
+            spectral = self._spectral_state(batch_size, dtype, torch.device(device))
         if "window" in self.branches:
             size = self.head_dim
             window = empty_state(
@@ -222,22 +220,29 @@ class SpectralWindowMixer(Mixer):
             )
         return SpectralWindowState(spectral, window)
 
+    def _spectral_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The convolution's state before any token, as the kernel's kind has it."""
+        kernel = self.kernel()
+        shape = kernel.state_shape(batch)
+        return torch.zeros(shape, dtype=kernel.state_dtype(dtype, device), device=device)
+
     def state_bytes(
         self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
     ) -> int:
         total = 0
         if "spectral" in self.branches:
-            total += self.hidden_size * self.kernel.modes_per_channel * 2 * 8
+            total += self._spectral_state(1, dtype, torch.device("meta")).nbytes
         if "window" in self.branches:
             total += 2 * 2 * self.window * self.hidden_size * dtype.itemsize + 8
         return batch_size * total
 
     def flops_per_token(self, context: int) -> int:
-        total = 2 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        total = 0
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and not name.startswith("kernel."):  # maps of every token
+                total += 2 * parameter.numel()
         if "spectral" in self.branches:
-            total += (
-                8 * self.hidden_size * self.kernel.modes_per_channel
-            )  # one complex multiply-add a mode
+            total += self.kernel().flops_per_token()
         if "window" in self.branches:
             seen = _mean_window(context, self.window)
             total += int(4 * self.hidden_size * seen)  # scores and weighted sum

@@ -8,6 +8,7 @@ Legend, the same letters everywhere:
 
     B batch   T time   D channels   H heads   K key dim   V value dim
     W window  C chunk length        G chunks, all documents together   M modes a channel
+    L taps of a finite filter
 
 Documents and padding. `positions` (int64, [B, T]) gives every token's position inside its own
 document: it counts 0, 1, 2, ... ; 0 begins a document; -1 marks padding, which takes no part and
@@ -20,11 +21,13 @@ from spectral_window.ops.dispatch import METHODS, resolve
 from spectral_window.ops.modes import Modes
 from spectral_window.ops.rotary import rotate
 from spectral_window.ops.spectral import spectral_conv
+from spectral_window.ops.taps import Taps
 from spectral_window.ops.window import WindowState, window_attention
 
 __all__ = [
     "METHODS",
     "Modes",
+    "Taps",
     "WindowState",
     "resolve",
     "rotate",

@@ -24,6 +24,12 @@ METHODS = {
         "chunked": "float64 chunk products and a scan over chunks, O(T), plain torch",
         "step": "the recurrence, for calls with one token: constant state, constant time",
     },
+    "taps": {
+        "reference": "direct sum in float64, O(T L): the truth for the others",
+        "fft": "zero-padded FFT in float32, O(T log T)",
+        "shifts": "a multiply-add of the whole input for each tap, O(T L), plain torch",
+        "step": "a weighted sum of the last L inputs, for calls with one token",
+    },
     "window": {
         "reference": "dense masked softmax in float64, O(T^2): the truth for the others",
         "tiled": "tiles of 16 queries in compiled code (numba), O(T W), RoPE inside, on a CPU",
@@ -36,11 +42,12 @@ METHODS = {
     },
 }
 FEW = 4  # vectors at once; more are served better by a matrix product
+FEW_TAPS = 16  # more are served better by an FFT
 
 
-def resolve(op: str, method: str, tensor: Tensor) -> tuple[str, str]:
+def resolve(op: str, method: str, tensor: Tensor, *, taps: int = 0) -> tuple[str, str]:
     """(method, reason) for operator `op` on inputs like `tensor` ([B, T, ...]); `method` may be
-    "auto".
+    "auto". `taps` is the length of the filter, for the operator "taps".
 
     Raises ValueError for an unknown operator or method, naming the nearest one.
     """
@@ -52,6 +59,10 @@ def resolve(op: str, method: str, tensor: Tensor) -> tuple[str, str]:
     if method == "auto":
         if one_token:
             return "step", "one token: constant state, constant time"
+        if op == "taps":
+            if taps <= FEW_TAPS:
+                return "shifts", f"{taps} taps: few passes over memory"
+            return "fft", f"{taps} taps: too many to add one by one"
         if op == "spectral" and tensor.device.type == "cpu":
             if HAS_NUMBA:
                 return "scan", "one pass over memory, compiled by numba for this CPU"

@@ -70,6 +70,19 @@ class Modes(NamedTuple):
         gain = None if self.gain is None else self.gain[:, None]
         return Modes(self.decay[:, None], self.frequency[:, None], gain)
 
+    def state_shape(self, batch: int) -> tuple[int, ...]:
+        """[B, D, M, 2], one complex number (re, im) a mode."""
+        each = 1 if self.decay.dim() == 1 else self.decay.shape[1]
+        return batch, self.decay.shape[0], each, 2
+
+    def state_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """float64 whatever the inputs' dtype: it is a sum over the whole past."""
+        return exact_dtype(device)
+
+    def flops_per_token(self) -> int:
+        """One complex multiply-add a mode."""
+        return 8 * self.decay.numel()
+
     def double(self) -> Modes:
         """These modes in float64 (in float32 where the device has no better)."""
         exact = exact_dtype(self.decay.device)

@@ -37,6 +37,21 @@ def spectral(u: Tensor, modes: Modes, state: Tensor | None = None) -> tuple[Tens
     return y, final
 
 
+def taps(u: Tensor, weights: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y_t = sum_{j < L} weights_j u_{t-j}: a Toeplitz matrix a channel, row by row.
+
+    u [B, T, D] float64, weights [D, L], state [B, L - 1, D] the inputs before u (or None: zeros) ->
+    (y [B, T, D], the last L - 1 inputs).
+    """
+    length = weights.shape[1]
+    if state is None:
+        state = u.new_zeros(u.shape[0], length - 1, u.shape[2])
+    x = torch.cat((state, u), 1)
+    W = weights.flip(1).T  # [L, D], oldest first
+    rows = [(W * x[:, t : t + length]).sum(1) for t in range(u.shape[1])]
+    return torch.stack(rows, 1) if rows else u.clone(), x[:, x.shape[1] - length + 1 :]
+
+
 def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
     """THE mask: may the query at position `query` see the key at position `key`? (broadcasts; bool)
 

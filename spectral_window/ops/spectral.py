@@ -11,6 +11,8 @@ step:
     step       one token: h <- z h + u, y = Re(sum gain h).
     fft        the paper's: zero-pad to >= 2T, multiply spectra, crop; float32 whatever the dtype.
     reference  the direct sum in float64.
+
+A kernel that is free in every entry but finite is `Taps`, with methods of its own (`taps`).
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from spectral_window.ops import reference
 from spectral_window.ops.chunked_spectral import chunked
 from spectral_window.ops.dispatch import HAS_NUMBA, may_bypass, resolve
 from spectral_window.ops.documents import find_documents, given_positions
-from spectral_window.ops.modes import Modes, exact_dtype, kernel, powers, times
+from spectral_window.ops.modes import Modes, exact_dtype, powers, times
+from spectral_window.ops.modes import kernel as impulse_response
+from spectral_window.ops.taps import Taps, tap_conv
 
 
 def spectral_conv(
     u: Tensor,
-    modes: Modes,
+    kernel: Modes | Taps,
     *,
     state: Tensor | None = None,
     positions: Tensor | None = None,
@@ -36,58 +40,69 @@ def spectral_conv(
     method: str = "auto",
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal convolution of every channel of `u` with its modes, from `state` (paper section 1).
+    """Causal convolution of every channel of `u` with its kernel, from `state` (paper section 1).
 
     u:          [B, T, D] floating; any T >= 0 and B >= 0.
-    modes:      `Modes` of [D] or [D, M], float32 or float64.
-    state:      [B, D, M, 2] float64, h = (re, im) of every mode after the tokens before; None for
-                none. It enters a row's first document unless that begins at position 0.
+    kernel:     `Modes` of [D] or [D, M], or `Taps` of [D, L], float32 or float64.
+    state:      what the tokens before left; None for none. For modes [B, D, M, 2] float64, h = (re,
+                im) of every mode; for taps [B, L - 1, D], the last inputs, in u's dtype. It enters
+                a row's first document unless that begins at position 0.
     positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
     method:     one of `dispatch.METHODS`, or "auto"; then a single token takes the
-                recurrence's step.
+                recurrence's step. Taps know "fft" and "reference", but no recurrence.
     out:        where y is written (and returned) instead of in fresh memory: [B, T, D] contiguous,
                 u's dtype and device, not overlapping u, with no gradient to record.
 
     Returns y [B, T, D] in u's dtype (0 at padding) and the state after each row's last token.
-    Differentiable, twice, in u, state, decay, frequency and gain. Raises ValueError or TypeError
-    before any work.
+    Differentiable, twice, in u, state, decay, frequency and gain, or weights. Raises ValueError or
+    TypeError before any work.
     """
     if u.dim() != 3:
         raise ValueError(
             f"u has shape {tuple(u.shape)} (spectral_conv): expected [batch, time, channels]"
         )
-    method, _ = resolve("spectral", method, u)
     if not u.dtype.is_floating_point:
         raise TypeError(f"u is {u.dtype} (spectral_conv): expected a floating dtype")
-    # in compiled code that is called directly, the modes' values are checked on the way
-    plain = method in ("scan", "step") and HAS_NUMBA and u.is_cpu and may_bypass(u, *modes, state)
-    given, modes = modes, modes.validated(u.shape[2], values=not plain)
-    if modes.decay.device != u.device:
+    if isinstance(kernel, Taps):
+        kernel = kernel.validated(u.shape[2])
+        method, _ = resolve("taps", method, u, taps=kernel.weights.shape[1])
+        plain = False
+    else:
+        method, _ = resolve("spectral", method, u)
+        # in compiled code that is called directly, the modes' values are checked on the way
+        plain = method in ("scan", "step") and HAS_NUMBA and u.is_cpu
+        plain = plain and may_bypass(u, *kernel, state)
+        kernel = kernel.validated(u.shape[2], values=not plain)
+    if kernel[0].device != u.device:
         raise ValueError(
-            f"modes are on {modes.decay.device}, u on {u.device} (spectral_conv): move one"
+            f"the kernel is on {kernel[0].device}, u on {u.device} (spectral_conv): move one"
         )
-    shape = (u.shape[0], u.shape[2], modes.decay.shape[1], 2)
-    if state is not None and (
-        state.shape != shape or state.dtype not in (torch.float32, torch.float64)
-    ):
-        raise ValueError(
-            f"state is {tuple(state.shape)} {state.dtype} (spectral_conv): expected {shape} in "
-            "float64, as returned by a call with the same batch and modes"
-        )
+    _check_state(state, kernel, u)
     if out is not None:
-        _check_out(out, u, *modes, state)
+        _check_out(out, u, *kernel, state)
     # any beginning other than 0 continues the state; the state itself does not know its position
     begin = None
     if cu_seqlens is not None and state is not None:
         begin = torch.ones(u.shape[0], dtype=torch.int64, device=u.device)
     positions = given_positions(positions, cu_seqlens, u, begin)
-    if plain and u.numel():
-        return _compiled(u, modes, given, state, positions, method, out)
-    known = state is not None
-    exact = exact_dtype(u.device)
-    state = u.new_zeros(shape, dtype=exact) if state is None else state.to(exact)
-    y, final = _by_method(method, u, modes, state, positions, known)
+    if isinstance(kernel, Taps):
+        y, final = tap_conv(u, kernel, state, positions, method)
+    elif plain and u.numel():
+        return _compiled(u, kernel, state, positions, method, out)
+    else:
+        y, final = _by_method(method, u, kernel, state, positions)
     return y if out is None else out.copy_(y), final
+
+
+def _check_state(state: Tensor | None, kernel: Modes | Taps, u: Tensor) -> None:
+    if state is None:
+        return
+    shape, dtype = kernel.state_shape(u.shape[0]), kernel.state_dtype(u.dtype, u.device)
+    if state.shape != shape or state.dtype not in (torch.float32, torch.float64, dtype):
+        raise ValueError(
+            f"state is {tuple(state.shape)} {state.dtype} (spectral_conv): expected {shape} in "
+            f"{dtype}, as returned by a call with the same batch and modes or taps"
+        )
 
 
 def _check_out(out: Tensor, u: Tensor, *others: Tensor | None) -> None:
@@ -119,7 +134,6 @@ def _forward_mode() -> bool:
 def _compiled(
     u: Tensor,
     modes: Modes,
-    given: Modes,
     state: Tensor | None,
     positions: Tensor | None,
     method: str,
@@ -133,7 +147,7 @@ def _compiled(
     before = None if state is None else state.to(torch.float64)
     done = run(u, modes, before, positions, refuse=True, out=out)
     if done is None:
-        given.validated(u.shape[2])
+        modes.validated(u.shape[2])
         raise ValueError("modes are not finite (spectral_conv)")
     return done[:2]
 
@@ -144,9 +158,13 @@ def _check_documents(positions: Tensor, known: bool) -> None:
 
 
 def _by_method(
-    method: str, u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None, known: bool
+    method: str, u: Tensor, modes: Modes, state: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`method` for checked inputs; state float64, `known` where it is a caller's."""
+    """`method` for checked inputs."""
+    known = state is not None  # a state that is known is a caller's
+    exact = exact_dtype(u.device)
+    shape = modes.state_shape(u.shape[0])
+    state = u.new_zeros(shape, dtype=exact) if state is None else state.to(exact)
     if u.numel() == 0:
         return u.clone(), state
     if method == "step":
@@ -210,7 +228,7 @@ def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
             "u is not finite (spectral_conv, method fft): an FFT would spread it over all positions"
         )
     x = u.to(dtype).transpose(1, 2)
-    K = kernel(modes, time).to(dtype)
+    K = impulse_response(modes, time).to(dtype)
     size = 2 * time
     y = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(K, size), size)[..., :time]
     table = powers(modes, torch.arange(time + 1, device=u.device))

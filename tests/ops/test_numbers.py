@@ -198,7 +198,7 @@ def test_forward_mode_and_vmap_reach_through_the_compiled_methods():
     modes = draw_modes(3, dtype=torch.float32)
     u = torch.randn(2, 2, 9, 3)
     for method in ("scan", "chunked"):
-        conv = partial(spectral_conv, modes=modes, method=method)
+        conv = partial(spectral_conv, kernel=modes, method=method)
         _, tangent = torch.func.jvp(lambda x, f=conv: f(x)[0], (u[0],), (u[1],))
         assert relative(tangent, conv(u[1])[0]) <= 2e-6  # the convolution is linear
     mapped = torch.func.vmap(lambda x: spectral_conv(x, modes)[0])(u)
