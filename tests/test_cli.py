@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import safetensors.torch
 import torch
 
@@ -96,12 +97,10 @@ def assert_one_line(err: str) -> None:
 # ------------------------------------------------------------------------------- usage
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "info", "demo"])
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
 def test_help_explains_every_option(command, run):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
-    import typer
-
     for parameter in typer.main.get_command(app).commands[command].params:
         for name in parameter.opts:
             if name.startswith("--"):

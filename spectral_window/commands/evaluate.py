@@ -39,7 +39,7 @@ def run(
     tell(loaded.notes)
     with tempfile.TemporaryDirectory(prefix="spectral-window-") as folder:
         if sources:
-            stream = _tokenize(sources, loaded.tokenizer, Path(folder), " ".join(data))
+            stream = tokenize(sources, loaded.tokenizer, Path(folder), " ".join(data))
         else:
             assert trained is not None
             corpus = open_corpus(trained / "data")
@@ -81,7 +81,7 @@ def _trained_length(run: Path | None) -> int:
     return length if isinstance(length, int) and length > 0 else LENGTH
 
 
-def _tokenize(sources: list[Any], tokenizer: Any, folder: Path, name: str) -> TokenStream:
+def tokenize(sources: list[Any], tokenizer: Any, folder: Path, name: str) -> TokenStream:
     """All of `sources` as one stream, as in training but nothing held out; memory is constant."""
     backend, report = plain_text(tokenizer), ReadReport()
     tokens = documents = size = 0

@@ -3,8 +3,8 @@
     spectral-window: error: what (where): what to do
 
 2 usage or input, 3 a file that is damaged or belongs to something else, 4 numbers that are not
-finite, 5 disk, memory or device, 6 network, 130 Ctrl-C, 143 SIGTERM, 141 a closed pipe, 1 a bug of
-ours. With `--debug` the traceback comes first.
+finite, 5 disk, memory or device, 6 network, 7 a fault that the doctor found, 130 Ctrl-C, 143
+SIGTERM, 141 a closed pipe, 1 a bug of ours. With `--debug` the traceback comes first.
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""The program itself, the options that several commands share, and how a command is called."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module, metadata
+from typing import Annotated, Any
+
+import typer
+
+from spectral_window.commands.failures import PROGRAM
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="Language models of linear time and constant state, the Spectral-Window Hybrid, on your "
+    "own text: train one, measure it, let it write.",
+    epilog=f"A first look: {PROGRAM} demo. Your own text: {PROGRAM} train tiny --data texts/",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def call(name: str, threads: int | None, **arguments: Any) -> None:
+    """Import the command `name` now (it needs torch) and run it."""
+    if threads is not None:
+        # Before torch is imported, so that every library of the process sees the same number.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        import torch
+
+        torch.set_num_threads(threads)
+    # transformers shows bars for files that load in milliseconds; ours show what takes time.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import_module(f"spectral_window.commands.{name}").run(**arguments)
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, max=4096, metavar="N", help="CPU threads to compute with. Default: all."),
+]
+Device = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one."),
+]
+# `main` looks for it: where it stands does not matter.
+Debug = Annotated[
+    bool, typer.Option("--debug", help="On an error, show the Python traceback as well.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run folder (its final model, else its newest intact checkpoint), or a folder that "
+        "save_pretrained wrote.",
+        show_default=False,
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _program(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        print(f"{PROGRAM} {metadata.version(PROGRAM)}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
