@@ -100,22 +100,27 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one job in this process."""
     torch.set_float32_matmul_precision(PRECISION)
     torch.manual_seed(0)
-    start = _status("VmRSS")
+    start = status("VmRSS")
     parts = {"spectral": _operator, "window": _operator, "prefill": _prefill, "train": _train}
     prepare, given, output = parts[job["part"]](job, DTYPES[job["dtype"]])
+    found = measure_peak(prepare, job["length"], start)
+    if given:
+        beyond = max(0, found["peak_bytes"] - output)
+        found |= {"beyond_output_bytes": beyond, "inputs": round(beyond / given, 3)}
+    return found
+
+
+def measure_peak(prepare: Callable[[int], Call], length: int, start: int) -> dict[str, Any]:
+    """Peak of one call of `prepare(length)` in this process: peak_bytes that it adds, held_bytes
+    before it beyond the `start` bytes that the process had. A call at 64 tokens goes before."""
     prepare(64)()
-    call = prepare(job["length"])
+    call = prepare(length)
     gc.collect()
     _give_back()
     RESET.write_text("5")  # forget the high-water mark
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    peak = max(0, _status("VmHWM") - before)
-    found: dict[str, Any] = {"peak_bytes": peak, "held_bytes": before - start}
-    if given:
-        beyond = max(0, peak - output)
-        found |= {"beyond_output_bytes": beyond, "inputs": round(beyond / given, 3)}
-    return found
+    return {"peak_bytes": max(0, status("VmHWM") - before), "held_bytes": before - start}
 
 
 Prepared = tuple[Callable[[int], Call], int, int]  # (size -> call, bytes of u or q, of the output)
@@ -171,7 +176,7 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """Bytes, from the kernel's account of this process."""
     line = next(x for x in STATUS.read_text().splitlines() if x.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])

@@ -32,7 +32,7 @@ INK_OF = {  # a contestant keeps its colour in every picture
     "Llama": 1, "Llama, DynamicCache": 1, "the paper's FFT": 1, "naive chunks (the paper's)": 1,
     "Llama, StaticCache": 3, "Mamba2": 2, "chunked": 2, "local-attention": 2, "ours, chunked": 5,
     "RecurrentGemma": 4, "full causal attention": 4, "SWH, plain methods": 5, "window": 3,
-    "spectral": 0,
+    "spectral": 0, "Transformer": 1,
 }  # fmt: skip
 FLOORS = (GEMMS, READING, "copy", "clone")
 
@@ -45,7 +45,7 @@ def draw_all(groups: Mapping[str, Rows], folder: Path) -> list[Path]:
             path = folder / f"{name}.png"
             drawn = panels(groups[name])
             drawn = [panel for panel in drawn if panel.lines] or drawn[:1]
-            figure = _figure(drawn, _about(groups[name]))
+            figure = arrange(drawn, _about(groups[name]))
             figure.savefig(path, dpi=160, metadata={"Software": None})
             written.append(path)
     return written
@@ -92,11 +92,13 @@ def _subdivision(lines: Lines) -> tuple[float, ...]:
     return (1.0,) if spread > 300 else (1.0, 3.0) if spread > 10 else (1.0, 2.0, 3.0, 5.0)
 
 
-def _figure(panels: Sequence[Panel], about: str) -> Figure:
+def arrange(panels: Sequence[Panel], about: str, rows: int = 1) -> Figure:
+    """The panels in `rows` rows, one legend below all, and `about` what they were measured on."""
+    columns = len(panels) // rows
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * len(panels), 3.7), layout="constrained")
+        figure = Figure(figsize=(4.6 * columns, 0.5 + 3.2 * rows), layout="constrained")
         for axes, panel in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+            figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True
         ):
             panel.paint(axes)
         # one legend for all panels, below them: lines cross every corner
@@ -107,7 +109,7 @@ def _figure(panels: Sequence[Panel], about: str) -> Figure:
         if named:
             figure.legend(
                 list(named.values()), list(named), loc="outside lower left",
-                ncols=min(len(named), 3 * len(panels)), fontsize=8.5, frameon=False,
+                ncols=min(len(named), 3 * columns), fontsize=8.5, frameon=False,
                 labelcolor="linecolor",
             )  # fmt: skip
         figure.supxlabel(about, fontsize=8, color=MUTED, x=0.995, ha="right")
@@ -159,7 +161,7 @@ def _spectral(groups: Rows) -> list[Panel]:
         Panel(
             f"convolution, {direction}, float32",
             _over_copy(_rows(groups, "float32", **{"pass": direction})),
-            "tokens", "times a copy of the input", _tokens,
+            "tokens", "times a copy of the input", tokens,
         )
         for direction in PASSES
     ]  # fmt: skip
@@ -180,7 +182,7 @@ def _prefill(groups: Rows) -> list[Panel]:
     return [
         Panel(
             f"prefill, {dtype}", _lines(_rows(groups, dtype), "length", "ratio"),
-            "tokens of the prompt", "times SWH", _tokens,
+            "tokens of the prompt", "times SWH", tokens,
         )
         for dtype in ("float32", "bfloat16")
     ]  # fmt: skip
@@ -193,7 +195,7 @@ def _train(groups: Rows) -> list[Panel]:
         # measured forwards; a step has three times as many
         lines[GEMMS] = [(x, 3 * y) for x, y in lines.get(GEMMS, [])]
         title = f"training step of 4,096 tokens, {dtype}"
-        panels.append(Panel(title, lines, "tokens a sequence", "times SWH", _tokens))
+        panels.append(Panel(title, lines, "tokens a sequence", "times SWH", tokens))
     return panels
 
 
@@ -225,8 +227,8 @@ def _scaling(groups: Rows) -> list[Panel]:
 
     both = ("window", "ours"), ("spectral", "scan")
     return [
-        Panel(title("prefill, one layer", ("prefill", "SWH")), model, "tokens", "seconds", _tokens),
-        Panel(title("operators", *both), operators, "tokens", "milliseconds", _tokens),
+        Panel(title("prefill, one layer", ("prefill", "SWH")), model, "tokens", "seconds", tokens),
+        Panel(title("operators", *both), operators, "tokens", "milliseconds", tokens),
     ]
 
 
@@ -240,7 +242,7 @@ PICTURES: dict[str, Callable[[Rows], list[Panel]]] = {
 }
 
 
-def _tokens(x: float) -> str:
+def tokens(x: float) -> str:
     """Powers of two: 16384 -> 16k."""
     return f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
 
