@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 import safetensors.torch
 import torch
+import typer
 
 from spectral_window import SWHConfig, SWHForCausalLM
 from spectral_window.cli import _spread, app, main

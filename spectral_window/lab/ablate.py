@@ -19,7 +19,7 @@ from typing import Any
 from spectral_window.errors import unknown
 from spectral_window.lab import probes, results
 from spectral_window.lab.jobs import Say, run_all
-from spectral_window.lab.probes import Probe, Test
+from spectral_window.lab.probes import Exam, Probe
 from spectral_window.lab.trainings import Text, Training
 
 PAPER: dict[str, Any] = {}
@@ -72,6 +72,7 @@ def run(
     """Run what is missing of the `groups` (none: all) and write out/ablate.json, the earlier groups
     kept.
 
+    quick: a few steps of one probe for each variant, and two language models: shows the way.
     work: where probes keep their rows and trainings their folders. Raises UserError for an unknown
     group, Interrupted on a signal; the next call goes on.
     """
@@ -81,7 +82,11 @@ def run(
     chosen = {group: GROUPS[group] for group in groups or GROUPS}
     variants = unique(chosen)
     trials = [probe for overrides in variants for probe in probes_of(overrides, quick)]
-    texts = [training for overrides in variants for training in trainings_of(overrides, quick)]
+    texts = [
+        training
+        for overrides in (variants[:2] if quick else variants)
+        for training in trainings_of(overrides, quick)
+    ]
     earlier = results.load(out, "ablate") or {"rows": []}
     known = {row["key"]: row for row in earlier["rows"]}
     text.prepare(texts[0].resolved())
@@ -112,7 +117,7 @@ def unique(groups: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]
 
 def probes_of(overrides: dict[str, Any], quick: bool = False) -> list[Probe]:
     """Recall and needle of a variant, all seeds."""
-    tests = {task: tuple(Test(task, LENGTH * k) for k in REACH) for task in TASKS}
+    tests = {task: tuple(Exam(task, LENGTH * k) for k in REACH) for task in TASKS}
     found = [
         Probe(
             task, SHAPE | overrides, tests[task], lengths=(LENGTH,), steps=1000, lr=3e-3, seed=seed

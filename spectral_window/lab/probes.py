@@ -36,7 +36,7 @@ TEST_TOKENS = 32_768  # of a test batch: enough to fill a processor at any lengt
 
 
 @dataclass(frozen=True)
-class Test:
+class Exam:
     """Where a trained probe is scored: a task, a length, and how many examples."""
 
     task: str
@@ -61,7 +61,7 @@ class Probe:
 
     task: str
     model: dict[str, Any]
-    tests: tuple[Test, ...]
+    tests: tuple[Exam, ...]
     options: dict[str, Any] = field(default_factory=dict)
     match: bool = True
     lengths: tuple[int, ...] = (32,)
@@ -117,14 +117,14 @@ def run(probe: Probe, *, device: str = "cpu") -> dict[str, Any]:
     batch = None
     for batch in _batches(probe, task):
         loss = _loss(model, batch, device)
+        losses.append(float(loss.detach()))
+        if not np.isfinite(losses[-1]):
+            raise DivergedError(f"the loss is not finite (probe {probe.key}, step {len(losses)})")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), probe.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        if not np.isfinite(losses[-1]):
-            raise DivergedError(f"the loss is not finite (probe {probe.key}, step {len(losses)})")
     trained = time.perf_counter() - begin
     assert batch is not None
     right, asked = _score(model, batch, device)[:2]
@@ -167,7 +167,13 @@ def _answers(model: SWHForCausalLM, batch: Batch, device: str) -> tuple[Tensor, 
 
 
 def _loss(model: SWHForCausalLM, batch: Batch, device: str) -> Tensor:
-    logits, labels = _answers(model, batch, device)
+    """Mean cross entropy of the questions; NaN where the model itself refuses its numbers."""
+    try:
+        logits, labels = _answers(model, batch, device)
+    except ValueError as error:
+        if "not finite" not in str(error):
+            raise
+        return torch.tensor(torch.nan)
     return F.cross_entropy(logits.float(), labels)
 
 
@@ -187,7 +193,7 @@ def _score(
     return int(right.sum()), len(right), whole, int(hit[far].sum()), int(far.sum())
 
 
-def _test(model: SWHForCausalLM, probe: Probe, test: Test, device: str) -> dict[str, Any]:
+def _test(model: SWHForCausalLM, probe: Probe, test: Exam, device: str) -> dict[str, Any]:
     task = make(test.task, **(test.options or probe.options))
     # the seed of a test is its own: every model answers the same questions
     rng = generator(test.length, "test")
@@ -231,7 +237,7 @@ def main(settings: str) -> None:
     """Run the probe that the file KEY.probe.json describes, and write KEY.json beside it."""
     path = Path(settings)
     values = json.loads(path.read_text(encoding="utf-8"))
-    values["tests"] = tuple(Test(**test) for test in values["tests"])
+    values["tests"] = tuple(Exam(**test) for test in values["tests"])
     values["lengths"] = tuple(values["lengths"])
     probe = Probe(**values)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -70,12 +70,13 @@ SIZES = {
     ),
     "quick": Size(
         "tiny",
-        rates=(1e-3, 2e-3),
-        sweep=6,
-        main=20,
-        branches=10,
-        published={"steps": 6},
-        knobs=(("warmup_steps", 2), ("eval_every", 10), ("save_every", 10)),
+        rates=(1e-3,),
+        sweep=4,
+        main=8,
+        branches=4,
+        published={"steps": 4},
+        seeds=(0,),
+        knobs=(("warmup_steps", 2), ("eval_every", 4), ("log_every", 2)),
     ),
 }
 # what the paper's code does and the recipes do not

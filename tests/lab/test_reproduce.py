@@ -1,0 +1,260 @@
+"""The suites: what they ask is what they say, what is done is not done again, a stage follows from
+the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from spectral_window.cli import main
+from spectral_window.errors import UserError
+from spectral_window.hf.model import count_parameters
+from spectral_window.lab import ablate, probes, results
+from spectral_window.lab.reproduce import lm, synthetic
+from spectral_window.lab.trainings import Text, Training
+from spectral_window.nn.fusions import FUSIONS
+from spectral_window.nn.kernels import KERNELS
+from spectral_window.training.trainer import model_config
+
+ENTRIES = synthetic.entries()
+
+
+# ---------------------------------------------------------------------------------- synthetic
+
+
+def test_the_published_form_has_the_papers_numbers():
+    published = [e for e in ENTRIES if e.form == "published"]
+    assert {e.probe.task for e in published} == {
+        "published-associative", "published-induction", "published-sorting",
+    }  # fmt: skip
+    for entry in published:
+        p = entry.probe
+        assert (p.rows, p.steps, p.lr, p.weight_decay, p.clip) == (64, 3000, 1e-3, 0.01, 1.0)
+        assert p.lengths == (32,)
+        assert p.decay_all
+        assert not p.match
+        shape = p.config()
+        assert (shape.hidden_size, shape.num_hidden_layers, shape.window) == (128, 2, 32)
+        assert (shape.vocab_size, shape.num_attention_heads, shape.mlp) == (50, 4, "gelu")
+        assert shape.initializer_range is None
+
+
+def test_the_published_models_are_not_equally_large_and_the_posed_are():
+    sizes: dict[str, set[int]] = {"published": set(), "posed": set()}
+    for entry in ENTRIES:
+        if entry.probe.task in ("published-sorting", "recall"):
+            sizes[entry.form].add(count_parameters(entry.probe.config()))
+    assert max(sizes["published"]) > 1.1 * min(sizes["published"])
+    assert max(sizes["posed"]) <= 1.01 * min(sizes["posed"])
+
+
+def test_the_posed_form_has_three_seeds_two_thousand_examples_and_all_distances():
+    posed = [e for e in ENTRIES if e.form == "posed"]
+    for task in ("recall", "needle"):
+        of_task = [e for e in posed if e.probe.task == task and e.training == "fixed"]
+        assert {e.model for e in of_task} == {"SWH", "Transformer", "window only"}
+        assert {e.probe.seed for e in of_task} == {0, 1, 2}
+        lengths = {t.length for e in of_task for t in e.probe.tests}
+        assert lengths == {32 * k for k in (1, 2, 4, 8, 16, 32)}
+    assert all(t.rows >= 2000 for e in ENTRIES for t in e.probe.tests)
+    assert {"induction", "sorting", "mqar"} <= {e.probe.task for e in posed}
+    for entry in posed:
+        reach = 2 * entry.probe.config().window
+        assert reach < min(entry.probe.lengths), "the window sees the whole of a short sequence"
+
+
+def test_every_probe_of_the_suite_has_its_own_key():
+    assert len({entry.probe.key for entry in ENTRIES}) == len(ENTRIES)
+
+
+def test_a_stopped_suite_goes_on_and_a_finished_one_is_only_read(tmp_path, monkeypatch):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "window": 4}
+    probe = probes.Probe(
+        "needle", shape, (probes.Exam("needle", 16, 20),), lengths=(16,), steps=2, rows=4
+    )
+    entries = [
+        synthetic.Entry("posed", "SWH", "fixed", dataclasses.replace(probe, seed=seed))
+        for seed in (0, 1)
+    ]
+    monkeypatch.setattr(synthetic, "entries", lambda quick: entries)
+    first = entries[0].probe
+    work, out = tmp_path / "work", tmp_path / "out"
+    probes.job(first, work, "first")  # writes its settings
+    row = probes.run(first)
+    (work / f"{first.key}.json").write_text(json.dumps(row))
+    said: list[str] = []
+    options = {"quick": False, "workers": 1, "command": "c", "say": said.append}
+    found = synthetic.run(out, work, **options)
+    assert [r["key"] for r in found["rows"]] == [e.probe.key for e in entries]
+    assert found["ceilings"] == [{"task": "needle", "length": 16, "ceiling": 1.0}]
+    assert any("1 of 2 are there already" in line for line in said)
+    # the results alone are enough to know what is done
+    again = synthetic.run(out, tmp_path / "elsewhere", **options)
+    assert again["rows"] == found["rows"]
+    assert not list((tmp_path / "elsewhere").glob("*"))
+
+
+# ----------------------------------------------------------------------------- language models
+
+
+def finished(folder: Path, training: Training, loss: float) -> None:
+    """A run folder as `train` leaves it, in its numbers."""
+    out = folder / training.place
+    out.mkdir(parents=True)
+    recipe = training.resolved()
+    (out / "config.json").write_text(json.dumps({"recipe": recipe.to_dict(), "parameters": 7}))
+    (out / "result.json").write_text(
+        json.dumps({"eval_loss": loss, "train_loss": loss, "steps": recipe.steps, "parameters": 7})
+    )
+    lines = [
+        {"step": 1, "tokens": 10, "seconds": 1.0, "loss": loss + 1},
+        {"step": 2, "tokens": 20, "seconds": 2.0, "loss": loss},
+        {"step": 2, "tokens": 20, "seconds": 2.0, "eval_loss": loss},
+    ]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch) -> Text:
+    monkeypatch.setattr(Text, "prepare", lambda self, recipe: None)  # nothing here is read
+    return Text(("train.txt",), (), tmp_path / "tokens")
+
+
+def test_the_best_rate_of_each_variants_own_sweep_is_what_its_main_runs_use(tmp_path, text):
+    size = lm.SIZES["small"]
+    suite = lm._Suite(size, None)
+    work = tmp_path / "work"
+    for training in suite.stage("sweep", {}):
+        about = training.about
+        best = {"SWH": 4e-3, "Transformer": 1e-3}.get(about["variant"], 2e-3)
+        finished(work, training, 4.0 + abs(about["lr"] - best))
+    rates = {"SWH": 4e-3, "Transformer": 1e-3, "window only": 2e-3, "spectral only": 2e-3}
+    for stage in ("init", "main", "branches", "published"):
+        for training in suite.stage(stage, rates):
+            finished(work, training, 3.0)
+    options = {"size": "small", "text": text, "workers": 1, "command": "c", "say": lambda _: None}
+    found = lm.run(tmp_path / "out", work, **options)
+    used = {r["variant"]: r["lr"] for r in found["rows"] if r["part"] == "main"}
+    assert used == {"SWH": 4e-3, "Transformer": 1e-3}
+    main_rows = [r for r in found["rows"] if r["part"] == "main"]
+    assert {r["seed"] for r in main_rows} == {0, 1}
+    assert main_rows[0]["eval_curve"] == [[20.0, 3.0]]
+    # with the results alone, nothing is run again
+    assert lm.run(tmp_path / "out", tmp_path / "empty", **options)["rows"] == found["rows"]
+
+
+def test_the_posed_models_are_equally_large_and_the_published_are_not():
+    suite = lm._Suite(lm.SIZES["small"], None)
+    rates = dict.fromkeys(lm.VARIANTS, 2e-3)
+
+    def sizes(stage: str) -> list[int]:
+        found = [t.resolved() for t in suite.stage(stage, rates)]
+        return [count_parameters(model_config(recipe, 4096)) for recipe in found]
+
+    for stage in ("main", "branches"):
+        assert min(sizes(stage)) >= 3_000_000
+        assert max(sizes(stage)) <= 1.01 * min(sizes(stage))
+    assert max(sizes("published")) > 1.05 * min(sizes("published"))
+
+
+def test_the_small_comparison_reads_twenty_million_tokens_with_two_seeds():
+    trainings = lm._Suite(lm.SIZES["small"], None).stage("main", dict.fromkeys(lm.BOTH, 1e-3))
+    assert len(trainings) == 4
+    for training in trainings:
+        recipe = training.resolved()
+        assert recipe.steps * recipe.tokens_per_step >= 20_000_000
+
+
+def test_the_papers_own_numbers_stand_in_the_published_form_at_full_size():
+    for training in lm._Suite(lm.SIZES["125m"], None).stage("published", {}):
+        recipe = training.resolved()
+        assert (recipe.hidden_size, recipe.num_hidden_layers) == (768, 12)
+        assert (recipe.sequence_length, recipe.batch_size, recipe.steps) == (1024, 64, 2000)
+        assert (recipe.lr, recipe.schedule, recipe.match) == (6e-4, "constant", None)
+
+
+def test_fewer_tokens_shrink_every_stage():
+    suite = lm._Suite(lm.SIZES["small"], 2_000_000)
+    rates = dict.fromkeys(lm.VARIANTS, 1e-3)
+    assert suite.stage("main", rates)[0].resolved().steps == 488
+    assert suite.stage("branches", rates)[0].resolved().steps == 122
+
+
+# ----------------------------------------------------------------------------------- ablations
+
+
+def test_the_ablations_try_every_registered_kernel_and_fusion_and_the_asked_windows():
+    kernels = {v.get("kernel", "damped_oscillator") for v in ablate.GROUPS["kernel"].values()}
+    fusions = {v.get("fusion", "norm_add") for v in ablate.GROUPS["fusion"].values()}
+    windows = {v.get("window", 32) for v in ablate.GROUPS["window"].values()}
+    assert kernels == set(KERNELS)
+    assert fusions == set(FUSIONS)
+    assert windows == {16, 32, 64, 128, 256, 512}
+
+
+def test_ablated_variants_are_equally_large():
+    for overrides in ablate.unique(ablate.GROUPS):
+        paper, variant = (ablate.probes_of(o)[0].config() for o in ({}, overrides))
+        assert count_parameters(variant) == pytest.approx(count_parameters(paper), rel=0.01)
+        sizes = [
+            count_parameters(model_config(ablate.trainings_of(o)[0].resolved(), 4096))
+            for o in ({}, overrides)
+        ]
+        assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+def test_the_table_has_a_line_for_every_variant_and_says_what_is_missing():
+    row = {
+        "measure": "text", "overrides": {"kernel": "pure_decay"}, "eval_loss": 3.5,
+        "parameters": 1, "key": "k",
+    }  # fmt: skip
+    lines = ablate.table({"rows": [row, {**row, "eval_loss": 3.7}]})
+    assert len(lines) == sum(len(variants) for variants in ablate.GROUPS.values())
+    decay = next(line for line in lines if line["variant"] == "pure decay")
+    assert decay["text"].value == pytest.approx(3.6)
+    assert decay["text"].seeds == 2
+    assert decay["recall 1x"] is None
+    assert all(line["text"] is None for line in lines if line is not decay)
+
+
+def test_an_ablation_keeps_the_groups_measured_before(tmp_path, text):
+    work, out = tmp_path / "work", tmp_path / "out"
+    for training in ablate.trainings_of({"kernel": "pure_decay"}):
+        finished(work, training, 3.5)
+    results.keep(out, "ablate", [{"key": "of another group"}], quick=False, command="c")
+    with pytest.raises(UserError, match="did you mean 'kernel'"):
+        ablate.run(out, work, groups=["kernels"], text=text, quick=False, workers=1, command="c")
+    assert results.load(out, "ablate")["rows"] == [{"key": "of another group"}]
+
+
+# ----------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("reproduce", "sintetic"), "did you mean 'synthetic'"),
+        (("reproduce", "lm", "--size", "125mm"), "did you mean '125m'"),
+        (("reproduce", "--jobs", "0"), "--jobs"),
+        (("ablate", "windows"), "did you mean 'window'"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_leaves_nothing(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(list(words)) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["reproduce synthetic", "reproduce lm", "ablate"])
+def test_a_quick_version_runs_to_its_end_and_is_marked(command, tmp_path, capsys):
+    words = [*command.split(), "--quick", "--work", str(tmp_path)]
+    assert main(words) == 0
+    assert "quick version" in capsys.readouterr().err
+    written = [json.loads(p.read_text()) for p in (tmp_path / "results").glob("*.json")]
+    assert written
+    assert all(suite["quick"] and suite["rows"] for suite in written)
