@@ -43,7 +43,7 @@ class Text:
             self.tokens,
             valid_fraction=recipe.valid_fraction,
             valid_sources=list(self.valid) or None,
-            seed=recipe.seed,
+            seed=recipe.split_seed,
             txt_documents=recipe.txt_documents,
             errors=recipe.errors,
             skip_bad=recipe.skip_bad,

@@ -41,7 +41,7 @@ _POSITIVE = (
     "eval_tokens",
     "save_every",
 )
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "clip", "seed", "initializer_range")
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "clip", "seed", "split_seed", "initializer_range")
 _CHOICES = {
     "schedule": ("cosine", "constant"),
     "dtype": DTYPES,
@@ -107,7 +107,8 @@ def check(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     require(0 < values["valid_fraction"] < 1, "valid_fraction", "must be between 0 and 1")
     require(0 <= values["lr_min_ratio"] <= 1, "lr_min_ratio", "must be between 0 and 1")
     require(values["keep_checkpoints"] >= 2, "keep_checkpoints", "must be at least 2")
-    require(values["seed"] < 2**32, "seed", "must be less than 2**32")
+    for seed in ("seed", "split_seed"):
+        require(values[seed] < 2**32, seed, "must be less than 2**32")
     require(
         values["warmup_steps"] <= values["steps"],
         "warmup_steps",

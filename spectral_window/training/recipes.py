@@ -48,6 +48,7 @@ class Recipe:
     data: tuple[str, ...]
     valid: tuple[str, ...] = ()
     valid_fraction: float = 0.02
+    split_seed: int = 0  # of what is held out: runs that differ in `seed` read the same text
     tokenizer: str = "bpe:4096"
     txt_documents: str = "file"
     max_bytes: int | None = None

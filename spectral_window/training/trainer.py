@@ -15,6 +15,7 @@ are all restored (on the same machine with the same number of threads and proces
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -336,7 +337,7 @@ def _corpus(
                 where,
                 valid_fraction=recipe.valid_fraction,
                 valid_sources=list(recipe.valid) or None,
-                seed=recipe.seed,
+                seed=recipe.split_seed,
                 txt_documents=recipe.txt_documents,
                 errors=recipe.errors,
                 skip_bad=recipe.skip_bad,
@@ -374,7 +375,10 @@ def _sizes(corpus: Corpus) -> dict[str, Any]:
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What a checkpoint was made with that this run does not have, in words."""
-    have, want = stored.get("recipe", {}), wanted["recipe"]
+    want = wanted["recipe"]
+    # a checkpoint older than a knob was made with the knob's default
+    have = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name in want}
+    have |= stored.get("recipe", {})
     lines = [
         f"{key} was {have.get(key)!r} and is {want.get(key)!r}"
         for key in sorted(have | want)

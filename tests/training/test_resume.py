@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectral_window.errors import DivergedError, IntegrityError, UserError
-from spectral_window.training import Interrupted, checkpoints, interrupt, train
+from spectral_window.training import Interrupted, checkpoints, interrupt, train, trainer
 from tests.training.runs import Crash, Stopper, assert_same_run, crash
 
 
@@ -126,13 +126,12 @@ def test_when_every_checkpoint_is_damaged_resume_refuses_instead_of_starting_ane
 def test_resuming_with_another_recipe_is_refused_and_says_what_differs(
     recipe, corpus, uninterrupted, tmp_path, change, message
 ):
-    other = tmp_path / "tokens"
     before = (uninterrupted / "config.json").read_bytes()
     with pytest.raises(IntegrityError, match=message) as caught:
         train(
             recipe.replace(**change),
             uninterrupted,
-            corpus=other if "seed" in change else corpus,
+            corpus=corpus,
             resume=True,
         )
     assert caught.value.exit_code == 3
@@ -167,6 +166,26 @@ def test_what_only_changes_the_record_may_differ_on_resume(recipe, corpus, tmp_p
         corpus=corpus,
         resume=True,
     )
+
+
+def test_runs_of_another_seed_read_the_same_text(recipe, corpus, uninterrupted, tmp_path):
+    """Seeds are compared on the same held-out text, so they share the prepared tokens."""
+    other = train(recipe.replace(seed=recipe.seed + 1), tmp_path / "other", corpus=corpus)
+    whole = json.loads((uninterrupted / "result.json").read_text())
+    assert other["eval_tokens"] == whole["eval_tokens"]
+    assert other["eval_loss"] != whole["eval_loss"]
+    with pytest.raises(UserError, match="differs: seed"):
+        train(recipe.replace(split_seed=5), tmp_path / "split", corpus=corpus)
+
+
+def test_a_checkpoint_older_than_a_knob_had_the_knobs_default(recipe):
+    want = {"recipe": recipe.to_dict(), "data": "d", "parameters": 1}
+    old = {key: value for key, value in recipe.to_dict().items() if key != "split_seed"}
+    stored = {"recipe": old, "data": "d", "parameters": 1}
+    assert trainer._differences(stored, want) == []
+    changed = recipe.replace(split_seed=5).to_dict()
+    said = trainer._differences(stored, {**want, "recipe": changed})
+    assert said == ["split_seed was 0 and is 5"]
 
 
 @pytest.mark.parametrize("exists", [False, True])
