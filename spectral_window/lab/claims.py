@@ -51,6 +51,15 @@ def judge(found: Found) -> list[Claim]:
     return [*_synthetic(found), _language_model(found), *_efficiency(found), _branches(found)]
 
 
+def markdown(claims: list[Claim]) -> str:
+    """The claims as a table for a README."""
+    head = "| claim | the paper says | as published, here | well-posed | verdict |\n|---|---|---|---|---|"
+    lines = [
+        f"| {c.name} | {c.says} | {c.published} | {c.posed} | **{c.verdict}** |" for c in claims
+    ]
+    return "\n".join([head, *lines])
+
+
 # ---------------------------------------------------------------------------------- synthetic tasks
 
 
