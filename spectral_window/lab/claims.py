@@ -53,7 +53,8 @@ def judge(found: Found) -> list[Claim]:
 
 def markdown(claims: list[Claim]) -> str:
     """The claims as a table for a README."""
-    head = "| claim | the paper says | as published, here | well-posed | verdict |\n|---|---|---|---|---|"
+    names = ("claim", "the paper says", "as published, here", "well-posed", "verdict")
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
     lines = [
         f"| {c.name} | {c.says} | {c.published} | {c.posed} | **{c.verdict}** |" for c in claims
     ]

@@ -49,7 +49,9 @@ def write(runs: Sequence[Path | str], out_html: Path | str, *, note: str = "") -
     found = read_all([Path(run) for run in runs])
     states = [state_bytes(run) for run in found]
     verdict = judge(found)
-    page = _environment().get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
+        out_html,
         title=verdict.headline,
         verdict=verdict,
         note=note,
@@ -63,7 +65,13 @@ def write(runs: Sequence[Path | str], out_html: Path | str, *, note: str = "") -
         commands=[(run.label, run.command() or MISSING) for run in found],
         environment=_environment_rows(found),
         absent=[(run.label, _inside(run.folder, out_html), run.missing) for run in found],
-    )  # fmt: skip
+    )
+
+
+def render(template: str, out_html: Path, **content: Any) -> Path:
+    """Write the page `template` of templates/, filled with `content`, to `out_html`, whole or not
+    at all; returns it."""
+    page = _environment().get_template(template).render(**content)
     out_html.parent.mkdir(parents=True, exist_ok=True)
     part = out_html.with_name(out_html.name + ".part")
     part.write_text(page, encoding="utf-8")

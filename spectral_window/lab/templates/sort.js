@@ -9,12 +9,16 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const body = table.tBodies[0];
-      const key = (row) => row.cells[column].textContent.trim();
+      const cell = (row) => row.cells[column];
+      const key = (row) => cell(row).dataset.sort ?? cell(row).textContent.trim();
+      const lacks = (row) => key(row) === "" || cell(row).classList.contains("missing");
       const compare = (a, b) => {
+        if (lacks(a) || lacks(b)) return lacks(a) - lacks(b); // what is missing stays below
         const [x, y] = [Number(key(a)), Number(key(b))];
-        return Number.isNaN(x) || Number.isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
+        const order = Number.isNaN(x) || Number.isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
+        return up ? order : -order;
       };
-      body.append(...[...body.rows].sort((a, b) => (up ? compare(a, b) : compare(b, a))));
+      body.append(...[...body.rows].sort(compare));
     });
   });
 }
