@@ -260,3 +260,25 @@ def doctor(
         device=device,
         json=json,
     )
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER]...",
+            help="Results of reproduce and ablate (default: results/paper), or run folders.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The page. Default: FOLDER/report.html.", show_default=False
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """One page of the paper's claims, verdicts, figures and tables; of run folders, their report."""
+    call("report", None, folders=folders or [Path("results/paper")], out=out)

@@ -1,0 +1,52 @@
+"""`spectral-window report`: a page of the paper's reproduction, or of runs (see `lab`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spectral_window.commands.show import print_table
+from spectral_window.errors import UserError
+from spectral_window.lab import paper_report, report
+
+RUN_FILES = ("config.json", "metrics.jsonl")
+
+
+def run(*, folders: list[Path], out: Path | None) -> None:
+    """Write the page and say where it is; of the paper's reproduction, print the claims too."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} (report): no such folder: `spectral-window reproduce` makes the paper's "
+                "results, `spectral-window train` a run"
+            )
+    if all(_is_run(folder) for folder in folders):
+        default = folders[0] if len(folders) == 1 else folders[0].parent
+        print(report.write(folders, out or default / "report.html"))
+        return
+    if len(folders) > 1:
+        other = next(folder for folder in folders if not _is_run(folder))
+        raise UserError(
+            f"{other} (report): not a run folder; name runs only, or one results folder"
+        )
+    folder = folders[0]
+    reading = paper_report.read(folder)
+    if not any(reading.suites.values()):
+        raise UserError(
+            f"{folder} (report): holds neither a run ({', '.join(RUN_FILES)}) nor results of "
+            "`spectral-window reproduce`: name a folder that does"
+        )
+    page = paper_report.write(folder, out or folder / "report.html")
+    judged = reading.claims()
+    print_table(
+        paper_report.headline(judged),
+        ("claim", "verdict", "as published, here", "well-posed, here"),
+        [(claim.name, verdict, claim.published, claim.posed) for claim, verdict in judged],
+        numbers=False,
+    )
+    if any(map(reading.quick, reading.suites)):
+        print(paper_report.QUICK_NOTE)
+    print(page)
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in RUN_FILES)

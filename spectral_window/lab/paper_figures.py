@@ -1,0 +1,376 @@
+"""Figures of the paper's reproduction: each suite as panels, whose titles say what was found.
+
+A model keeps its colour in all of them. A value is a dot, its 95 % interval a bar or a band, what
+the paper prints a hollow diamond, and the best that any solver can do an upright line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from spectral_window.data.tasks import make
+from spectral_window.lab import ablate, claims, results
+from spectral_window.lab.bench import pictures
+from spectral_window.lab.figures import INK, MUTED, PAPER, SERIES, count, say_missing
+from spectral_window.lab.panels import Panel, dot, name_lines, say
+from spectral_window.lab.reproduce import efficiency, lm, synthetic
+from spectral_window.lab.reproduce.passes import CONTESTANTS
+from spectral_window.lab.results import Estimate
+
+Found = Mapping[str, Any]
+Rows = Sequence[dict[str, Any]]
+COLORS = dict(zip(("SWH", "Transformer", "window only", "spectral only"), SERIES, strict=False))
+# as published: (task, length) -> what it is called, and what the paper prints
+PRINTED: dict[tuple[str, int], tuple[str, dict[str, float]]] = {
+    ("published-associative", 32): ("Associative recall", {"SWH": 0.86, "Transformer": 0.80}),
+    ("published-induction", 32): ("Induction", {"SWH": 0.81, "Transformer": 0.81}),
+    ("published-sorting", 32): ("Sorting", {"SWH": 0.98, "Transformer": 0.97}),
+    ("published-associative", 128): ("4 times as long", {"SWH": 0.05, "Transformer": 0.02}),
+    ("published-needle", 256): ("Needle, 8 times", {"SWH": 0.05, "Transformer": 0.00}),
+}
+POSED = {  # task -> what it is called, and the length it is trained at
+    "recall": ("Recall", 32),
+    "needle": ("Needle", 32),
+    "induction": ("Induction", 32),
+    "sorting": ("Sorting", 32),
+    "mqar": ("Multi-query recall", 64),
+}
+DASHED = (0, (4, 2))
+
+
+# ---------------------------------------------------------------------------------- synthetic tasks
+
+
+def published_panel(found: Found) -> Panel:
+    """The five published tasks: our scores, the paper's, and the ceiling."""
+    learned = [asked for asked in PRINTED if asked[1] == 32]
+    near = [
+        best is not None and abs(PRINTED[asked][1]["SWH"] - best) < 0.01
+        for asked in learned
+        for best in [claims.ceiling(found, *asked)]
+    ]
+    title = "As published: scores beside their ceilings"
+    if all(near):
+        title = "The scores printed for SWH at T = 32 are the ceilings"
+    words = "; ".join(
+        f"{name}: ceiling {_two(claims.ceiling(found, *asked))}, "
+        + ", ".join(
+            f"{model} here {_two(_value(claims.scores(found, 'published', *asked, model)))}, "
+            f"printed {printed:.2f}"
+            for model, printed in says.items()
+        )
+        for asked, (name, says) in PRINTED.items()
+    )
+    return Panel("published", title, words, lambda axes: _paint_published(axes, found))
+
+
+def _paint_published(axes: Axes, found: Found) -> None:
+    scores = {
+        (asked, model): claims.scores(found, "published", *asked, model)
+        for asked in PRINTED
+        for model in lm.BOTH
+    }
+    if not any(scores.values()):
+        say_missing(axes)
+        return
+    for y, (asked, (_, says)) in enumerate(PRINTED.items()):
+        best = claims.ceiling(found, *asked)
+        if best is not None:
+            axes.plot([best, best], [y - 0.4, y + 0.4], color=INK, lw=1.6, label="ceiling")
+        for shift, (model, printed) in zip((-0.17, 0.17), says.items(), strict=True):
+            axes.plot(
+                printed, y + shift, "D", ms=8.5, mfc=PAPER, mec=COLORS[model], mew=1.1,
+                label=f"{model}, printed", clip_on=False,
+            )  # fmt: skip
+            dot(axes, scores[asked, model], y + shift, COLORS[model], f"{model}, here")
+    name_lines(axes, [name for name, _ in PRINTED.values()])
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel("share of right answers")
+
+
+def posed_panels(found: Found) -> list[Panel]:
+    """The well-posed tasks: score against length."""
+    return [_posed_panel(found, task, *about) for task, about in POSED.items()]
+
+
+def _posed_panel(found: Found, task: str, name: str, base: int) -> Panel:
+    reach = synthetic.REACH if base == 32 and task != "sorting" else (1, 2, 4)
+    lines: dict[tuple[str, str], dict[int, Estimate]] = {}
+    for model in ("Transformer", "window only", "SWH"):  # the last is painted on top
+        for training in ("fixed", "mixed"):
+            scores = {
+                k: claims.scores(found, "posed", task, base * k, model, training) for k in reach
+            }
+            if points := {k: score for k, score in scores.items() if score}:
+                lines[model, training] = points
+    ours, theirs = (lines.get((model, "fixed"), {}) for model in lm.BOTH)
+    both = [k for k in reach if k in ours and k in theirs]
+    title = f"{name}: missing"
+    if both:
+        far = both[-1]
+        title = f"{name} at {far}x: SWH {ours[far].value:.2f}, "
+        title += f"Transformer {theirs[far].value:.2f}"
+    words = "; ".join(
+        f"{model}, {training} lengths: "
+        + ", ".join(f"{score.value:.2f} at {k} times" for k, score in points.items())
+        for (model, training), points in lines.items()
+    )
+    return Panel(
+        f"posed-{task}",
+        title,
+        words,
+        lambda axes: _paint_reach(axes, lines, reach, _chance(task)),
+        width=4.0,
+        height=2.9,
+    )
+
+
+def _paint_reach(
+    axes: Axes,
+    lines: Mapping[tuple[str, str], Mapping[int, Estimate]],
+    reach: Sequence[int],
+    chance: float,
+) -> None:
+    if not lines:
+        say_missing(axes)
+        return
+    for (model, training), points in lines.items():
+        x, color = list(points), COLORS[model]
+        mixed = training == "mixed"
+        axes.plot(
+            x, [p.value for p in points.values()], color=color, lw=1.7, marker="o", ms=3.6,
+            ls=DASHED if mixed else "-", mfc=PAPER if mixed else color, clip_on=False,
+            label=f"{model}, mixed lengths" if mixed else model,
+        )  # fmt: skip
+        axes.fill_between(
+            x, [p.low for p in points.values()], [p.high for p in points.values()],
+            color=color, alpha=0.15, lw=0,
+        )  # fmt: skip
+    axes.axhline(chance, color=MUTED, lw=0.9, ls=":", label="chance")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(reach)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel("times the training length")
+    axes.set_ylabel("share of right answers")
+
+
+def _chance(task: str) -> float:
+    """A guess among the tokens that can be an answer."""
+    one = make(task)
+    return 1 / getattr(one, "values", getattr(one, "tokens", one.vocab_size))
+
+
+# ---------------------------------------------------------------------------------- language model
+
+
+def language_panels(suite: Mapping[str, Any] | None, name: str) -> list[Panel]:
+    """Held-out loss against tokens, the sweep, the branches, and what the paper prints; `name`
+    tells the panels of several sizes apart."""
+    rows = suite["rows"] if suite else []
+    ends = {v: claims.losses({name: suite}, name, "main", v) for v in lm.BOTH}
+    title = "Held-out loss: missing"
+    if all(ends.values()):
+        means = [f"{v} {results.mean(end).value:.3f}" for v, end in ends.items()]
+        title = f"Held-out loss: {', '.join(means)}"
+    best = lm.best_rates(rows)
+    rates = ", ".join(f"{v} {best[v]:g}" for v in lm.BOTH if v in best)
+    alone = {v: claims.losses({name: suite}, name, "branches", v) for v in lm.VARIANTS}
+    order = sorted((min(end), v) for v, end in alone.items() if end)
+    return [
+        Panel(f"{name}-curves", title, "Held-out loss against training tokens, a line a seed.",
+              lambda axes: _paint_curves(axes, rows, "main", "eval_curve", 1.0)),
+        Panel(f"{name}-sweep", f"Best learning rate: {rates or 'missing'}",
+              "Held-out loss of short runs against the learning rate; a ring marks the best.",
+              lambda axes: _paint_sweep(axes, rows, best)),
+        Panel(f"{name}-branches",
+              f"Branches: lowest loss, {order[0][1]}" if order else "Branches: missing",
+              "; ".join(f"{v}: {loss:.3f}" for loss, v in order),
+              lambda axes: _paint_branches(axes, alone)),
+        Panel(f"{name}-published", f"What is printed: training loss / {lm.ACCUMULATION}",
+              "Training loss of the published form, divided as the paper's code does.",
+              lambda axes: _paint_curves(axes, rows, "published", "train_curve", lm.ACCUMULATION)),
+    ]  # fmt: skip
+
+
+def _paint_curves(axes: Axes, rows: Rows, part: str, curve: str, divisor: float) -> None:
+    shown = [row for row in rows if row["part"] == part and len(row[curve]) > 1]
+    if not shown:
+        say_missing(axes)
+        return
+    late = []
+    for row in shown:
+        tokens, loss = np.array(row[curve]).T
+        axes.plot(
+            tokens, loss / divisor, color=COLORS.get(row["variant"], MUTED), label=row["variant"],
+            lw=1.5, alpha=1.0 if row["seed"] == 0 else 0.55,
+        )  # fmt: skip
+        late.append(loss[tokens > 0.06 * tokens[-1]] / divisor)
+    values = np.concatenate(late)
+    pad = 0.08 * np.ptp(values) + 1e-3
+    axes.set_ylim(values.min() - pad, values.max() + pad)  # the first fall would hide the rest
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x else "0"))
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("nats per token" if divisor == 1 else f"nats per token / {divisor:g}")
+
+
+def _paint_sweep(axes: Axes, rows: Rows, best: Mapping[str, float]) -> None:
+    if not best:
+        say_missing(axes)
+        return
+    rates = set()
+    for variant in lm.VARIANTS:
+        points = sorted(
+            (row["lr"], row["eval_loss"])
+            for row in rows
+            if (row["part"], row["variant"]) == ("sweep", variant)
+        )
+        if not points:
+            continue
+        color = COLORS[variant]
+        rate, loss = zip(*points, strict=True)
+        axes.plot(rate, loss, color=color, lw=1.5, marker="o", ms=3.6, label=variant)
+        axes.plot(best[variant], dict(points)[best[variant]], "o", ms=10, mfc="none", mec=color)
+        rates |= set(rate)
+    for row in rows:
+        if row["part"] == "init":
+            color = COLORS.get(row["variant"], MUTED)
+            axes.plot(
+                row["lr"], row["eval_loss"], "s", ms=6, mfc=PAPER, mec=color,
+                label=f"{row['variant']}, the paper's initial weights",
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(sorted(rates)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("held-out loss, nats per token")
+
+
+def _paint_branches(axes: Axes, alone: Mapping[str, Sequence[float]]) -> None:
+    if not any(alone.values()):
+        say_missing(axes)
+        return
+    for y, (variant, losses) in enumerate(alone.items()):
+        if not losses:
+            say(axes, "missing", y)
+        for loss in losses:
+            axes.plot(loss, y, "o", ms=6, color=COLORS[variant])
+            axes.annotate(f"{loss:.3f}", (loss, y), xytext=(0, 8), textcoords="offset points",
+                          ha="center", color=COLORS[variant], fontsize=9)  # fmt: skip
+    name_lines(axes, list(alone))
+    axes.margins(x=0.15)
+    axes.set_xlabel("held-out loss, nats per token")
+
+
+# -------------------------------------------------------------------------------------- efficiency
+
+
+def efficiency_panels(suite: Mapping[str, Any] | None) -> list[Panel]:
+    """Time a layer, then peak memory, against T: as published, and well-posed."""
+    rows = [row for row in (suite or {"rows": []})["rows"] if row["status"] == "ok"]
+    facts = efficiency.facts({"rows": rows})
+    panels = []
+    for what, units, value, fact, said in (
+        ("Time", dict.fromkeys(efficiency.FORMS, "milliseconds a layer"),
+         lambda r: r["milliseconds"] / r["layers"], "slope", "{} T^{:.2f}"),
+        ("Memory", {"published": "MB, the process so far", "posed": "MB that one call adds"},
+         lambda r: r["peak_bytes"] / 1e6 if r.get("peak_bytes") else None, "memory_ratio",
+         "{} {:.1f}x"),
+    ):  # fmt: skip
+        for form, called in efficiency.FORMS.items():
+            lines: dict[str, list[tuple[float, Any]]] = {
+                name: [
+                    (row["length"], value(row))
+                    for row in rows
+                    if (row["form"], row["contestant"]) == (form, contestant) and value(row)
+                ]
+                for contestant, name in CONTESTANTS.items()
+            }
+            known = {CONTESTANTS[key]: x for key, x in facts[fact][form].items() if x is not None}
+            ends = ", ".join(said.format(name, x) for name, x in known.items())
+            words = "; ".join(
+                f"{name}: " + ", ".join(f"{y:.4g} at {x}" for x, y in points)
+                for name, points in lines.items()
+            )
+            title = f"{what}, {called}" + (f": {ends}" if ends else "")
+            drawn = pictures.Panel("", lines, "tokens", units[form], pictures.tokens)
+            panels.append(Panel(f"efficiency-{form}-{what.lower()}", title, words, drawn.paint))
+    return panels
+
+
+# --------------------------------------------------------------------------------------- ablations
+
+
+def ablation_panels(found: Mapping[str, Any] | None) -> list[Panel]:
+    """A row for each group: the loss on text, and recall and needle at 1 and 4 times the training
+    length, as `ablate.table` has them."""
+    panels = []
+    table = ablate.table(dict(found or {"rows": []}))
+    for group in ablate.GROUPS:
+        lines = [line for line in table if line["group"] == group]
+        paper = next(name for name, changed in ablate.GROUPS[group].items() if not changed)
+        ranked = sorted((line["text"].value, line["variant"]) for line in lines if line["text"])
+        name = group.capitalize()
+        title = f"{name}: lowest loss, {ranked[0][1]}" if ranked else f"{name}: missing"
+        height = 0.9 + 0.36 * len(lines)
+        about = [(f"ablate-{group}-text", title, ("text",)),
+                 (f"ablate-{group}-tasks", f"{name}: recall and needle",
+                  ("recall 1x", "needle 1x", "recall 4x", "needle 4x"))]  # fmt: skip
+        for place, said, measures in about:
+            words = "; ".join(
+                f"{line['variant']}: " + ", ".join(f"{m} {_two(_value(line[m]))}" for m in measures)
+                for line in lines
+            )
+            panels.append(Panel(place, said, words, _dots(lines, measures, paper), height=height))
+    return panels
+
+
+def _dots(lines: Sequence[Found], measures: Sequence[str], paper: str) -> Callable[[Axes], None]:
+    inks = {"text": INK, "recall": SERIES[4], "needle": SERIES[5]}
+
+    def paint(axes: Axes) -> None:
+        if not any(line[m] for line in lines for m in measures):
+            say_missing(axes)
+            return
+        values = []
+        for y, line in enumerate(lines):
+            if not any(line[m] for m in measures):
+                say(axes, "missing", y)
+            for shift, measure in zip(_shifts(len(measures)), measures, strict=True):
+                what, _, reach = measure.partition(" ")
+                label = f"{what}, {reach}" if reach else None
+                dot(axes, line[measure], y + shift, inks[what], label, hollow=reach == "4x")
+                values += [line[measure].value] if line[measure] else []
+                if line[measure] and line["variant"] == paper and reach != "4x":
+                    axes.axvline(line[measure].value, color=inks[what], lw=0.9, ls=DASHED, zorder=1)
+        name_lines(axes, [line["variant"] for line in lines])
+        if measures[0] == "text":
+            pad = 0.5 * (max(values) - min(values)) + 0.02  # two seeds: their bars may run on
+            axes.set_xlim(min(values) - pad, max(values) + pad)
+            axes.set_xlabel("held-out loss, nats per token")
+        else:
+            axes.set_xlim(-0.02, 1.02)
+            axes.set_xlabel("share of right answers")
+
+    return paint
+
+
+def _shifts(count: int) -> list[float]:
+    return [0.0] if count == 1 else [-0.27, -0.09, 0.09, 0.27][:count]
+
+
+def _value(score: Estimate | None) -> float | None:
+    return None if score is None else score.value
+
+
+def _two(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.2f}"
