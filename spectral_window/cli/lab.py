@@ -280,5 +280,5 @@ def report(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """One page of the paper's claims, verdicts, figures and tables; of run folders, their report."""
+    """One page of the paper's claims, verdicts, figures and tables; or of runs."""
     call("report", None, folders=folders or [Path("results/paper")], out=out)

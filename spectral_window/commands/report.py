@@ -6,7 +6,8 @@ from pathlib import Path
 
 from spectral_window.commands.show import print_table
 from spectral_window.errors import UserError
-from spectral_window.lab import paper_report, report
+from spectral_window.lab import report
+from spectral_window.lab.paper import page
 
 RUN_FILES = ("config.json", "metrics.jsonl")
 
@@ -29,23 +30,23 @@ def run(*, folders: list[Path], out: Path | None) -> None:
             f"{other} (report): not a run folder; name runs only, or one results folder"
         )
     folder = folders[0]
-    reading = paper_report.read(folder)
+    reading = page.read(folder)
     if not any(reading.suites.values()):
         raise UserError(
             f"{folder} (report): holds neither a run ({', '.join(RUN_FILES)}) nor results of "
             "`spectral-window reproduce`: name a folder that does"
         )
-    page = paper_report.write(folder, out or folder / "report.html")
+    written = page.write(folder, out or folder / "report.html")
     judged = reading.claims()
     print_table(
-        paper_report.headline(judged),
+        page.headline(judged),
         ("claim", "verdict", "as published, here", "well-posed, here"),
         [(claim.name, verdict, claim.published, claim.posed) for claim, verdict in judged],
         numbers=False,
     )
     if any(map(reading.quick, reading.suites)):
-        print(paper_report.QUICK_NOTE)
-    print(page)
+        print(page.QUICK_NOTE)
+    print(written)
 
 
 def _is_run(folder: Path) -> bool:

@@ -15,7 +15,9 @@ import pytest
 
 from spectral_window.commands import report as command
 from spectral_window.errors import UserError
-from spectral_window.lab import ablate, claims, paper_figures, paper_report
+from spectral_window.lab import ablate
+from spectral_window.lab.paper import claims, figures
+from spectral_window.lab.paper import page as paper_page
 from spectral_window.lab.reproduce import lm, synthetic
 from tests.lab.test_report import Outline, make_run, open_in_browser
 
@@ -135,7 +137,7 @@ def fill(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = fill(tmp_path_factory.mktemp("full"))
-    return paper_report.write(folder, folder / "report.html")
+    return paper_page.write(folder, folder / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,7 @@ def poor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     slow[0] = {key: slow[0][key] for key in ("form", "contestant", "length", "layers")}
     slow[0]["status"] = "does not fit: needs 900 GB"
     suite(folder, "efficiency", slow)
-    return paper_report.write(folder, folder / "page" / "report.html")
+    return paper_page.write(folder, folder / "page" / "report.html")
 
 
 def section(page: Path, title: str) -> str:
@@ -192,7 +194,7 @@ def test_printed_values_stand_beside_ours_and_the_ceiling(full: Path) -> None:
 def test_the_finding_about_ceilings_is_not_said_where_they_differ(tmp_path: Path) -> None:
     low = [one | {"ceiling": 0.5} for one in ceilings()]
     suite(tmp_path, "synthetic", synthetic_rows(), ceilings=low)
-    panel = paper_figures.published_panel(paper_report.read(tmp_path).suites)
+    panel = figures.published_panel(paper_page.read(tmp_path).suites)
     assert panel.title == "As published: scores beside their ceilings"
 
 
@@ -213,9 +215,9 @@ def test_a_row_that_was_not_run_is_a_line_that_says_missing(poor: Path) -> None:
 
 def test_a_quick_suite_is_marked_and_decides_no_claim(poor: Path) -> None:
     source = poor.read_text()
-    assert source.split("</header>")[0].count(paper_report.QUICK_NOTE) == 1
+    assert source.split("</header>")[0].count(paper_page.QUICK_NOTE) == 1
     for title in ("The diagnostic tasks, as published", "The same abilities, well-posed"):
-        assert paper_report.QUICK_NOTE in section(poor, title)
+        assert paper_page.QUICK_NOTE in section(poor, title)
     verdicts = dict(re.findall(r'<tr><th scope="row">([^<]*)</th><td><span[^>]*>(.*?)</', source))
     assert verdicts["Associative recall"] == verdicts["Needle in a haystack, 8 times"] == "quick"
     assert verdicts["Language modelling"] == claims.HOLDS
@@ -223,7 +225,7 @@ def test_a_quick_suite_is_marked_and_decides_no_claim(poor: Path) -> None:
 
 
 def test_rows_that_cannot_be_true_are_named_and_left_out(poor: Path) -> None:
-    reading = paper_report.read(poor.parent.parent)
+    reading = paper_page.read(poor.parent.parent)
     assert reading.faults["lm-small"] == [
         "published, Transformer, seed 7, lr 0.0006: eval_loss is nan",
         "sweep, SWH, seed 0, lr 0.002: train_curve is [[1, None]]",
@@ -251,7 +253,7 @@ def test_a_wrong_value_in_any_suite_is_a_fault_of_its_row_alone(
 ) -> None:
     good = rows()
     suite(tmp_path, name, [*good, good[0] | change])
-    reading = paper_report.read(tmp_path)
+    reading = paper_page.read(tmp_path)
     assert [said in fault for fault in reading.faults[name]] == [True]
     assert (reading.suites[name] or {})["rows"] == json.loads(json.dumps(good))
     assert len(reading.claims()) == 11
@@ -293,7 +295,7 @@ def test_each_suite_leaves_a_picture_beside_the_page(full: Path, poor: Path) -> 
 def test_results_of_both_sizes_are_both_shown(tmp_path: Path) -> None:
     for name in ("lm-small", "lm-125m"):
         suite(tmp_path, name, language_rows())
-    source = paper_report.write(tmp_path, tmp_path / "report.html").read_text()
+    source = paper_page.write(tmp_path, tmp_path / "report.html").read_text()
     assert "Language modelling, at the paper&#39;s size" in source
     assert "Language modelling, at CPU size" in source
     assert Outline(source).open == []

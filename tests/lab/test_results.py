@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from spectral_window.errors import UserError
-from spectral_window.lab import claims, results
-from spectral_window.lab.claims import FAILS, HOLDS, MISSING, ONLY_PUBLISHED
+from spectral_window.lab import results
+from spectral_window.lab.paper import claims
+from spectral_window.lab.paper.claims import FAILS, HOLDS, MISSING, ONLY_PUBLISHED
 from spectral_window.lab.results import fisher, mean, share
 
 RNG = np.random.default_rng(0)

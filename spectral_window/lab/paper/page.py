@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectral_window.lab import claims, paper_figures, paper_tables, results
-from spectral_window.lab.claims import FAILS, HOLDS, MISSING, ONLY_PUBLISHED, Claim
+from spectral_window.lab import results
 from spectral_window.lab.panels import Panel, sheet, svg
-from spectral_window.lab.paper_rows import sound
-from spectral_window.lab.paper_tables import Table
+from spectral_window.lab.paper import claims, figures, tables
+from spectral_window.lab.paper.claims import FAILS, HOLDS, MISSING, ONLY_PUBLISHED, Claim
+from spectral_window.lab.paper.rows import sound
+from spectral_window.lab.paper.tables import Table
 from spectral_window.lab.report import render
 from spectral_window.lab.reproduce import lm
 
@@ -128,7 +129,7 @@ def write(folder: Path, out_html: Path) -> Path:
 def _content(reading: Reading, section: Section) -> dict[str, Any]:
     """What the template needs of a section."""
     suite = reading.suites.get(section.suite)
-    inks = [(name, f"s{paper_tables.MODELS.index(name)}") for name in section.models]
+    inks = [(name, f"s{tables.MODELS.index(name)}") for name in section.models]
     return {
         "about": section,
         "inks": [*inks, *section.inks],
@@ -168,7 +169,7 @@ def _sections(reading: Reading) -> list[Section]:
 
 def _synthetic(reading: Reading) -> list[Section]:
     found = reading.suites
-    published, *posed = paper_tables.synthetic_tables(found)
+    published, *posed = tables.synthetic_tables(found)
     return [
         Section(
             "synthetic",
@@ -181,7 +182,7 @@ def _synthetic(reading: Reading) -> list[Section]:
             "Dots are our models on 4,096 held-out examples, bars 95 % intervals, hollow diamonds "
             "what the paper prints, the upright line the ceiling.",
             lm.BOTH,
-            [paper_figures.published_panel(found)],
+            [figures.published_panel(found)],
             [published],
         ),
         Section(
@@ -196,7 +197,7 @@ def _synthetic(reading: Reading) -> list[Section]:
             "and 32 times are new. Bands are 95 % intervals over seeds and examples, the dotted "
             "line is chance.",
             ("SWH", "Transformer", "window only"),
-            paper_figures.posed_panels(found),
+            figures.posed_panels(found),
             posed,
             grid="trio",
             leads=False,
@@ -222,8 +223,8 @@ def _language(reading: Reading, name: str) -> Section:
         "A line is a seed, the second one paler; a ring marks the best rate, a hollow square the "
         "paper's initial weights at that rate.",
         tuple(lm.VARIANTS),
-        paper_figures.language_panels(suite, name),
-        paper_tables.language_tables(suite, name),
+        figures.language_panels(suite, name),
+        tables.language_tables(suite, name),
     )
 
 
@@ -239,8 +240,8 @@ def _efficiency(reading: Reading) -> Section:
         "Both axes logarithmic. The titles give the exponent of time against T, and the peak at "
         "4,096 tokens over that at 512.",
         lm.BOTH,
-        paper_figures.efficiency_panels(suite),
-        paper_tables.efficiency_tables(suite),
+        figures.efficiency_panels(suite),
+        tables.efficiency_tables(suite),
     )
 
 
@@ -255,8 +256,8 @@ def _ablations(reading: Reading) -> Section:
         "Dashed lines are the paper's layer. Filled dots are scores at the training length, hollow "
         "ones at 4 times that; bars are 95 % intervals (of two seeds for text, which is wide).",
         (),
-        paper_figures.ablation_panels(suite),
-        paper_tables.ablation_tables(suite),
+        figures.ablation_panels(suite),
+        tables.ablation_tables(suite),
         inks=(("recall", "s4"), ("needle", "s5")),
     )
 

@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from spectral_window.data.tasks import make
-from spectral_window.lab import ablate, claims, results
+from spectral_window.lab import ablate, results
 from spectral_window.lab.bench import pictures
 from spectral_window.lab.figures import INK, MUTED, PAPER, SERIES, count, say_missing
 from spectral_window.lab.panels import Panel, dot, name_lines, say
+from spectral_window.lab.paper import claims
 from spectral_window.lab.reproduce import efficiency, lm, synthetic
 from spectral_window.lab.reproduce.passes import CONTESTANTS
 from spectral_window.lab.results import Estimate

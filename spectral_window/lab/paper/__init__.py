@@ -1,0 +1,1 @@
+"""What is made of the suites' rows: the claims and their verdicts, tables, figures and the page."""
