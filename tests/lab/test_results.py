@@ -33,6 +33,13 @@ def test_the_interval_of_seeds_covers_their_mean():
     assert 0.93 <= covered / 1000 <= 0.97
 
 
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.706), (2, 4.303), (11, 2.201), (60, 2.000)]
+)
+def test_students_quantiles_are_those_of_the_tables(degrees, quantile):
+    assert results._t(degrees) == pytest.approx(quantile, rel=0.015)
+
+
 def test_seeds_that_differ_widen_the_interval_of_a_share():
     alike, apart = share([(500, 1000)] * 3), share([(100, 1000), (500, 1000), (900, 1000)])
     assert alike.value == apart.value == 0.5
