@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spectral_window.data.text import prepare
+from spectral_window.data.text import open_corpus
 from spectral_window.lab import runs
 from spectral_window.lab.jobs import Job
 from spectral_window.training.recipes import Recipe, resolve
+from spectral_window.training.trainer import prepare_text
 
 CURVE = 100  # points that are kept of a training curve
 KEPT = (
@@ -36,19 +37,18 @@ class Text:
     tokens: Path
 
     def prepare(self, recipe: Recipe) -> None:
-        """Make the tokens, once and before any training starts; raises as `data.text.prepare`."""
-        prepare(
-            list(self.data or recipe.data),
-            recipe.tokenizer,
-            self.tokens,
-            valid_fraction=recipe.valid_fraction,
-            valid_sources=list(self.valid) or None,
-            seed=recipe.split_seed,
-            txt_documents=recipe.txt_documents,
-            errors=recipe.errors,
-            skip_bad=recipe.skip_bad,
-            max_bytes=recipe.max_bytes,
-        )
+        """Make the tokens, once and before any training starts; raises as `prepare_text`."""
+        prepare_text(self.given_to(recipe), self.tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the tokens, wherever the text lies; known after `prepare`."""
+        return open_corpus(self.tokens).fingerprint
+
+    def given_to(self, recipe: Recipe) -> Recipe:
+        """The recipe that reads this text; its own where nothing was named."""
+        named = {"data": self.data, "valid": self.valid}
+        return recipe.replace(**{name: sources for name, sources in named.items() if sources})
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ class Training:
         return resolve(self.recipe, self.words())
 
     def key(self, text: Text) -> str:
-        """Names the run: the same recipe and sources, the same key."""
-        recipe = self.resolved().to_dict() | {"data": text.data, "valid": text.valid}
-        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+        """Names the run: the same recipe and the same tokens, the same key."""
+        recipe = {k: v for k, v in self.resolved().to_dict().items() if k not in ("data", "valid")}
+        named = json.dumps([recipe, text.fingerprint], sort_keys=True)
+        return hashlib.sha256(named.encode()).hexdigest()[:16]
 
     def job(self, folder: Path, text: Text) -> Job:
         """The run as a job; its result.json ends it."""

@@ -316,6 +316,27 @@ class _Run:
             self.progress.note(f"warning: {line}")
 
 
+def prepare_text(
+    recipe: Recipe, folder: Path, progress: Progress | None = None, *, overwrite: bool = False
+) -> None:
+    """Make the tokens of the recipe's text in `folder`, unless they are there; raises as
+    `data.text.prepare` does."""
+    prepare(
+        list(recipe.data),
+        recipe.tokenizer,
+        folder,
+        valid_fraction=recipe.valid_fraction,
+        valid_sources=list(recipe.valid) or None,
+        seed=recipe.split_seed,
+        txt_documents=recipe.txt_documents,
+        errors=recipe.errors,
+        skip_bad=recipe.skip_bad,
+        max_bytes=recipe.max_bytes,
+        progress=(progress or Silent()).prepare,
+        overwrite=overwrite,
+    )
+
+
 def _corpus(
     recipe: Recipe,
     out: Path,
@@ -331,20 +352,7 @@ def _corpus(
 
     def make() -> None:
         try:
-            prepare(
-                list(recipe.data),
-                recipe.tokenizer,
-                where,
-                valid_fraction=recipe.valid_fraction,
-                valid_sources=list(recipe.valid) or None,
-                seed=recipe.split_seed,
-                txt_documents=recipe.txt_documents,
-                errors=recipe.errors,
-                skip_bad=recipe.skip_bad,
-                max_bytes=recipe.max_bytes,
-                progress=progress.prepare,
-                overwrite=overwrite and folder is None,
-            )
+            prepare_text(recipe, where, progress, overwrite=overwrite and folder is None)
         except UserError as error:
             if resuming and error.exit_code == 2 and where.is_dir():
                 raise IntegrityError(

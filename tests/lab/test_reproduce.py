@@ -119,7 +119,9 @@ def finished(folder: Path, training: Training, loss: float) -> None:
 
 @pytest.fixture
 def text(tmp_path, monkeypatch) -> Text:
-    monkeypatch.setattr(Text, "prepare", lambda self, recipe: None)  # nothing here is read
+    # no token of it is read here
+    monkeypatch.setattr(Text, "prepare", lambda self, recipe: None)
+    monkeypatch.setattr(Text, "fingerprint", "of the tokens")
     return Text(("train.txt",), (), tmp_path / "tokens")
 
 
@@ -174,6 +176,14 @@ def test_the_papers_own_numbers_stand_in_the_published_form_at_full_size():
         assert (recipe.hidden_size, recipe.num_hidden_layers) == (768, 12)
         assert (recipe.sequence_length, recipe.batch_size, recipe.steps) == (1024, 64, 2000)
         assert (recipe.lr, recipe.schedule, recipe.match) == (6e-4, "constant", None)
+
+
+def test_a_training_is_known_by_its_tokens_and_not_by_where_they_lie(text, monkeypatch):
+    training = lm._Suite(lm.SIZES["small"], None).stage("published", {})[0]
+    key = training.key(text)
+    assert training.key(Text(("elsewhere.txt",), ("v.txt",), text.tokens)) == key
+    monkeypatch.setattr(Text, "fingerprint", "of other tokens")
+    assert training.key(text) != key
 
 
 def test_fewer_tokens_shrink_every_stage():
