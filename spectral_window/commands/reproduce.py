@@ -43,7 +43,7 @@ def run(
                 out, work / "synthetic", quick=quick, workers=workers, command=command, say=tell
             )
         elif suite == "efficiency":
-            found = efficiency.run(out, quick=quick, threads=None, say=tell)
+            found = efficiency.run(out, quick=quick, command=command, say=tell)
         else:
             chosen = "quick" if quick else size
             runs = work / f"lm-{chosen}"

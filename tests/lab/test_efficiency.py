@@ -83,7 +83,7 @@ def row(form, contestant, length, milliseconds, peak, **more):
 def finished(folder):
     """Results of all quick rows, with numbers that no machine gives; the path of the JSON."""
     path = folder / "efficiency.json"
-    results = efficiency._open(path, efficiency._settings("tiny", True, 1), True)
+    results = efficiency._open(path, efficiency._settings("tiny", True, 1), True, "c")
     results["rows"] = [
         row(form, name, length, 1e9, 1)
         for form in efficiency.FORMS
@@ -111,7 +111,7 @@ def test_what_is_there_is_not_measured_again(tmp_path):
     path = finished(tmp_path)
     before = path.read_text()
     lines: list[str] = []
-    efficiency.run(tmp_path, **QUICK, say=lines.append)
+    efficiency.run(tmp_path, **QUICK, command="c", say=lines.append)
     assert not lines
     assert path.read_text() == before
     assert (tmp_path / "efficiency.png").stat().st_size > 10_000
@@ -126,7 +126,7 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path):
     peak["peak_bytes"] = None
     path.write_text(json.dumps(results | {"rows": there}))
     lines: list[str] = []
-    results = efficiency.run(tmp_path, **QUICK, say=lines.append)
+    results = efficiency.run(tmp_path, **QUICK, command="c", say=lines.append)
     assert results == json.loads(path.read_text())
     assert results["quick"] is True
     assert results["environment"]["threads"] == 1
@@ -154,11 +154,11 @@ def test_results_of_other_settings_are_never_replaced(tmp_path):
     path = finished(tmp_path)
     before = path.read_text()
     with pytest.raises(UserError, match="results of other settings: choose another"):
-        efficiency.run(tmp_path, quick=True, threads=2, say=print)
+        efficiency.run(tmp_path, quick=True, threads=2, command="c", say=print)
     with pytest.raises(UserError, match="threads is 0"):
-        efficiency.run(tmp_path, quick=True, threads=0, say=print)
+        efficiency.run(tmp_path, quick=True, threads=0, command="c", say=print)
     with pytest.raises(UserError, match="unknown size 'smal': did you mean 'small'"):
-        efficiency.run(tmp_path, quick=False, shape="smal", threads=1, say=print)
+        efficiency.run(tmp_path, quick=False, shape="smal", threads=1, command="c", say=print)
     assert path.read_text() == before
 
 

@@ -52,7 +52,8 @@ def run(
     *,
     quick: bool,
     shape: str = "125m",
-    threads: int | None,
+    threads: int | None = None,
+    command: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure what `out/efficiency.json` does not hold yet, draw `out/efficiency.png`, and return
@@ -61,6 +62,7 @@ def run(
     quick:   short lengths and two layers of 128 channels: a trial, marked as one.
     shape:   a size of the paper's preset.
     threads: None for as many as there are cores.
+    command: what is recorded as having made the results.
     say:     takes a line of progress.
 
     Raises UserError for a folder with results of other settings, before any work, and ResourceError
@@ -70,7 +72,7 @@ def run(
     if threads < 1:
         raise UserError(f"threads is {threads} (reproduce efficiency): use 1 or more")
     settings = _settings("tiny" if quick else shape, quick, threads)
-    results = _open(out / "efficiency.json", settings, quick)
+    results = _open(out / "efficiency.json", settings, quick, command)
     keep = partial(_keep, results, out / "efficiency.json", say)
     for form in FORMS:
         _time(form, results, keep)
@@ -106,13 +108,11 @@ def _settings(shape: str, quick: bool, threads: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ what is on disk
 
 
-def _open(path: Path, settings: dict[str, Any], quick: bool) -> dict[str, Any]:
-    words = ["--quick"] if quick else ["--shape", settings["shape"]]
-    words += ["--threads", str(settings["threads"])]
+def _open(path: Path, settings: dict[str, Any], quick: bool, command: str) -> dict[str, Any]:
     results = {
         "suite": "efficiency",
         "quick": quick,
-        "command": " ".join(["spectral-window reproduce efficiency", *words]),
+        "command": command,
         "environment": {},
         "settings": settings,
         "rows": [],
