@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.data.text import open_corpus
+from spectral_window.errors import IntegrityError
 from spectral_window.lab import runs
 from spectral_window.lab.jobs import Job
-from spectral_window.training.recipes import Recipe, resolve
+from spectral_window.training.recipes import FREE_ON_RESUME, Recipe, resolve
 from spectral_window.training.trainer import prepare_text
 
+FREE = FREE_ON_RESUME | {"data", "valid"}  # the text is known by its tokens
 CURVE = 100  # points that are kept of a training curve
 KEPT = (
     "parameters", "steps", "tokens", "train_loss", "eval_loss", "perplexity", "bits_per_byte",
@@ -90,10 +92,18 @@ class Training:
         )
 
     def row(self, folder: Path, text: Text) -> dict[str, Any] | None:
-        """How the run in `folder` ended, or None where it has not."""
+        """How the run in `folder` ended, or None where it has not. Raises IntegrityError where it
+        is another run."""
         run = runs.read(folder / self.place)
         if run.number("eval_loss") is None:
             return None
+        mine = self.resolved().to_dict()
+        theirs = run.config.get("recipe", {})
+        other = [k for k, v in mine.items() if k not in FREE and theirs.get(k, v) != v]
+        if other:
+            raise IntegrityError(
+                f"the run in {run.folder} differs in {', '.join(other)}: choose another --work"
+            )
         train, held = run.train(), run.evaluations()
         step = max(1, math.ceil(len(train) / CURVE))
         curves = {

@@ -248,9 +248,9 @@ def paper_lm() -> Recipe:
 def paper_lm_small() -> Recipe:
     """The paper's comparison at a size that a CPU core trains in half an hour, on any text.
 
-    As `paper_lm`, but 3.1 million parameters, 20 million tokens in rows of 512, initial weights as
-    wide as so few channels need (0.02 would cripple the Transformer), and the learning rate that a
-    sweep found best for both (`spectral-window reproduce lm`).
+    As `paper_lm`, but 3.1 million parameters and 20 million tokens in rows of 512. The learning
+    rate and the width of the initial weights are those that a sweep found best for SWH; attention
+    wants narrower ones (`initializer_range=0.02`, see `spectral-window reproduce lm`).
     """
     return paper_lm().replace(
         name="paper-lm-small",

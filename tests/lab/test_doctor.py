@@ -273,9 +273,20 @@ def test_slow_channels_that_drown_all_others_are_found() -> None:
     assert found.numbers["share_never_forgetting"] < doctor.ACCUMULATORS
 
 
-@pytest.mark.parametrize(("std", "verdict"), [(0.02, "warning"), (0.05, "ok"), (None, "ok")])
-def test_initial_weights_too_narrow_for_128_channels_are_found(std: Any, verdict: str) -> None:
-    found = verdicts(model(hidden_size=128, initializer_range=std))
+@pytest.mark.parametrize(
+    ("std", "mixer", "verdict"),
+    [
+        (0.02, "spectral_window", "warning"),
+        (0.05, "spectral_window", "ok"),
+        (0.02, "attention", "ok"),
+        (0.08, "attention", "warning"),
+        (None, "attention", "ok"),
+    ],
+)
+def test_initial_weights_that_hold_a_model_of_128_channels_back_are_found(
+    std: Any, mixer: str, verdict: str
+) -> None:
+    found = verdicts(model(hidden_size=128, initializer_range=std, mixer=mixer))
     assert found.get("initial weights", "ok") == verdict
 
 

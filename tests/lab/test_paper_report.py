@@ -55,18 +55,21 @@ def synthetic_rows() -> list[dict[str, Any]]:
 
 def language_rows() -> list[dict[str, Any]]:
     ends = {"SWH": 3.4, "Transformer": 3.5, "window only": 3.6, "spectral only": 4.1}
-    stages = [("sweep", model, 0, lr) for model in ends for lr in lm.SIZES["small"].rates]
-    stages += [("branches", model, 0, 4e-3) for model in ends]
-    stages += [("init", model, 0, 4e-3) for model in lm.BOTH]
-    stages += [("main", model, seed, 4e-3) for model in lm.BOTH for seed in (0, 1)]
-    stages += [("published", model, 0, 6e-4) for model in lm.BOTH]
+    size = lm.SIZES["small"]
+    stages = [
+        ("sweep", m, 0, lr, width) for m in ends for width in size.widths for lr in size.rates
+    ]
+    stages += [("branches", model, 0, 4e-3, 0.05) for model in ends]
+    stages += [("main", model, seed, 4e-3, 0.05) for model in lm.BOTH for seed in (0, 1)]
+    stages += [("published", model, 0, 6e-4, 0.02) for model in lm.BOTH]
     rows = []
-    for part, model, seed, lr in stages:
+    for part, model, seed, lr, width in stages:
         loss = ends[model] + 0.01 * seed + 0.1 * abs(math.log2(lr / 4e-3))
-        loss += {"sweep": 0.8, "init": 1.0}.get(part, 0.0)
+        loss += 0.8 * (part == "sweep") + 0.2 * (width == 0.02)
         curve = [[k * 2e5, loss + 4 * math.exp(-k / 12)] for k in range(1, 101)]
         rows.append(
-            {"part": part, "variant": model, "seed": seed, "lr": lr, "eval_loss": loss,
+            {"part": part, "variant": model, "seed": seed, "lr": lr,
+             "initializer_range": width, "eval_loss": loss,
              "train_loss": loss - 0.1, "parameters": 3_100_000, "tokens": 20_000_000,
              "train_curve": curve, "eval_curve": curve[3::4], "bits_per_byte": loss / 2.5,
              "tokens_per_second": 5000.0, "wall_seconds": 4000.0, "peak_memory_bytes": 2**30,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spectral_window.cli import main
-from spectral_window.errors import UserError
+from spectral_window.errors import IntegrityError, UserError
 from spectral_window.hf.model import count_parameters
 from spectral_window.lab import ablate, probes, results
 from spectral_window.lab.reproduce import lm, synthetic
@@ -20,6 +20,7 @@ from spectral_window.nn.kernels import KERNELS
 from spectral_window.training.trainer import model_config
 
 ENTRIES = synthetic.entries()
+KNOBS = {"lr": 2e-3, "initializer_range": 0.05}
 
 
 # ---------------------------------------------------------------------------------- synthetic
@@ -125,35 +126,51 @@ def text(tmp_path, monkeypatch) -> Text:
     return Text(("train.txt",), (), tmp_path / "tokens")
 
 
-def test_the_best_rate_of_each_variants_own_sweep_is_what_its_main_runs_use(tmp_path, text):
-    size = lm.SIZES["small"]
-    suite = lm._Suite(size, None)
+def test_what_was_best_in_each_variants_own_sweep_is_what_its_main_runs_use(tmp_path, text):
+    suite = lm._Suite(lm.SIZES["small"], None)
     work = tmp_path / "work"
+    chosen = {
+        variant: {"lr": 2e-3, "initializer_range": 0.05} for variant in lm.VARIANTS
+    }  # what shall be the best
+    chosen["SWH"] = {"lr": 4e-3, "initializer_range": 0.05}
+    chosen["Transformer"] = {"lr": 1e-3, "initializer_range": 0.02}
     for training in suite.stage("sweep", {}):
         about = training.about
-        best = {"SWH": 4e-3, "Transformer": 1e-3}.get(about["variant"], 2e-3)
-        finished(work, training, 4.0 + abs(about["lr"] - best))
-    rates = {"SWH": 4e-3, "Transformer": 1e-3, "window only": 2e-3, "spectral only": 2e-3}
-    for stage in ("init", "main", "branches", "published"):
-        for training in suite.stage(stage, rates):
+        wrong = sum(about[name] != value for name, value in chosen[about["variant"]].items())
+        finished(work, training, 4.0 + wrong)
+    for stage in ("main", "branches", "published"):
+        for training in suite.stage(stage, chosen):
             finished(work, training, 3.0)
     options = {"size": "small", "text": text, "workers": 1, "command": "c", "say": lambda _: None}
     found = lm.run(tmp_path / "out", work, **options)
-    used = {r["variant"]: r["lr"] for r in found["rows"] if r["part"] == "main"}
-    assert used == {"SWH": 4e-3, "Transformer": 1e-3}
-    main_rows = [r for r in found["rows"] if r["part"] == "main"]
-    assert {r["seed"] for r in main_rows} == {0, 1}
-    assert main_rows[0]["eval_curve"] == [[20.0, 3.0]]
+    assert lm.best(found["rows"]) == chosen
+    rows = [r for r in found["rows"] if r["part"] == "main"]
+    for row in rows:
+        assert {name: row[name] for name in ("lr", "initializer_range")} == chosen[row["variant"]]
+        knobs = chosen[row["variant"]]
+        assert f"lr={knobs['lr']}" in row["knobs"]
+        assert f"initializer_range={knobs['initializer_range']}" in row["knobs"]
+    assert {(r["variant"], r["seed"]) for r in rows} == {(v, s) for v in lm.BOTH for s in (0, 1)}
+    assert rows[0]["eval_curve"] == [[20.0, 3.0]]
     # with the results alone, nothing is run again
     assert lm.run(tmp_path / "out", tmp_path / "empty", **options)["rows"] == found["rows"]
 
 
+def test_a_folder_with_another_run_is_refused(tmp_path, text):
+    training = lm._Suite(lm.SIZES["small"], None).stage("published", {})[0]
+    finished(tmp_path, training, 3.0)
+    other = dataclasses.replace(training, knobs={**training.knobs, "steps": 7})
+    with pytest.raises(IntegrityError, match="differs in steps: choose another --work"):
+        other.row(tmp_path, text)
+    assert training.row(tmp_path, text)["eval_loss"] == 3.0
+
+
 def test_the_posed_models_are_equally_large_and_the_published_are_not():
     suite = lm._Suite(lm.SIZES["small"], None)
-    rates = dict.fromkeys(lm.VARIANTS, 2e-3)
+    chosen = dict.fromkeys(lm.VARIANTS, KNOBS)
 
     def sizes(stage: str) -> list[int]:
-        found = [t.resolved() for t in suite.stage(stage, rates)]
+        found = [t.resolved() for t in suite.stage(stage, chosen)]
         return [count_parameters(model_config(recipe, 4096)) for recipe in found]
 
     for stage in ("main", "branches"):
@@ -163,7 +180,7 @@ def test_the_posed_models_are_equally_large_and_the_published_are_not():
 
 
 def test_the_small_comparison_reads_twenty_million_tokens_with_two_seeds():
-    trainings = lm._Suite(lm.SIZES["small"], None).stage("main", dict.fromkeys(lm.BOTH, 1e-3))
+    trainings = lm._Suite(lm.SIZES["small"], None).stage("main", dict.fromkeys(lm.BOTH, KNOBS))
     assert len(trainings) == 4
     for training in trainings:
         recipe = training.resolved()
@@ -188,9 +205,9 @@ def test_a_training_is_known_by_its_tokens_and_not_by_where_they_lie(text, monke
 
 def test_fewer_tokens_shrink_every_stage():
     suite = lm._Suite(lm.SIZES["small"], 2_000_000)
-    rates = dict.fromkeys(lm.VARIANTS, 1e-3)
-    assert suite.stage("main", rates)[0].resolved().steps == 488
-    assert suite.stage("branches", rates)[0].resolved().steps == 122
+    chosen = dict.fromkeys(lm.VARIANTS, KNOBS)
+    assert suite.stage("main", chosen)[0].resolved().steps == 488
+    assert suite.stage("branches", chosen)[0].resolved().steps == 122
 
 
 # ----------------------------------------------------------------------------------- ablations

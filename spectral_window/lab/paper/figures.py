@@ -183,15 +183,16 @@ def language_panels(suite: Mapping[str, Any] | None, name: str) -> list[Panel]:
     if all(ends.values()):
         means = [f"{v} {results.mean(end).value:.3f}" for v, end in ends.items()]
         title = f"Held-out loss: {', '.join(means)}"
-    best = lm.best_rates(rows)
-    rates = ", ".join(f"{v} {best[v]:g}" for v in lm.BOTH if v in best)
+    best = lm.best(rows)
+    rates = ", ".join(f"{v} {best[v]['lr']:g}" for v in lm.BOTH if v in best)
     alone = {v: claims.losses({name: suite}, name, "branches", v) for v in lm.VARIANTS}
     order = sorted((min(end), v) for v, end in alone.items() if end)
     return [
         Panel(f"{name}-curves", title, "Held-out loss against training tokens, a line a seed.",
               lambda axes: _paint_curves(axes, rows, "main", "eval_curve", 1.0)),
         Panel(f"{name}-sweep", f"Best learning rate: {rates or 'missing'}",
-              "Held-out loss of short runs against the learning rate; a ring marks the best.",
+              "Held-out loss of short runs against the learning rate, a line for each width of the "
+              "initial weights; a ring marks the best.",
               lambda axes: _paint_sweep(axes, rows, best)),
         Panel(f"{name}-branches",
               f"Branches: lowest loss, {order[0][1]}" if order else "Branches: missing",
@@ -226,31 +227,30 @@ def _paint_curves(axes: Axes, rows: Rows, part: str, curve: str, divisor: float)
     axes.set_ylabel("nats per token" if divisor == 1 else f"nats per token / {divisor:g}")
 
 
-def _paint_sweep(axes: Axes, rows: Rows, best: Mapping[str, float]) -> None:
+def _paint_sweep(axes: Axes, rows: Rows, best: Mapping[str, Mapping[str, float]]) -> None:
     if not best:
         say_missing(axes)
         return
-    rates = set()
-    for variant in lm.VARIANTS:
-        points = sorted(
-            (row["lr"], row["eval_loss"])
-            for row in rows
-            if (row["part"], row["variant"]) == ("sweep", variant)
-        )
-        if not points:
-            continue
-        color = COLORS[variant]
-        rate, loss = zip(*points, strict=True)
-        axes.plot(rate, loss, color=color, lw=1.5, marker="o", ms=3.6, label=variant)
-        axes.plot(best[variant], dict(points)[best[variant]], "o", ms=10, mfc="none", mec=color)
-        rates |= set(rate)
-    for row in rows:
-        if row["part"] == "init":
-            color = COLORS.get(row["variant"], MUTED)
+    swept = [row for row in rows if row["part"] == "sweep"]
+    widths = sorted({row["initializer_range"] for row in swept})
+    rates = {row["lr"] for row in swept}
+    for variant, color in COLORS.items():
+        for width in widths:
+            points = sorted(
+                (row["lr"], row["eval_loss"])
+                for row in swept
+                if (row["variant"], row["initializer_range"]) == (variant, width)
+            )
+            if not points:
+                continue
+            narrow = width == widths[0] and len(widths) > 1
             axes.plot(
-                row["lr"], row["eval_loss"], "s", ms=6, mfc=PAPER, mec=color,
-                label=f"{row['variant']}, the paper's initial weights",
+                *zip(*points, strict=True), color=color, lw=1.4, marker="o", ms=3.2,
+                ls=DASHED if narrow else "-", label=f"{variant}, {width:g}",
             )  # fmt: skip
+            if best[variant]["initializer_range"] == width:
+                rate = best[variant]["lr"]
+                axes.plot(rate, dict(points)[rate], "o", ms=10, mfc="none", mec=color)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted(rates)))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -217,11 +217,11 @@ def _language(reading: Reading, name: str) -> Section:
         f"Language modelling, {LANGUAGE[name]}",
         "Which model predicts unseen text better? The paper's curve, which falls from 1.1 to 0.6, "
         "is called validation loss; it is the training loss divided by 8, of models of unequal "
-        "size, at one constant learning rate for both and initial weights of 0.02, which hold the "
-        "Transformer back. Well-posed: equal parameters, the best rate of the same sweep for each, "
-        "wider initial weights, equal tokens, loss on held-out text.",
-        "A line is a seed, the second one paler; a ring marks the best rate, a hollow square the "
-        "paper's initial weights at that rate.",
+        "size, at one constant learning rate and one width of the initial weights for both. "
+        "Well-posed: equal parameters, the same sweep of rates and widths for each, equal tokens, "
+        "loss on held-out text.",
+        "A line is a seed, the second one paler. In the sweep, dashed lines begin with the paper's "
+        "initial weights (0.02) and a ring marks the best pair.",
         tuple(lm.VARIANTS),
         figures.language_panels(suite, name),
         tables.language_tables(suite, name),

@@ -59,7 +59,9 @@ def _is_probe(value: Any) -> bool:
 LANGUAGE_MODEL: dict[str, Check] = {
     "part": is_text, "variant": is_text, "seed": is_count, "train_curve": is_curve,
     "eval_curve": is_curve,
-} | dict.fromkeys(("lr", "eval_loss", "train_loss", "parameters", "tokens"), is_number)  # fmt: skip
+} | dict.fromkeys(
+    ("lr", "initializer_range", "eval_loss", "train_loss", "parameters", "tokens"), is_number
+)  # fmt: skip
 WANTED: dict[str, dict[str, Check]] = {
     "synthetic": {
         "form": is_text, "model": is_text, "training": is_text, "probe": _is_probe,

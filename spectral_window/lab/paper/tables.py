@@ -187,7 +187,6 @@ def _ends(found: Found, rows: Rows, name: str) -> Table:
     for part, said, variants in (
         ("main", "well-posed", lm.BOTH),
         ("branches", "branches", tuple(lm.VARIANTS)),
-        ("init", "initial weights of 0.02", lm.BOTH),
         ("published", "as published", lm.BOTH),
     ):
         for variant in variants:
@@ -204,41 +203,41 @@ def _ends(found: Found, rows: Rows, name: str) -> Table:
                     estimate(results.mean(losses) if losses else None, 3),
                     number(len(losses) or None, "{:d}"),
                     number(first.get("lr"), "{:g}"),
+                    number(first.get("initializer_range"), "{:g}"),
                     _counted(first.get("tokens")),
                     number(first.get("parameters"), "{:,.0f}"),
                     printed,
                 )
             )
     head = (
-        "Model", "Stage", "Held-out loss, nats a token", "Seeds", "Learning rate", "Tokens",
-        "Parameters", "Training loss / 8, as printed",
+        "Model", "Stage", "Held-out loss, nats a token", "Seeds", "Learning rate",
+        "Initial weights", "Tokens", "Parameters", "Training loss / 8, as printed",
     )  # fmt: skip
     return Table(f"{name}-ends", "How each stage ended", head, tuple(lines))
 
 
 def _sweep(rows: Rows, rates: Sequence[float], name: str) -> Table:
-    best = lm.best_rates(rows)
+    best = lm.best(rows)
+    swept = [row for row in rows if row["part"] == "sweep"]
+    known = {row["initializer_range"] for row in swept}
+    widths = sorted(known | set(lm.SIZES[name.removeprefix("lm-")].widths))
     lines = []
     for variant in lm.VARIANTS:
-        losses = {
-            row["lr"]: row["eval_loss"]
-            for row in rows
-            if (row["part"], row["variant"]) == ("sweep", variant)
-        }
-        cells = [number(losses.get(rate)) for rate in rates]
-        lines.append(
-            (
-                words(variant),
-                *(
-                    Cell(cell.text, "best", cell.sort, "best")
-                    if rate == best.get(variant)
-                    else cell
-                    for rate, cell in zip(rates, cells, strict=True)
-                ),
-            )
-        )
-    head = ("Model", *(f"{rate:g}" for rate in rates))
-    title = "Held-out loss of the sweep, by learning rate"
+        for width in widths:
+            losses = {
+                row["lr"]: row["eval_loss"]
+                for row in swept
+                if (row["variant"], row["initializer_range"]) == (variant, width)
+            }
+            cells = []
+            for rate in rates:
+                cell = number(losses.get(rate))
+                if best.get(variant) == {"lr": rate, "initializer_range": width}:
+                    cell = Cell(cell.text, "best", cell.sort, "best")
+                cells.append(cell)
+            lines.append((words(variant), number(width, "{:g}"), *cells))
+    head = ("Model", "Initial weights", *(f"{rate:g}" for rate in rates))
+    title = "Held-out loss of the sweep, by width of the initial weights and learning rate"
     return Table(f"{name}-sweep-table", title, head, tuple(lines), texts=1)
 
 

@@ -1,13 +1,13 @@
 """The language-model comparison, twice.
 
-As published: unequal sizes, one constant learning rate, initial weights of 0.02, and a curve that
-is called validation loss but is the training loss, divided by the number of accumulated
-micro-batches (8). Well-posed: equal parameters, the same sweep of learning rates for every model,
-initial weights wide enough for the Transformer, several seeds, the loss on held-out text in nats a
-token, equal tokens. Stages, each from the one before:
+As published: unequal sizes, one constant learning rate and one width of the initial weights for
+both, and a curve that is called validation loss but is the training loss, divided by the number of
+accumulated micro-batches (8). Well-posed: equal parameters, the same sweep for every model, several
+seeds, the loss on held-out text in nats a token, equal tokens. Stages, each from the one before:
 
-    sweep       every variant at every rate, a twentieth of the tokens; its best rate goes on
-    init        the paper's initial weights (0.02) against ours, at the best rate
+    sweep       every variant at every learning rate and width of the initial weights, a twentieth
+                of the tokens; its best pair goes on. The width matters: what suits SWH may hold
+                the Transformer back, and the other way round
     main        SWH and Transformer, all tokens, all seeds
     branches    each branch alone beside both, a quarter of the tokens
     published   as above
@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spectral only": {"branches": ("spectral",)},
 }
 BOTH = ("SWH", "Transformer")
+STAGES = ("sweep", "main", "branches", "published")
 ACCUMULATION = 8  # micro-batches, by which the paper's printed loss is divided
 
 
@@ -43,6 +44,7 @@ class Size:
 
     recipe: str
     rates: tuple[float, ...]
+    widths: tuple[float, ...]
     sweep: int
     main: int
     branches: int
@@ -54,7 +56,8 @@ class Size:
 SIZES = {
     "small": Size(
         "paper-lm-small",
-        rates=(1e-3, 2e-3, 4e-3, 8e-3),
+        rates=(2e-3, 4e-3, 8e-3),
+        widths=(0.01, 0.02, 0.05),
         sweep=256,
         main=4883,
         branches=1221,
@@ -63,6 +66,7 @@ SIZES = {
     "125m": Size(
         "paper-lm",
         rates=(3e-4, 6e-4, 1.2e-3),
+        widths=(0.02,),
         sweep=800,
         main=16_000,
         branches=4000,
@@ -71,6 +75,7 @@ SIZES = {
     "quick": Size(
         "tiny",
         rates=(1e-3,),
+        widths=(0.05,),
         sweep=4,
         main=8,
         branches=4,
@@ -114,8 +119,8 @@ def run(
     known = {row["key"]: row for row in earlier["rows"]}
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
-    for stage in ("sweep", "init", "main", "branches", "published"):
-        trainings = suite.stage(stage, best_rates(rows))
+    for stage in STAGES:
+        trainings = suite.stage(stage, best(rows))
         missing = [t for t in trainings if t.key(text) not in known]
         say(f"{stage}: {len(trainings)} trainings, {len(missing)} not in earlier results")
         jobs = [training.job(work, text) for training in missing]
@@ -123,19 +128,24 @@ def run(
         for training in trainings:
             row = known.get(training.key(text)) or training.row(work, text)
             rows += [training.about | row] if row else []
-        results.keep(out, name, rows, quick=size == "quick", command=command, failed=failed)
+        # until the last stage, rows of an earlier call stay: this one may be stopped
+        there = {row["key"] for row in rows}
+        later = [] if stage == STAGES[-1] else [r for k, r in known.items() if k not in there]
+        results.keep(out, name, rows + later, quick=size == "quick", command=command, failed=failed)
     say(f"{len(rows)} rows: {out / (name + '.json')}")
     return results.load(out, name) or {}
 
 
-def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The learning rate with the lowest held-out loss of the sweep, for each variant."""
-    best: dict[str, tuple[float, float]] = {}
+def best(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The knobs with the lowest held-out loss of the sweep, for each variant."""
+    found: dict[str, tuple[float, dict[str, float]]] = {}
     for row in rows:
         if row["part"] == "sweep":
-            found = (row["eval_loss"], row["lr"])
-            best[row["variant"]] = min(best.get(row["variant"], found), found)
-    return {variant: rate for variant, (_, rate) in best.items()}
+            knobs = {"lr": row["lr"], "initializer_range": row["initializer_range"]}
+            known = found.get(row["variant"])
+            if known is None or row["eval_loss"] < known[0]:
+                found[row["variant"]] = row["eval_loss"], knobs
+    return {variant: knobs for variant, (_, knobs) in found.items()}
 
 
 class _Suite:
@@ -149,44 +159,33 @@ class _Suite:
     def size_recipe(self) -> Any:
         return Training(self.size.recipe, dict(self.size.knobs), "").resolved()
 
-    def stage(self, stage: str, rates: dict[str, float]) -> list[Training]:
+    def stage(self, stage: str, chosen: dict[str, dict[str, float]]) -> list[Training]:
+        """chosen: the knobs that `best` found for each variant; one without is left out."""
         size = self.size
         if stage == "sweep":
             return [
-                self._training(stage, name, f"lr{rate:g}", steps=size.sweep, lr=rate)
+                self._training(stage, name, 0, size.sweep, lr=rate, initializer_range=width)
                 for name in VARIANTS
+                for width in size.widths
                 for rate in size.rates
             ]
-        if stage == "init":
-            narrow = AS_PUBLISHED["initializer_range"]
-            return [
-                self._training(
-                    stage, v, "0.02", steps=size.sweep, lr=rates[v], initializer_range=narrow
-                )
-                for v in BOTH
-                if v in rates
-            ]
         if stage == "published":
-            knobs = {**size.published, **AS_PUBLISHED}
-            return [self._training(stage, variant, "seed0", **knobs) for variant in BOTH]
-        chosen = BOTH if stage == "main" else tuple(VARIANTS)
+            knobs = {k: v for k, v in size.published.items() if k != "steps"} | AS_PUBLISHED
+            steps = size.published["steps"]
+            return [self._training(stage, variant, 0, steps, **knobs) for variant in BOTH]
         steps = size.main if stage == "main" else size.branches
-        seeds = size.seeds if stage == "main" else size.seeds[:1]
         return [
-            self._training(stage, v, f"seed{seed}", steps=steps, lr=rates[v], seed=seed)
-            for seed in seeds
-            for v in chosen
-            if v in rates
+            self._training(stage, variant, seed, steps, **chosen[variant])
+            for seed in (size.seeds if stage == "main" else size.seeds[:1])
+            for variant in (BOTH if stage == "main" else VARIANTS)
+            if variant in chosen
         ]
 
-    def _training(self, part: str, variant: str, suffix: str, **knobs: Any) -> Training:
-        steps = max(2, round(knobs.pop("steps") * self.scale))
-        all_knobs = {**dict(self.size.knobs), **VARIANTS[variant], **knobs, "steps": steps}
-        place = f"{part}/{variant.replace(' ', '-').lower()}-{suffix}"
-        about = {
-            "part": part,
-            "variant": variant,
-            "seed": knobs.get("seed", 0),
-            "lr": knobs["lr"],
-        }
-        return Training(self.size.recipe, all_knobs, place, about)
+    def _training(self, part: str, variant: str, seed: int, steps: int, **knobs: Any) -> Training:
+        about = {"part": part, "variant": variant, "seed": seed}
+        about |= {name: knobs[name] for name in ("lr", "initializer_range")}
+        steps = max(2, round(steps * self.scale))
+        every = {**dict(self.size.knobs), **VARIANTS[variant], **knobs}
+        words = f"lr{knobs['lr']:g}-init{knobs['initializer_range']:g}-seed{seed}"
+        place = f"{part}/{variant.replace(' ', '-').lower()}-{words}"
+        return Training(self.size.recipe, every | {"seed": seed, "steps": steps}, place, about)
