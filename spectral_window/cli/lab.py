@@ -166,7 +166,7 @@ def ablate(
     quick: Quick = False,
     debug: Debug = False,
 ) -> None:
-    """One part of the layer changed at a time: recall, needle, length generalisation and language
+    """One part of the layer changed at a time: recall, length generalisation and language
     modelling. What is done is skipped; Ctrl-C stops, the same command goes on."""
     call(
         "ablate",

@@ -15,9 +15,7 @@ SHOWN = {
     "text": "nats/token",
     "recall 1x": "recall",
     "recall 4x": "4x",
-    "needle 1x": "needle",
-    "needle 4x": "4x",
-    "needle 16x": "16x",
+    "recall 16x": "16x",
 }
 
 

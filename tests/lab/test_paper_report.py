@@ -56,10 +56,8 @@ def synthetic_rows() -> list[dict[str, Any]]:
 def language_rows() -> list[dict[str, Any]]:
     ends = {"SWH": 3.4, "Transformer": 3.5, "window only": 3.6, "spectral only": 4.1}
     size = lm.SIZES["small"]
-    stages = [
-        ("sweep", m, 0, lr, width) for m in ends for width in size.widths for lr in size.rates
-    ]
-    stages += [("branches", model, 0, 4e-3, 0.05) for model in ends]
+    stages = [("sweep", model, 0, rate, width) for model in ends for rate, width in size.swept]
+    stages += [("branches", model, 0, 4e-3, 0.05) for model in lm.BRANCHES]
     stages += [("main", model, seed, 4e-3, 0.05) for model in lm.BOTH for seed in (0, 1)]
     stages += [("published", model, 0, 6e-4, 0.02) for model in lm.BOTH]
     rows = []

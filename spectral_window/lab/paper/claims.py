@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.lab import results
-from spectral_window.lab.reproduce import efficiency
+from spectral_window.lab.reproduce import efficiency, lm
 from spectral_window.lab.results import Estimate
 
 HOLDS, ONLY_PUBLISHED, FAILS = "holds", "holds only as published", "does not hold"
@@ -181,9 +181,11 @@ def _language_model(found: Found) -> Claim:
     first, shown = MISSING, None
     if {"SWH", "Transformer"} <= published.keys():
         swh, peer = published["SWH"], published["Transformer"]
+        by = lm.ACCUMULATION
         first = (
-            f"training loss / 8: {swh['train_loss'] / 8:.3f} against {peer['train_loss'] / 8:.3f}, "
-            f"with {swh['parameters'] / 1e6:.2f}M and {peer['parameters'] / 1e6:.2f}M parameters"
+            f"training loss / {by}: {swh['train_loss'] / by:.3f} against "
+            f"{peer['train_loss'] / by:.3f}, with {swh['parameters'] / 1e6:.2f}M and "
+            f"{peer['parameters'] / 1e6:.2f}M parameters"
         )
         shown = swh["train_loss"] < peer["train_loss"]
     ours, theirs = (losses(found, suite, "main", name) for name in ("SWH", "Transformer"))
@@ -199,9 +201,9 @@ def _language_model(found: Found) -> Claim:
             f"{size / 1e6:.2f}M parameters each, {tokens / 1e6:.0f}M tokens)"
         )
     why = (
-        "Printed is the training loss divided by 8, of models of unequal size. Well-posed: equal "
-        "size, a sweep of learning rates for each, real held-out text; every SWH seed below every "
-        "Transformer seed counts as better."
+        "Printed is the training loss divided by the micro-batches of a step, of models of unequal "
+        "size. Well-posed: equal size, a sweep of learning rates and initial weights for each, "
+        "real held-out text; every SWH seed below every Transformer seed counts as better."
     )
     said, verdict = "lower loss than the Transformer", _verdict(shown, better)
     return Claim("Language modelling", said, first, second, verdict, why)
@@ -217,7 +219,7 @@ def _branches(found: Found) -> Claim:
         text = "held-out loss " + ", ".join(f"{n} {v:.3f}" for n, v in values.items())
     return Claim(
         "Both branches together beat each alone", "claimed, not shown", "not in the paper", text,
-        _verdict(False, shown), "Equal parameters, the best learning rate of each, one seed.",
+        _verdict(False, shown), "Equal parameters, the best of a sweep for each, one seed.",
     )  # fmt: skip
 
 

@@ -185,14 +185,14 @@ def language_panels(suite: Mapping[str, Any] | None, name: str) -> list[Panel]:
         title = f"Held-out loss: {', '.join(means)}"
     best = lm.best(rows)
     rates = ", ".join(f"{v} {best[v]['lr']:g}" for v in lm.BOTH if v in best)
-    alone = {v: claims.losses({name: suite}, name, "branches", v) for v in lm.VARIANTS}
+    alone = {v: claims.losses({name: suite}, name, "branches", v) for v in lm.BRANCHES}
     order = sorted((min(end), v) for v, end in alone.items() if end)
     return [
         Panel(f"{name}-curves", title, "Held-out loss against training tokens, a line a seed.",
               lambda axes: _paint_curves(axes, rows, "main", "eval_curve", 1.0)),
         Panel(f"{name}-sweep", f"Best learning rate: {rates or 'missing'}",
               "Held-out loss of short runs against the learning rate, a line for each width of the "
-              "initial weights; a ring marks the best.",
+              "initial weights, the best one strong; a ring marks the best rate.",
               lambda axes: _paint_sweep(axes, rows, best)),
         Panel(f"{name}-branches",
               f"Branches: lowest loss, {order[0][1]}" if order else "Branches: missing",
@@ -243,12 +243,13 @@ def _paint_sweep(axes: Axes, rows: Rows, best: Mapping[str, Mapping[str, float]]
             )
             if not points:
                 continue
-            narrow = width == widths[0] and len(widths) > 1
+            chosen = best[variant]["initializer_range"] == width
             axes.plot(
-                *zip(*points, strict=True), color=color, lw=1.4, marker="o", ms=3.2,
-                ls=DASHED if narrow else "-", label=f"{variant}, {width:g}",
+                *zip(*points, strict=True), color=color, lw=1.7 if chosen else 0.8, marker="o",
+                ms=3.6 if chosen else 2, alpha=1 if chosen else 0.45,
+                label=f"{variant}, {width:g}" if chosen else None,
             )  # fmt: skip
-            if best[variant]["initializer_range"] == width:
+            if chosen:
                 rate = best[variant]["lr"]
                 axes.plot(rate, dict(points)[rate], "o", ms=10, mfc="none", mec=color)
     axes.set_xscale("log")
@@ -282,32 +283,24 @@ def efficiency_panels(suite: Mapping[str, Any] | None) -> list[Panel]:
     """Time a layer, then peak memory, against T: as published, and well-posed."""
     rows = [row for row in (suite or {"rows": []})["rows"] if row["status"] == "ok"]
     facts = efficiency.facts({"rows": rows})
+    summaries = {"time": ("slope", "{} T^{:.2f}"), "memory": ("memory_ratio", "{} {:.1f}x")}
     panels = []
-    for what, units, value, fact, said in (
-        ("Time", dict.fromkeys(efficiency.FORMS, "milliseconds a layer"),
-         lambda r: r["milliseconds"] / r["layers"], "slope", "{} T^{:.2f}"),
-        ("Memory", {"published": "MB, the process so far", "posed": "MB that one call adds"},
-         lambda r: r["peak_bytes"] / 1e6 if r.get("peak_bytes") else None, "memory_ratio",
-         "{} {:.1f}x"),
-    ):  # fmt: skip
-        for form, called in efficiency.FORMS.items():
-            lines: dict[str, list[tuple[float, Any]]] = {
-                name: [
-                    (row["length"], value(row))
-                    for row in rows
-                    if (row["form"], row["contestant"]) == (form, contestant) and value(row)
-                ]
-                for contestant, name in CONTESTANTS.items()
-            }
-            known = {CONTESTANTS[key]: x for key, x in facts[fact][form].items() if x is not None}
-            ends = ", ".join(said.format(name, x) for name, x in known.items())
-            words = "; ".join(
-                f"{name}: " + ", ".join(f"{y:.4g} at {x}" for x, y in points)
-                for name, points in lines.items()
-            )
-            title = f"{what}, {called}" + (f": {ends}" if ends else "")
-            drawn = pictures.Panel("", lines, "tokens", units[form], pictures.tokens)
-            panels.append(Panel(f"efficiency-{form}-{what.lower()}", title, words, drawn.paint))
+    for curves in efficiency.curves({"rows": rows}):
+        fact, said = summaries[curves.measure]
+        ends = ", ".join(
+            said.format(CONTESTANTS[key], value)
+            for key, value in facts[fact][curves.form].items()
+            if value is not None
+        )
+        words = "; ".join(
+            f"{name}: " + ", ".join(f"{y:.4g} at {x}" for x, y in points)
+            for name, points in curves.lines.items()
+        )
+        title = f"{curves.measure.capitalize()}, {efficiency.FORMS[curves.form]}"
+        title += f": {ends}" if ends else ""
+        drawn = pictures.Panel("", curves.lines, "tokens", curves.unit, pictures.tokens)
+        place = f"efficiency-{curves.form}-{curves.measure}"
+        panels.append(Panel(place, title, words, drawn.paint))
     return panels
 
 
@@ -315,32 +308,32 @@ def efficiency_panels(suite: Mapping[str, Any] | None) -> list[Panel]:
 
 
 def ablation_panels(found: Mapping[str, Any] | None) -> list[Panel]:
-    """A row for each group: the loss on text, and recall and needle at 1 and 4 times the training
-    length, as `ablate.table` has them."""
+    """A row for each group: the loss on text, and recall at 1 and 4 times the training length, as
+    `ablate.table` has them."""
     panels = []
     table = ablate.table(dict(found or {"rows": []}))
     for group in ablate.GROUPS:
         lines = [line for line in table if line["group"] == group]
         paper = next(name for name, changed in ablate.GROUPS[group].items() if not changed)
-        ranked = sorted((line["text"].value, line["variant"]) for line in lines if line["text"])
-        name = group.capitalize()
-        title = f"{name}: lowest loss, {ranked[0][1]}" if ranked else f"{name}: missing"
         height = 0.9 + 0.36 * len(lines)
-        about = [(f"ablate-{group}-text", title, ("text",)),
-                 (f"ablate-{group}-tasks", f"{name}: recall and needle",
-                  ("recall 1x", "needle 1x", "recall 4x", "needle 4x"))]  # fmt: skip
-        for place, said, measures in about:
+        for place, best, pick, measures in (
+            ("text", "lowest loss", min, ("text",)),
+            ("recall", "highest recall", max, ("recall 1x", "recall 4x")),
+        ):
+            first = measures[0]
+            ends = [(line[first].value, line["variant"]) for line in lines if line[first]]
+            said = f"{best}, {pick(ends)[1]}" if ends else "missing"
+            title = f"{group.capitalize()}: {said}"
             words = "; ".join(
                 f"{line['variant']}: " + ", ".join(f"{m} {_two(_value(line[m]))}" for m in measures)
                 for line in lines
             )
-            panels.append(Panel(place, said, words, _dots(lines, measures, paper), height=height))
+            paint = _dots(lines, measures, paper)
+            panels.append(Panel(f"ablate-{group}-{place}", title, words, paint, height=height))
     return panels
 
 
 def _dots(lines: Sequence[Found], measures: Sequence[str], paper: str) -> Callable[[Axes], None]:
-    inks = {"text": INK, "recall": SERIES[4], "needle": SERIES[5]}
-
     def paint(axes: Axes) -> None:
         if not any(line[m] for line in lines for m in measures):
             say_missing(axes)
@@ -349,13 +342,14 @@ def _dots(lines: Sequence[Found], measures: Sequence[str], paper: str) -> Callab
         for y, line in enumerate(lines):
             if not any(line[m] for m in measures):
                 say(axes, "missing", y)
-            for shift, measure in zip(_shifts(len(measures)), measures, strict=True):
-                what, _, reach = measure.partition(" ")
-                label = f"{what}, {reach}" if reach else None
-                dot(axes, line[measure], y + shift, inks[what], label, hollow=reach == "4x")
-                values += [line[measure].value] if line[measure] else []
-                if line[measure] and line["variant"] == paper and reach != "4x":
-                    axes.axvline(line[measure].value, color=inks[what], lw=0.9, ls=DASHED, zorder=1)
+            for place, measure in enumerate(measures):  # the first is the one that is trained
+                score, first = line[measure], place == 0
+                label = measure if len(measures) > 1 else None
+                shift = 0.22 * (place - (len(measures) - 1) / 2)
+                dot(axes, score, y + shift, INK, label, hollow=not first)
+                values += [score.value] if score else []
+                if score and first and line["variant"] == paper:
+                    axes.axvline(score.value, color=INK, lw=0.9, ls=DASHED, zorder=1)
         name_lines(axes, [line["variant"] for line in lines])
         if measures[0] == "text":
             pad = 0.5 * (max(values) - min(values)) + 0.02  # two seeds: their bars may run on
@@ -366,10 +360,6 @@ def _dots(lines: Sequence[Found], measures: Sequence[str], paper: str) -> Callab
             axes.set_xlabel("share of right answers")
 
     return paint
-
-
-def _shifts(count: int) -> list[float]:
-    return [0.0] if count == 1 else [-0.27, -0.09, 0.09, 0.27][:count]
 
 
 def _value(score: Estimate | None) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,6 @@ class Section:
     tables: Sequence[Table]
     grid: str = "pair"  # how the figures stand: side by side, or "trio"
     leads: bool = True  # the first section of its suite, which names the rows left out
-    inks: Sequence[tuple[str, str]] = ()  # further words and the style of their colour
 
 
 def read(folder: Path) -> Reading:
@@ -105,10 +104,13 @@ def headline(judged: Sequence[tuple[Claim, str]]) -> str:
 
 
 def write(folder: Path, out_html: Path) -> Path:
-    """Write the page of the suites in `folder` to `out_html`, and its figures as PNG beside it;
-    returns the page's path."""
+    """Write the page of the suites in `folder` to `out_html`, beside it its figures as PNG and the
+    table of claims as claims.md; returns the page's path."""
     reading = read(folder)
     judged = reading.claims()
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    table = claims.markdown([replace(claim, verdict=verdict) for claim, verdict in judged])
+    (out_html.parent / "claims.md").write_text(table + "\n", encoding="utf-8")
     sections = _sections(reading)
     _sheets(reading, sections, out_html.parent)
     counts = Counter(verdict for _, verdict in judged)
@@ -129,10 +131,9 @@ def write(folder: Path, out_html: Path) -> Path:
 def _content(reading: Reading, section: Section) -> dict[str, Any]:
     """What the template needs of a section."""
     suite = reading.suites.get(section.suite)
-    inks = [(name, f"s{tables.MODELS.index(name)}") for name in section.models]
     return {
         "about": section,
-        "inks": [*inks, *section.inks],
+        "inks": [(name, f"s{tables.MODELS.index(name)}") for name in section.models],
         "figures": [(panel, svg(panel)) for panel in section.panels],
         "command": COMMANDS[section.suite],
         "absent": suite is None,
@@ -220,8 +221,9 @@ def _language(reading: Reading, name: str) -> Section:
         "size, at one constant learning rate and one width of the initial weights for both. "
         "Well-posed: equal parameters, the same sweep of rates and widths for each, equal tokens, "
         "loss on held-out text.",
-        "A line is a seed, the second one paler. In the sweep, dashed lines begin with the paper's "
-        "initial weights (0.02) and a ring marks the best pair.",
+        "A line is a seed, the second one paler. In the sweep, a model's strong line is its best "
+        "width of the initial weights, the pale ones are the others, and a ring marks the best "
+        "rate.",
         tuple(lm.VARIANTS),
         figures.language_panels(suite, name),
         tables.language_tables(suite, name),
@@ -251,14 +253,13 @@ def _ablations(reading: Reading) -> Section:
         "ablate",
         "Ablations: one part of the layer changed",
         "The paper shows none. Window, branches, fusion and kernel are changed one at a time, at "
-        "equal parameters: recall and needle of 64 tokens, asked again at up to 16 times that, and "
-        "the loss of a small language model.",
-        "Dashed lines are the paper's layer. Filled dots are scores at the training length, hollow "
+        "equal parameters: recall among 64 tokens, asked again at up to 16 times that, and the "
+        "loss of a small language model.",
+        "Dashed lines are the paper's layer. Filled dots are recall at the training length, hollow "
         "ones at 4 times that; bars are 95 % intervals (of two seeds for text, which is wide).",
         (),
         figures.ablation_panels(suite),
         tables.ablation_tables(suite),
-        inks=(("recall", "s4"), ("needle", "s5")),
     )
 
 

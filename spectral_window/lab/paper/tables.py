@@ -186,7 +186,7 @@ def _ends(found: Found, rows: Rows, name: str) -> Table:
     lines = []
     for part, said, variants in (
         ("main", "well-posed", lm.BOTH),
-        ("branches", "branches", tuple(lm.VARIANTS)),
+        ("branches", "branches", lm.BRANCHES),
         ("published", "as published", lm.BOTH),
     ):
         for variant in variants:
@@ -219,8 +219,8 @@ def _ends(found: Found, rows: Rows, name: str) -> Table:
 def _sweep(rows: Rows, rates: Sequence[float], name: str) -> Table:
     best = lm.best(rows)
     swept = [row for row in rows if row["part"] == "sweep"]
-    known = {row["initializer_range"] for row in swept}
-    widths = sorted(known | set(lm.SIZES[name.removeprefix("lm-")].widths))
+    asked = lm.SIZES[name.removeprefix("lm-")].swept
+    widths = sorted({row["initializer_range"] for row in swept} | {width for _, width in asked})
     lines = []
     for variant in lm.VARIANTS:
         for width in widths:
@@ -231,7 +231,8 @@ def _sweep(rows: Rows, rates: Sequence[float], name: str) -> Table:
             }
             cells = []
             for rate in rates:
-                cell = number(losses.get(rate))
+                known = rate in losses or (rate, width) in asked
+                cell = number(losses.get(rate)) if known else Cell("not tried")
                 if best.get(variant) == {"lr": rate, "initializer_range": width}:
                     cell = Cell(cell.text, "best", cell.sort, "best")
                 cells.append(cell)
@@ -336,7 +337,7 @@ def _spread(row: Found, key: str, prefix: str, form: str) -> Cell:
 
 def ablation_tables(suite: Found | None) -> list[Table]:
     """One line a variant, as `ablate.table` gives them."""
-    tasks = [f"{task} {reach}x" for task in ablate.TASKS for reach in ablate.REACH]
+    tasks = [f"{ablate.TASK} {reach}x" for reach in ablate.REACH]
     lines = tuple(
         (
             words(line["variant"]),
@@ -349,7 +350,7 @@ def ablation_tables(suite: Found | None) -> list[Table]:
         for line in ablate.table(dict(suite or {"rows": []}))
     )
     head = ("Variant", "Group", "Parameters", "Text, nats a token")
-    seeds = ("Seeds, text", "Seeds, tasks")
+    seeds = ("Seeds, text", "Seeds, recall")
     named = tuple(measure.capitalize() for measure in tasks)
     return [Table("ablations", "Every variant", (*head, *named, *seeds), lines)]
 

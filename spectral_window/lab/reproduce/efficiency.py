@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -316,22 +317,41 @@ def _over(points: dict[int, float], length: int, base: int) -> float | None:
     return float(f"{points[length] / points[base]:.4g}")
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Time a layer and memory against T, as published beside well-posed, as PNG."""
-    shown: tuple[tuple[str, dict[str, str], Callable[[Row], float | None]], ...] = (
-        ("time a layer", dict.fromkeys(FORMS, "milliseconds"), _layer_time),
+@dataclass(frozen=True)
+class Curves:
+    """One measure of one form against T: contestant's name -> (T, value), rows that are missing
+    left out."""
+
+    measure: str  # "time" or "memory"
+    form: str
+    unit: str
+    lines: dict[str, list[tuple[int, float]]]
+
+
+def curves(results: dict[str, Any]) -> list[Curves]:
+    """Time a layer, then peak memory, each as published and well-posed."""
+    found = []
+    for measure, units, value in (
+        ("time", dict.fromkeys(FORMS, "milliseconds a layer"), _layer_time),
         (
-            "peak memory",
-            {"published": "MB, this process so far", "posed": "MB that one call adds"},
+            "memory",
+            {"published": "MB, the process so far", "posed": "MB that one call adds"},
             lambda row: row["peak_bytes"] / 1e6 if row.get("peak_bytes") else None,
         ),
-    )
-    panels = []
-    for what, units, value in shown:
-        for form, called in FORMS.items():
-            found = _by_contestant(results, form, value)
-            lines = {CONTESTANTS[name]: list(points.items()) for name, points in found.items()}
-            panels.append(Panel(f"{what}, {called}", lines, "tokens", units[form], tokens))
+    ):
+        for form in FORMS:
+            values = _by_contestant(results, form, value)
+            lines = {CONTESTANTS[name]: list(points.items()) for name, points in values.items()}
+            found.append(Curves(measure, form, units[form], lines))
+    return found
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """`curves` as PNG."""
+    panels = [
+        Panel(f"{c.measure}, {FORMS[c.form]}", c.lines, "tokens", c.unit, tokens)
+        for c in curves(results)
+    ]
     about = results["environment"]
     text = f"{about.get('processor', '')}, threads: {about.get('threads', '')}"
     text += ", a quick trial" if results["quick"] else ""

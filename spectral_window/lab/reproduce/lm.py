@@ -9,7 +9,7 @@ seeds, the loss on held-out text in nats a token, equal tokens. Stages, each fro
                 of the tokens; its best pair goes on. The width matters: what suits SWH may hold
                 the Transformer back, and the other way round
     main        SWH and Transformer, all tokens, all seeds
-    branches    each branch alone beside both, a quarter of the tokens
+    branches    SWH beside each of its branches alone, a quarter of the tokens
     published   as above
 
 `size` is "small" (any text; hours on CPU cores) or "125m" (the paper's shape, FineWeb-Edu, a GPU).
@@ -34,13 +34,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spectral only": {"branches": ("spectral",)},
 }
 BOTH = ("SWH", "Transformer")
+BRANCHES = ("SWH", "window only", "spectral only")
 STAGES = ("sweep", "main", "branches", "published")
 ACCUMULATION = 8  # micro-batches, by which the paper's printed loss is divided
 
 
 @dataclass(frozen=True)
 class Size:
-    """A recipe, and how much of it each stage takes (optimiser steps)."""
+    """A recipe, and how much of it each stage takes (optimiser steps).
+
+    The sweep is every learning rate at every width of the initial weights, and the pairs `beyond`,
+    which show that the grid has not ended too early.
+    """
 
     recipe: str
     rates: tuple[float, ...]
@@ -51,13 +56,20 @@ class Size:
     published: dict[str, Any]
     seeds: tuple[int, ...] = (0, 1)
     knobs: tuple[tuple[str, Any], ...] = ()
+    beyond: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def swept(self) -> list[tuple[float, float]]:
+        """The pairs of learning rate and width of the sweep."""
+        return [*((rate, width) for width in self.widths for rate in self.rates), *self.beyond]
 
 
 SIZES = {
     "small": Size(
         "paper-lm-small",
         rates=(2e-3, 4e-3, 8e-3),
-        widths=(0.01, 0.02, 0.05),
+        widths=(0.02, 0.05),
+        beyond=((4e-3, 0.01),),
         sweep=256,
         main=4883,
         branches=1221,
@@ -166,8 +178,7 @@ class _Suite:
             return [
                 self._training(stage, name, 0, size.sweep, lr=rate, initializer_range=width)
                 for name in VARIANTS
-                for width in size.widths
-                for rate in size.rates
+                for rate, width in size.swept
             ]
         if stage == "published":
             knobs = {k: v for k, v in size.published.items() if k != "steps"} | AS_PUBLISHED
@@ -177,7 +188,7 @@ class _Suite:
         return [
             self._training(stage, variant, seed, steps, **chosen[variant])
             for seed in (size.seeds if stage == "main" else size.seeds[:1])
-            for variant in (BOTH if stage == "main" else VARIANTS)
+            for variant in (BOTH if stage == "main" else BRANCHES)
             if variant in chosen
         ]
 
