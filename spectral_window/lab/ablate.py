@@ -54,7 +54,12 @@ TASK = "recall"
 LENGTH = 64  # of training; with W = 32 a query sees 33 to 64 tokens
 REACH = (1, 2, 4, 8, 16)
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "window": 32}
-TEXT_KNOBS = {"hidden_size": 128, "num_hidden_layers": 2, "steps": 256, "eval_every": 256}
+TEXT_KNOBS: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "steps": 256,
+    "eval_every": 256,
+}
 NARROW = 0.02  # initial weights that attention alone wants (results/paper/lm-small.json)
 PROBE_SEEDS, TEXT_SEEDS = (0, 1, 2), (0, 1)
 

@@ -249,8 +249,8 @@ def paper_lm_small() -> Recipe:
     """The paper's comparison at a size that a CPU core trains in half an hour, on any text.
 
     As `paper_lm`, but 3.1 million parameters and 20 million tokens in rows of 512. The learning
-    rate and the width of the initial weights are those that a sweep found best for SWH; attention
-    wants narrower ones (`initializer_range=0.02`, see `spectral-window reproduce lm`).
+    rate and the width of the initial weights are those that a sweep found best for SWH; in a short
+    training attention wants narrower ones (see `spectral-window reproduce lm`).
     """
     return paper_lm().replace(
         name="paper-lm-small",

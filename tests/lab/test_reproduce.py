@@ -20,7 +20,6 @@ from spectral_window.nn.kernels import KERNELS
 from spectral_window.training.trainer import model_config
 
 ENTRIES = synthetic.entries()
-KNOBS = {"lr": 2e-3, "initializer_range": 0.05}
 
 
 # ---------------------------------------------------------------------------------- synthetic
@@ -126,38 +125,65 @@ def text(tmp_path, monkeypatch) -> Text:
     return Text(("train.txt",), (), tmp_path / "tokens")
 
 
-def test_what_was_best_in_each_variants_own_sweep_is_what_its_main_runs_use(tmp_path, text):
-    suite = lm._Suite(lm.SIZES["small"], None)
-    work = tmp_path / "work"
-    chosen = {
-        variant: {"lr": 2e-3, "initializer_range": 0.05} for variant in lm.VARIANTS
-    }  # what shall be the best
-    chosen["SWH"] = {"lr": 4e-3, "initializer_range": 0.05}
-    chosen["Transformer"] = {"lr": 8e-3, "initializer_range": 0.02}
-    for training in suite.stage("sweep", {}):
-        about = training.about
-        wrong = sum(about[name] != value for name, value in chosen[about["variant"]].items())
-        finished(work, training, 4.0 + wrong)
+WISHES = {  # what shall be the best in the sweep
+    "SWH": {"lr": 4e-3, "initializer_range": 0.05},
+    "Transformer": {"lr": 8e-3, "initializer_range": 0.02},
+    "window only": {"lr": 2e-3, "initializer_range": 0.02},
+    "spectral only": {"lr": 2e-3, "initializer_range": 0.05},
+}
+
+
+def swept() -> list[dict]:
+    """Rows of the small size's sweep, in which what WISHES says is best."""
+    rows = []
+    for training in lm._Suite(lm.SIZES["small"], None).stage("sweep", []):
+        wish = WISHES[training.about["variant"]]
+        wrong = sum(training.about[name] != value for name, value in wish.items())
+        rows.append({**training.about, "eval_loss": 4.0 + wrong})
+    return rows
+
+
+def test_a_variant_goes_on_with_its_best_knobs_and_with_the_best_at_the_width_of_swh():
+    tried = lm.candidates(swept())
+    assert {variant: knobs[0] for variant, knobs in tried.items()} == WISHES
+    assert tried["SWH"] == tried["SWH"][:1]
+    assert tried["spectral only"] == tried["spectral only"][:1]
+    assert tried["Transformer"][1:] == [{"lr": 8e-3, "initializer_range": 0.05}]
+    assert tried["window only"][1:] == [{"lr": 2e-3, "initializer_range": 0.05}]
+
+
+def test_what_is_better_at_the_end_of_the_main_runs_counts_and_gets_the_other_seeds(tmp_path, text):
+    suite, work = lm._Suite(lm.SIZES["small"], None), tmp_path / "work"
+    rows = swept()
+    late = {"lr": 8e-3, "initializer_range": 0.05}  # the sweep preferred 0.02
+    for training, row in zip(suite.stage("sweep", []), rows, strict=True):
+        finished(work, training, row["eval_loss"])
     for stage in ("main", "branches", "published"):
-        for training in suite.stage(stage, chosen):
-            finished(work, training, 3.0)
+        for training in suite.stage(stage, rows):
+            loss = 3.0 if training.about["initializer_range"] == 0.05 else 3.5
+            finished(work, training, loss)
+            rows.append({**training.about, "eval_loss": loss})
+    for training in suite.stage("seeds", rows):
+        finished(work, training, 3.1)
     options = {"size": "small", "text": text, "workers": 1, "command": "c", "say": lambda _: None}
     found = lm.run(tmp_path / "out", work, **options)
-    assert lm.best(found["rows"]) == chosen
-    rows = [r for r in found["rows"] if r["part"] == "main"]
-    for row in rows:
-        assert {name: row[name] for name in ("lr", "initializer_range")} == chosen[row["variant"]]
-        knobs = chosen[row["variant"]]
-        assert f"lr={knobs['lr']}" in row["knobs"]
-        assert f"initializer_range={knobs['initializer_range']}" in row["knobs"]
-    assert {(r["variant"], r["seed"]) for r in rows} == {(v, s) for v in lm.BOTH for s in (0, 1)}
-    assert rows[0]["eval_curve"] == [[20.0, 3.0]]
+    assert lm.best(found["rows"]) == WISHES
+    assert lm.best(found["rows"], "main") == {"SWH": WISHES["SWH"], "Transformer": late}
+    main = [r for r in found["rows"] if r["part"] == "main"]
+    assert len(main) == 5  # SWH twice, the Transformer twice, and once at the width that lost
+    for variant in lm.BOTH:
+        counted = lm.counted(found["rows"], "main", variant)
+        assert [(r["seed"], r["eval_loss"]) for r in counted] == [(0, 3.0), (1, 3.1)]
+    for row in main:
+        assert f"lr={row['lr']}" in row["knobs"]
+        assert f"initializer_range={row['initializer_range']}" in row["knobs"]
+    assert main[0]["eval_curve"] == [[20.0, 3.0]]
     # with the results alone, nothing is run again
     assert lm.run(tmp_path / "out", tmp_path / "empty", **options)["rows"] == found["rows"]
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path, text):
-    training = lm._Suite(lm.SIZES["small"], None).stage("published", {})[0]
+    training = lm._Suite(lm.SIZES["small"], None).stage("published", [])[0]
     finished(tmp_path, training, 3.0)
     other = dataclasses.replace(training, knobs={**training.knobs, "steps": 7})
     with pytest.raises(IntegrityError, match="differs in steps: choose another --work"):
@@ -167,10 +193,9 @@ def test_a_folder_with_another_run_is_refused(tmp_path, text):
 
 def test_the_posed_models_are_equally_large_and_the_published_are_not():
     suite = lm._Suite(lm.SIZES["small"], None)
-    chosen = dict.fromkeys(lm.VARIANTS, KNOBS)
 
     def sizes(stage: str) -> list[int]:
-        found = [t.resolved() for t in suite.stage(stage, chosen)]
+        found = [t.resolved() for t in suite.stage(stage, swept())]
         return [count_parameters(model_config(recipe, 4096)) for recipe in found]
 
     for stage in ("main", "branches"):
@@ -180,15 +205,20 @@ def test_the_posed_models_are_equally_large_and_the_published_are_not():
 
 
 def test_the_small_comparison_reads_twenty_million_tokens_with_two_seeds():
-    trainings = lm._Suite(lm.SIZES["small"], None).stage("main", dict.fromkeys(lm.BOTH, KNOBS))
-    assert len(trainings) == 4
+    suite, rows = lm._Suite(lm.SIZES["small"], None), swept()
+    trainings = suite.stage("main", rows)
+    rows += [{**training.about, "eval_loss": 3.0} for training in trainings]
+    trainings += suite.stage("seeds", rows)
+    assert {(t.about["variant"], t.about["seed"]) for t in trainings} == {
+        (variant, seed) for variant in lm.BOTH for seed in (0, 1)
+    }
     for training in trainings:
         recipe = training.resolved()
         assert recipe.steps * recipe.tokens_per_step >= 20_000_000
 
 
 def test_the_papers_own_numbers_stand_in_the_published_form_at_full_size():
-    for training in lm._Suite(lm.SIZES["125m"], None).stage("published", {}):
+    for training in lm._Suite(lm.SIZES["125m"], None).stage("published", []):
         recipe = training.resolved()
         assert (recipe.hidden_size, recipe.num_hidden_layers) == (768, 12)
         assert (recipe.sequence_length, recipe.batch_size, recipe.steps) == (1024, 64, 2000)
@@ -196,7 +226,7 @@ def test_the_papers_own_numbers_stand_in_the_published_form_at_full_size():
 
 
 def test_a_training_is_known_by_its_tokens_and_not_by_where_they_lie(text, monkeypatch):
-    training = lm._Suite(lm.SIZES["small"], None).stage("published", {})[0]
+    training = lm._Suite(lm.SIZES["small"], None).stage("published", [])[0]
     key = training.key(text)
     assert training.key(Text(("elsewhere.txt",), ("v.txt",), text.tokens)) == key
     monkeypatch.setattr(Text, "fingerprint", "of other tokens")
@@ -205,9 +235,8 @@ def test_a_training_is_known_by_its_tokens_and_not_by_where_they_lie(text, monke
 
 def test_fewer_tokens_shrink_every_stage():
     suite = lm._Suite(lm.SIZES["small"], 2_000_000)
-    chosen = dict.fromkeys(lm.VARIANTS, KNOBS)
-    assert suite.stage("main", chosen)[0].resolved().steps == 488
-    assert suite.stage("branches", chosen)[0].resolved().steps == 122
+    assert suite.stage("main", swept())[0].resolved().steps == 488
+    assert suite.stage("branches", swept())[0].resolved().steps == 122
 
 
 # ----------------------------------------------------------------------------------- ablations

@@ -171,7 +171,7 @@ def _verdict(published: bool | None, posed: bool | None) -> str:
 def losses(found: Found, suite: str, part: str, variant: str) -> list[float]:
     """Held-out losses at the end, one for each seed."""
     rows = (found.get(suite) or {"rows": []})["rows"]
-    return [r["eval_loss"] for r in rows if (r["part"], r["variant"]) == (part, variant)]
+    return [row["eval_loss"] for row in lm.counted(rows, part, variant)]
 
 
 def _language_model(found: Found) -> Claim:

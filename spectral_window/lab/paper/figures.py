@@ -205,7 +205,7 @@ def language_panels(suite: Mapping[str, Any] | None, name: str) -> list[Panel]:
 
 
 def _paint_curves(axes: Axes, rows: Rows, part: str, curve: str, divisor: float) -> None:
-    shown = [row for row in rows if row["part"] == part and len(row[curve]) > 1]
+    shown = [row for name in lm.BOTH for row in lm.counted(rows, part, name) if len(row[curve]) > 1]
     if not shown:
         say_missing(axes)
         return

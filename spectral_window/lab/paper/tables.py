@@ -190,7 +190,7 @@ def _ends(found: Found, rows: Rows, name: str) -> Table:
         ("published", "as published", lm.BOTH),
     ):
         for variant in variants:
-            runs = [r for r in rows if (r["part"], r["variant"]) == (part, variant)]
+            runs = lm.counted(rows, part, variant)
             first: Found = runs[0] if runs else {}
             losses = claims.losses(found, name, part, variant)
             printed = Cell("")

@@ -6,9 +6,10 @@ accumulated micro-batches (8). Well-posed: equal parameters, the same sweep for 
 seeds, the loss on held-out text in nats a token, equal tokens. Stages, each from the one before:
 
     sweep       every variant at every learning rate and width of the initial weights, a twentieth
-                of the tokens; its best pair goes on. The width matters: what suits SWH may hold
-                the Transformer back, and the other way round
-    main        SWH and Transformer, all tokens, all seeds
+                of the tokens; its best pair goes on, and for whoever prefers another width than SWH
+                the best pair at SWH's width too: what is better early need not be so at the end
+    main        SWH and Transformer, all tokens, the first seed; each one's better pair counts
+    seeds       the same with that pair, the other seeds
     branches    SWH beside each of its branches alone, a quarter of the tokens
     published   as above
 
@@ -27,6 +28,8 @@ from spectral_window.lab import results
 from spectral_window.lab.jobs import Say, run_all
 from spectral_window.lab.trainings import Text, Training
 
+Rows = Sequence[dict[str, Any]]
+Knobs = dict[str, float]
 VARIANTS: dict[str, dict[str, Any]] = {
     "SWH": {},
     "Transformer": {"mixer": "attention"},
@@ -35,7 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 BOTH = ("SWH", "Transformer")
 BRANCHES = ("SWH", "window only", "spectral only")
-STAGES = ("sweep", "main", "branches", "published")
+STAGES = ("sweep", "main", "seeds", "branches", "published")
+FIRST = 0  # the seed of whatever has only one
 ACCUMULATION = 8  # micro-batches, by which the paper's printed loss is divided
 
 
@@ -54,7 +58,7 @@ class Size:
     main: int
     branches: int
     published: dict[str, Any]
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (FIRST, 1)
     knobs: tuple[tuple[str, Any], ...] = ()
     beyond: tuple[tuple[float, float], ...] = ()
 
@@ -92,7 +96,7 @@ SIZES = {
         main=8,
         branches=4,
         published={"steps": 4},
-        seeds=(0,),
+        seeds=(FIRST,),
         knobs=(("warmup_steps", 2), ("eval_every", 4), ("log_every", 2)),
     ),
 }
@@ -132,7 +136,7 @@ def run(
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     for stage in STAGES:
-        trainings = suite.stage(stage, best(rows))
+        trainings = suite.stage(stage, rows)
         missing = [t for t in trainings if t.key(text) not in known]
         say(f"{stage}: {len(trainings)} trainings, {len(missing)} not in earlier results")
         jobs = [training.job(work, text) for training in missing]
@@ -148,16 +152,43 @@ def run(
     return results.load(out, name) or {}
 
 
-def best(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The knobs with the lowest held-out loss of the sweep, for each variant."""
-    found: dict[str, tuple[float, dict[str, float]]] = {}
+def best(rows: Rows, part: str = "sweep") -> dict[str, Knobs]:
+    """The knobs with the lowest held-out loss of a part's first seed, for each variant."""
+    found: dict[str, tuple[float, Knobs]] = {}
     for row in rows:
-        if row["part"] == "sweep":
-            knobs = {"lr": row["lr"], "initializer_range": row["initializer_range"]}
+        if row["part"] == part and row["seed"] == FIRST:
             known = found.get(row["variant"])
             if known is None or row["eval_loss"] < known[0]:
-                found[row["variant"]] = row["eval_loss"], knobs
+                found[row["variant"]] = row["eval_loss"], _knobs(row)
     return {variant: knobs for variant, (_, knobs) in found.items()}
+
+
+def candidates(rows: Rows) -> dict[str, list[Knobs]]:
+    """What the sweep found best for each variant, and, where that is of another width, what it
+    found best at SWH's width."""
+    chosen = best(rows)
+    width = chosen.get("SWH", {}).get("initializer_range")
+    alike = best([row for row in rows if row["initializer_range"] == width])
+    found = {}
+    for variant, knobs in chosen.items():
+        other = alike.get(variant, knobs)
+        found[variant] = [knobs] if other == knobs else [knobs, other]
+    return found
+
+
+def counted(rows: Rows, part: str, variant: str) -> list[dict[str, Any]]:
+    """The rows that stand for a variant: all seeds at the knobs that were best at the part's
+    end."""
+    knobs = best(rows, part).get(variant)
+    return [
+        row
+        for row in rows
+        if (row["part"], row["variant"]) == (part, variant) and _knobs(row) == knobs
+    ]
+
+
+def _knobs(row: dict[str, Any]) -> Knobs:
+    return {name: row[name] for name in ("lr", "initializer_range")}
 
 
 class _Suite:
@@ -171,25 +202,31 @@ class _Suite:
     def size_recipe(self) -> Any:
         return Training(self.size.recipe, dict(self.size.knobs), "").resolved()
 
-    def stage(self, stage: str, chosen: dict[str, dict[str, float]]) -> list[Training]:
-        """chosen: the knobs that `best` found for each variant; one without is left out."""
+    def stage(self, stage: str, rows: Rows) -> list[Training]:
+        """rows: of the stages before; a variant that they lack is left out."""
         size = self.size
         if stage == "sweep":
             return [
-                self._training(stage, name, 0, size.sweep, lr=rate, initializer_range=width)
+                self._training(stage, name, FIRST, size.sweep, lr=rate, initializer_range=width)
                 for name in VARIANTS
                 for rate, width in size.swept
             ]
         if stage == "published":
             knobs = {k: v for k, v in size.published.items() if k != "steps"} | AS_PUBLISHED
             steps = size.published["steps"]
-            return [self._training(stage, variant, 0, steps, **knobs) for variant in BOTH]
-        steps = size.main if stage == "main" else size.branches
+            return [self._training(stage, variant, FIRST, steps, **knobs) for variant in BOTH]
+        if stage == "seeds":
+            return [
+                self._training("main", variant, seed, size.main, **knobs)
+                for seed in size.seeds[1:]
+                for variant, knobs in best(rows, "main").items()
+            ]
+        steps, variants = (size.main, BOTH) if stage == "main" else (size.branches, BRANCHES)
+        tried = candidates(rows)
         return [
-            self._training(stage, variant, seed, steps, **chosen[variant])
-            for seed in (size.seeds if stage == "main" else size.seeds[:1])
-            for variant in (BOTH if stage == "main" else BRANCHES)
-            if variant in chosen
+            self._training(stage, variant, FIRST, steps, **knobs)
+            for variant in variants
+            for knobs in tried.get(variant, ())
         ]
 
     def _training(self, part: str, variant: str, seed: int, steps: int, **knobs: Any) -> Training:
