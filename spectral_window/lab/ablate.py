@@ -96,9 +96,10 @@ def run(
     earlier = results.load(out, "ablate") or {"rows": []}
     known = {row["key"]: row for row in earlier["rows"]}
     text.prepare(texts[0].resolved())
-    jobs = [probes.job(p, work, _name(p)) for p in trials if p.key not in known]
+    missing = [(_name(probe), probe) for probe in trials if probe.key not in known]
+    jobs = probes.jobs(missing, work, 9 if quick else probes.EACH)
     jobs += [t.job(work, text) for t in texts if t.key(text) not in known]
-    say(f"{len(trials) + len(texts)} runs, {len(jobs)} not in earlier results")
+    say(f"{len(trials)} probes and {len(texts)} trainings, {len(jobs)} jobs to run")
     failed = run_all(jobs, workers=workers, say=say)
     for probe in trials:
         if row := probes.read(probe, work):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from spectral_window.training.files import write_json
 from spectral_window.training.machine import environment, keep_memory
 from spectral_window.training.optimizer import parameter_groups
 
+EACH = 3  # probes in one process
 TEST_TOKENS = 32_768  # of a test batch: enough to fill a processor at any length
 
 
@@ -226,14 +227,23 @@ def _test(model: SWHForCausalLM, probe: Probe, test: Exam, device: str) -> dict[
     }
 
 
-def job(probe: Probe, folder: Path, name: str) -> Job:
-    """`probe` as a job: its settings are written to folder/KEY.probe.json, its row to
-    folder/KEY.json."""
-    settings, result = folder / f"{probe.key}.probe.json", folder / f"{probe.key}.json"
-    if not settings.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(settings, dataclasses.asdict(probe))
-    return Job(name, (str(settings),), result, module="spectral_window.lab.probes")
+def jobs(named: Sequence[tuple[str, Probe]], folder: Path, each: int = EACH) -> list[Job]:
+    """The probes that have no row in `folder` as jobs of `each`: a process needs seconds to start.
+
+    A probe's settings are written to folder/KEY.probe.json, its row to folder/KEY.json.
+    """
+    waiting = [(name, probe) for name, probe in named if read(probe, folder) is None]
+    found = []
+    for begin in range(0, len(waiting), each):
+        together = waiting[begin : begin + each]
+        settings = [folder / f"{probe.key}.probe.json" for _, probe in together]
+        for path, (_, probe) in zip(settings, together, strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, dataclasses.asdict(probe))
+        name = "; ".join(name for name, _ in together)
+        words = tuple(map(str, settings))
+        found.append(Job(name, words, _row_of(settings[-1]), module="spectral_window.lab.probes"))
+    return found
 
 
 def read(probe: Probe, folder: Path) -> dict[str, Any] | None:
@@ -242,19 +252,30 @@ def read(probe: Probe, folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def main(settings: str) -> None:
-    """Run the probe that the file KEY.probe.json describes, and write KEY.json beside it."""
-    path = Path(settings)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["tests"] = tuple(Exam(**test) for test in values["tests"])
-    values["lengths"] = tuple(values["lengths"])
-    probe = Probe(**values)
+def main(settings: Sequence[str]) -> int:
+    """Run the probes that the files KEY.probe.json describe, and write KEY.json beside each; 1
+    where one of them failed, after the others have run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     keep_memory()
     torch.set_float32_matmul_precision("medium")
-    row = run(probe, device=device) | {"environment": environment(device)}
-    write_json(path.with_name(f"{probe.key}.json"), row)
+    failed = 0
+    for path in map(Path, settings):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["tests"] = tuple(Exam(**test) for test in values["tests"])
+        values["lengths"] = tuple(values["lengths"])
+        try:
+            row = run(Probe(**values), device=device)
+        except DivergedError as error:
+            print(error, file=sys.stderr)
+            failed = 1
+        else:
+            write_json(_row_of(path), row | {"environment": environment(device)})
+    return failed
+
+
+def _row_of(settings: Path) -> Path:
+    return settings.with_name(settings.name.replace(".probe.json", ".json"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1:]))

@@ -111,11 +111,23 @@ def test_a_loss_that_is_not_finite_ends_the_probe():
 
 
 def test_a_probe_as_a_job_writes_its_row_once(tmp_path):
-    job = probes.job(TINY, tmp_path, "tiny")
+    jobs = probes.jobs([("tiny", TINY)], tmp_path)
     assert probes.read(TINY, tmp_path) is None
-    assert run_all([job], workers=1, say=lambda line: None) == []
+    assert run_all(jobs, workers=1, say=lambda line: None) == []
+    assert probes.jobs([("tiny", TINY)], tmp_path) == []
     row = probes.read(TINY, tmp_path)
     assert row is not None
     assert row["key"] == TINY.key
     assert row["environment"]["torch"] == torch.__version__
     assert json.loads((tmp_path / f"{TINY.key}.probe.json").read_text())["steps"] == 3
+
+
+def test_a_probe_that_diverges_is_a_failure_and_the_others_of_its_process_run(tmp_path):
+    wild, other = dataclasses.replace(TINY, lr=1e30, steps=20), dataclasses.replace(TINY, seed=1)
+    named = [("wild", wild), ("other", other)]
+    said: list[str] = []
+    assert run_all(probes.jobs(named, tmp_path), workers=1, say=said.append) == ["wild; other"]
+    assert "the loss is not finite" in said[-1]
+    assert probes.read(wild, tmp_path) is None
+    assert probes.read(other, tmp_path) is not None
+    assert [job.name for job in probes.jobs(named, tmp_path)] == ["wild"]

@@ -82,15 +82,15 @@ def test_a_stopped_suite_goes_on_and_a_finished_one_is_only_read(tmp_path, monke
     monkeypatch.setattr(synthetic, "entries", lambda quick: entries)
     first = entries[0].probe
     work, out = tmp_path / "work", tmp_path / "out"
-    probes.job(first, work, "first")  # writes its settings
-    row = probes.run(first)
-    (work / f"{first.key}.json").write_text(json.dumps(row))
+    work.mkdir()
+    (work / f"{first.key}.json").write_text(json.dumps(probes.run(first)))
     said: list[str] = []
     options = {"quick": False, "workers": 1, "command": "c", "say": said.append}
     found = synthetic.run(out, work, **options)
     assert [r["key"] for r in found["rows"]] == [e.probe.key for e in entries]
     assert found["ceilings"] == [{"task": "needle", "length": 16, "ceiling": 1.0}]
-    assert any("1 of 2 are there already" in line for line in said)
+    assert any("posed needle, SWH, fixed, seed 1" in line for line in said)
+    assert not any("seed 0" in line for line in said)
     # the results alone are enough to know what is done
     again = synthetic.run(out, tmp_path / "elsewhere", **options)
     assert again["rows"] == found["rows"]

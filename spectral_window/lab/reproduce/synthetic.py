@@ -122,9 +122,10 @@ def run(
     """
     suite = entries(quick=quick)
     known = {row["key"]: row for row in (results.load(out, "synthetic") or {"rows": []})["rows"]}
-    missing = [entry for entry in suite if entry.probe.key not in known]
-    say(f"{len(suite)} probes, {len(missing)} not in earlier results")
-    jobs = [probes.job(entry.probe, work, _name(entry)) for entry in missing]
+    missing = [(_name(e), e.probe) for e in suite if e.probe.key not in known]
+    each = 8 if quick else probes.EACH
+    jobs = probes.jobs(missing, work, each)
+    say(f"{len(suite)} probes, {len(missing)} not in earlier results, {len(jobs)} jobs to run")
     failed = run_all(jobs, workers=workers, say=say)
     rows = []
     for entry in suite:
