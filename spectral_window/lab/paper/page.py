@@ -220,10 +220,11 @@ def _language(reading: Reading, name: str) -> Section:
         "is called validation loss; it is the training loss divided by 8, of models of unequal "
         "size, at one constant learning rate and one width of the initial weights for both. "
         "Well-posed: equal parameters, the same sweep of rates and widths for each, equal tokens, "
-        "loss on held-out text.",
+        "loss on held-out text. What the sweep prefers early need not be better at the end: a "
+        "model that chose another width than SWH is trained at both, and its better end counts.",
         "A line is a seed, the second one paler. In the sweep, a model's strong line is its best "
-        "width of the initial weights, the pale ones are the others, and a ring marks the best "
-        "rate.",
+        "width of the initial weights, the pale ones are the others, a dot alone is a width "
+        "beyond them tried at one rate, and a ring marks the best rate.",
         tuple(lm.VARIANTS),
         figures.language_panels(suite, name),
         tables.language_tables(suite, name),
