@@ -10,6 +10,7 @@ import pytest
 
 from spectral_window import SWHConfig, SWHForCausalLM
 from spectral_window.data.tokenizers import load_tokenizer
+from spectral_window.lab.paper import claims
 from spectral_window.training.recipes import RECIPES, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -49,3 +50,8 @@ def test_the_two_commands_are_there():
     makefile = (ROOT / "Makefile").read_text()
     for command in re.findall(r"^    make ([\w-]+)", README, re.M):
         assert re.search(rf"^{command}:", makefile, re.M), command
+
+
+def test_claims_are_what_the_results_say():
+    table = claims.markdown(claims.judge(claims.read(ROOT / "results/paper")))
+    assert table in README, "make it anew with `spectral-window report results/paper`: claims.md"

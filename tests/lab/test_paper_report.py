@@ -15,7 +15,7 @@ import pytest
 
 from spectral_window.commands import report as command
 from spectral_window.errors import UserError
-from spectral_window.lab import ablate
+from spectral_window.lab import ablate, results
 from spectral_window.lab.paper import claims, figures
 from spectral_window.lab.paper import page as paper_page
 from spectral_window.lab.reproduce import lm, synthetic
@@ -190,6 +190,12 @@ def test_printed_values_stand_beside_ours_and_the_ceiling(full: Path) -> None:
     assert line(tasks, "Sorting", "Transformer")[2:6] == ["0.97", "0.84", "0.97", "0.978"]
     assert line(tasks, "Needle, 8 times", "SWH")[2:4] == ["0.05", "not taken so"]
     assert "The scores printed for SWH at T = 32 are the ceilings" in tasks
+
+
+def test_wide_intervals_make_no_two_models_alike() -> None:
+    first = results.Estimate(0.67, 0.0, 1.0, 3)
+    assert claims._alike(first, results.Estimate(0.70, 0.6, 0.8, 3))
+    assert not claims._alike(first, results.Estimate(0.99, 0.94, 1.0, 3))
 
 
 def test_the_finding_about_ceilings_is_not_said_where_they_differ(tmp_path: Path) -> None:

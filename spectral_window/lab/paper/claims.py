@@ -8,8 +8,9 @@ A verdict is computed from the suites' JSON and from nothing else:
     does not hold             neither does
     missing                   the measurement that would decide has not been made
 
-"Better" means by more than both 95 % intervals; "alike" that the intervals meet. So a claim of
-superiority fails where nothing but noise separates two models, whichever is ahead.
+"Better" means by more than both 95 % intervals; "alike" that the intervals meet and the means are
+within 0.05: wide intervals alone make nothing alike. So a claim of superiority fails where nothing
+but noise separates two models, whichever is ahead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from spectral_window.lab.results import Estimate
 
 HOLDS, ONLY_PUBLISHED, FAILS = "holds", "holds only as published", "does not hold"
 MISSING = "missing"
+CLOSE = 0.05  # between shares of right answers that are called alike
 SUITES = ("synthetic", "lm-small", "lm-125m", "efficiency", "ablate")
 Found = Mapping[str, Any]
 Asked = tuple[str, int]  # a task and a length
@@ -154,7 +156,8 @@ def _below(ours: Estimate, theirs: Estimate) -> bool:
 
 
 def _alike(ours: Estimate, theirs: Estimate) -> bool:
-    return not _above(ours, theirs) and not _below(ours, theirs)
+    meet = not _above(ours, theirs) and not _below(ours, theirs)
+    return meet and abs(ours.value - theirs.value) <= CLOSE
 
 
 def _verdict(published: bool | None, posed: bool | None) -> str:
