@@ -146,10 +146,10 @@ def test_a_difference_within_the_noise_is_no_superiority_but_alike():
 
 def language(part: str, ends: dict[str, list[float]]) -> dict:
     rows = [
-        {"part": part, "variant": name, "eval_loss": loss, "train_loss": loss, "lr": 1e-3,
-         "parameters": 3_000_000, "tokens": 20_000_000}
+        {"part": part, "variant": name, "seed": seed, "eval_loss": loss, "train_loss": loss,
+         "lr": 1e-3, "initializer_range": 0.02, "parameters": 3_000_000, "tokens": 20_000_000}
         for name, losses in ends.items()
-        for loss in losses
+        for seed, loss in enumerate(losses)
     ]  # fmt: skip
     return {"lm-small": {"rows": rows}}
 
@@ -161,6 +161,13 @@ def test_lower_loss_needs_every_seed_to_be_ahead():
     assert verdict(ahead, "Language") == HOLDS
     assert verdict(mixed, "Language") == MISSING, "the published form was not measured"
     assert verdict(one, "Language") == MISSING
+
+
+def test_the_width_that_is_worse_at_the_end_does_not_count():
+    found = language("main", {"SWH": [3.1, 3.2], "Transformer": [3.3, 3.4]})
+    worse = found["lm-small"]["rows"][2] | {"initializer_range": 0.05, "eval_loss": 3.9}
+    found["lm-small"]["rows"].append(worse)
+    assert claims.losses(found, "lm-small", "main", "Transformer") == [3.3, 3.4]
 
 
 def test_nothing_measured_gives_no_verdict():
