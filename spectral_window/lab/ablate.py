@@ -60,6 +60,7 @@ TEXT_KNOBS: dict[str, Any] = {
     "steps": 256,
     "eval_every": 256,
 }
+QUICK_KNOBS: dict[str, Any] = {"steps": 4, "warmup_steps": 2}
 NARROW = 0.02  # initial weights that attention alone wants (results/paper/lm-small.json)
 PROBE_SEEDS, TEXT_SEEDS = (0, 1, 2), (0, 1)
 
@@ -139,7 +140,7 @@ def probes_of(overrides: dict[str, Any], quick: bool = False) -> list[Probe]:
 def trainings_of(overrides: dict[str, Any], quick: bool = False) -> list[Training]:
     """The language models of a variant, all seeds."""
     name = "-".join(f"{key}-{_plain(value)}" for key, value in overrides.items()) or "paper"
-    recipe, knobs = ("tiny", {"steps": 4}) if quick else ("paper-lm-small", TEXT_KNOBS)
+    recipe, knobs = ("tiny", QUICK_KNOBS) if quick else ("paper-lm-small", TEXT_KNOBS)
     if overrides.get("branches") == ("window",):
         knobs = {**knobs, "initializer_range": NARROW}
     return [

@@ -305,8 +305,10 @@ def test_a_wrong_word_is_one_line_and_leaves_nothing(words, says, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["reproduce synthetic", "reproduce lm", "ablate"])
+@pytest.mark.parametrize(
+    "command",
+    ["reproduce synthetic", "ablate", pytest.param("reproduce lm", marks=pytest.mark.slow)],
+)
 def test_a_quick_version_runs_to_its_end_and_is_marked(command, tmp_path, capsys):
     words = [*command.split(), "--quick", "--work", str(tmp_path)]
     assert main(words) == 0
