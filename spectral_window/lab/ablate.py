@@ -5,8 +5,8 @@
     length generalisation   the same models asked at 2 to 16 times that
     text                    a language model, held-out loss in nats a token
 
-All variants share training, seeds and questions; the paper's layer is one of each group and is run
-once.
+All variants share training, seeds and questions, but that the window alone begins on text with the
+initial weights it wants. The paper's layer is one of each group and is run once.
 """
 
 from __future__ import annotations

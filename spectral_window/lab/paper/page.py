@@ -255,7 +255,8 @@ def _ablations(reading: Reading) -> Section:
         "Ablations: one part of the layer changed",
         "The paper shows none. Window, branches, fusion and kernel are changed one at a time, at "
         "equal parameters: recall among 64 tokens, asked again at up to 16 times that, and the "
-        "loss of a small language model.",
+        "loss of a small language model, in which the window alone begins with narrower weights. "
+        "One learning rate for all, the best for the paper's layer.",
         "Dashed lines are the paper's layer. Filled dots are recall at the training length, hollow "
         "ones at 4 times that; bars are 95 % intervals (of two seeds for text, which is wide).",
         (),
