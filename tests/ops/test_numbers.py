@@ -559,3 +559,16 @@ def test_kernel_is_the_papers():
             modes.frequency[c].double() * t
         )
         assert torch.allclose(kernel(modes.validated(2), 50)[c], expected, rtol=0, atol=1e-14)
+
+
+def test_the_scan_rounds_to_bfloat16_as_torch_does_on_every_processor():
+    """Once LLVM's own rounding was asked for: it aborts the process where the processor has none,
+    and where it has, numbers below 2^-126 became 0."""
+    u = (torch.randn(2, 100, 37) * torch.logspace(-42, 30, 37)).bfloat16()
+    u[0, 50, 3], u[0, 60, 4] = torch.nan, torch.inf
+    modes = Modes(torch.rand(37) + 0.1, torch.randn(37))
+    y, _ = spectral_conv(u, modes, method="scan")
+    exact, _ = spectral_conv(u.double(), modes, method="scan")
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert torch.equal(y.nan_to_num(), exact.float().bfloat16().nan_to_num())
+    assert (y != 0).sum() > (y.abs() > 2.0**-126).sum(), "numbers below 2^-126 are kept"

@@ -36,14 +36,6 @@ _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _SHORTS, _INTS, _LONGS = (ir.VectorType(t, LANES) for t in (_i16, _i32, _i64))
 
 
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name. CPUs that round to it in hardware flush numbers
-    below 2^-126 to zero."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-
 class Lanes(types.Type):
     """The numba type of LANES float64 numbers."""
 
@@ -116,7 +108,14 @@ def _rounded(builder: Any, x: Any, kind: ir.VectorType) -> Any:
     x = builder.fptrunc(x, _FLOATS)
     if kind is _FLOATS:
         return x
-    return builder.bitcast(builder.fptrunc(x, ir.VectorType(_BFloat(), LANES)), _SHORTS)
+    # By integers, and not by LLVM's fptrunc to bfloat: without AVX-512 BF16 that is a call of a
+    # function that no library here has (the process aborts), with it small numbers become 0.
+    bits = builder.bitcast(x, _INTS)
+    odd = builder.and_(builder.lshr(bits, _all(_INTS, 16)), _all(_INTS, 1))
+    rounded = builder.add(builder.add(bits, _all(_INTS, 0x7FFF)), odd)
+    nan = builder.fcmp_unordered("uno", x, x)
+    bits = builder.select(nan, _all(_INTS, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(bits, _all(_INTS, 16)), _SHORTS)
 
 
 @intrinsic
