@@ -106,7 +106,8 @@ def reproduce(
         list[str] | None,
         typer.Argument(
             metavar="[SUITE]...",
-            help="synthetic, efficiency, lm, or all of them in this order (the default).",
+            help="synthetic, efficiency, lm, or all of these in this order (the default); memory: "
+            "language models with a memory beside the branches, which the paper has not.",
         ),
     ] = None,
     data: Data = None,
@@ -115,8 +116,8 @@ def reproduce(
         str,
         typer.Option(
             metavar="NAME",
-            help="Of the language models: small (hours on CPU cores, any text), or 125m (the "
-            "paper's; a GPU, FineWeb-Edu).",
+            help="Of the language models: small (hours on CPU cores, any text), 125m (the paper's; "
+            "a GPU, FineWeb-Edu), or 125m-short (its shape, 20 million tokens of any text).",
         ),
     ] = "small",
     tokens: Annotated[

@@ -10,7 +10,8 @@ from spectral_window.lab.jobs import workers_here
 from spectral_window.lab.reproduce import efficiency, lm, synthetic
 from spectral_window.lab.trainings import Text
 
-SUITES = ("synthetic", "efficiency", "lm")
+PAPER = ("synthetic", "efficiency", "lm")
+SUITES = (*PAPER, "memory")  # the last is beyond the paper: only by its name
 QUICK_NOTE = "quick version: it shows the way, and its numbers mean nothing"
 
 
@@ -33,10 +34,11 @@ def run(
             raise unknown("suite", suite, SUITES)
     if size not in lm.SIZES:
         raise unknown("size", size, lm.SIZES)
+    given = out is not None
     out, work = folders(out, work, quick)
     workers = workers_here(jobs)
     failed: list[str] = []
-    for suite in suites or SUITES:
+    for suite in suites or PAPER:
         tell(f"{suite}: {QUICK_NOTE}" if quick else suite)
         if suite == "synthetic":
             found = synthetic.run(
@@ -46,16 +48,17 @@ def run(
             found = efficiency.run(out, quick=quick, command=command, say=tell)
         else:
             chosen = "quick" if quick else size
-            runs = work / f"lm-{chosen}"
+            runs = work / (f"lm-{chosen}" if suite == "lm" else f"memory-{chosen}")
             text = Text(tuple(data), tuple(valid), runs / "text")
             found = lm.run(
-                out,
+                out if suite == "lm" or given or quick else Path("results/memory"),
                 runs,
                 size=chosen,
                 text=text,
                 workers=workers,
                 command=command,
                 tokens=tokens,
+                plan=lm.PAPER if suite == "lm" else lm.MEMORY,
                 say=tell,
             )
         failed += found.get("failed", [])

@@ -316,3 +316,27 @@ def test_a_quick_version_runs_to_its_end_and_is_marked(command, tmp_path, capsys
     written = [json.loads(p.read_text()) for p in (tmp_path / "results").glob("*.json")]
     assert written
     assert all(suite["quick"] and suite["rows"] for suite in written)
+
+
+def test_the_memory_passes_through_the_sweep_and_both_seeds_beside_the_paper_s_two():
+    suite = lm._Suite(lm.SIZES["small"], None, lm.MEMORY)
+    sweep = suite.stage("sweep", [])
+    assert {t.about["variant"] for t in sweep} == set(lm.MEMORY.variants)
+    assert all("mixer=memory" in t.words() for t in sweep if "memory" in t.about["variant"])
+    rows = [
+        {**t.about, "eval_loss": 4.0 + t.about["lr"] + t.about["initializer_range"]} for t in sweep
+    ]
+    main = suite.stage("main", rows)
+    assert [t.about["variant"] for t in main] == list(lm.MEMORY.variants)
+    seeds = suite.stage("seeds", [{**t.about, "eval_loss": 3.0} for t in main])
+    assert [(t.about["variant"], t.about["seed"]) for t in seeds] == [
+        (name, 1) for name in lm.MEMORY.variants
+    ]
+
+
+def test_a_single_pair_of_rate_and_width_needs_no_sweep():
+    suite = lm._Suite(lm.SIZES["125m-short"], None, lm.MEMORY)
+    assert suite.stage("sweep", []) == []
+    main = suite.stage("main", [])
+    assert [t.about["variant"] for t in main] == list(lm.MEMORY.variants)
+    assert all(t.resolved().steps == 305 for t in main if "memory" not in t.about["variant"])

@@ -13,7 +13,12 @@ seeds, the loss on held-out text in nats a token, equal tokens. Stages, each fro
     branches    SWH beside each of its branches alone, a quarter of the tokens
     published   as above
 
-`size` is "small" (any text; hours on CPU cores) or "125m" (the paper's shape, FineWeb-Edu, a GPU).
+A `Plan` says which variants pass through which stages: `PAPER` all of them, `MEMORY` (the layer
+with a memory beside its branches, see `nn/memory.py`) the sweep, main and seeds.
+
+`size` is "small" (any text; hours on CPU cores, minutes on a GPU), "125m" (the paper's shape,
+FineWeb-Edu, a GPU) or "125m-short" (the same shape, 20 million tokens of any text, one learning
+rate: minutes on a GPU).
 """
 
 from __future__ import annotations
@@ -44,11 +49,27 @@ ACCUMULATION = 8  # micro-batches, by which the paper's printed loss is divided
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What is compared: variants (name -> changes of the recipe), the stages they pass through,
+    and which variants are trained in `main` and `branches`."""
+
+    variants: dict[str, dict[str, Any]]
+    stages: tuple[str, ...]
+    main: tuple[str, ...]
+    branches: tuple[str, ...] = ()
+
+
+PAPER = Plan(VARIANTS, STAGES, BOTH, BRANCHES)
+WITH_MEMORY = {name: VARIANTS[name] for name in BOTH} | {"SWH with memory": {"mixer": "memory"}}
+MEMORY = Plan(WITH_MEMORY, ("sweep", "main", "seeds"), tuple(WITH_MEMORY))
+
+
+@dataclass(frozen=True)
 class Size:
     """A recipe, and how much of it each stage takes (optimiser steps).
 
     The sweep is every learning rate at every width of the initial weights, and the pairs `beyond`,
-    which show that the grid has not ended too early.
+    which show that the grid has not ended too early. A single pair needs no sweep.
     """
 
     recipe: str
@@ -88,6 +109,23 @@ SIZES = {
         branches=4000,
         published={"steps": 2000},
     ),
+    "125m-short": Size(
+        "paper-lm",
+        rates=(1e-3,),
+        widths=(0.02,),
+        sweep=0,
+        main=305,
+        branches=76,
+        published={"steps": 305},
+        seeds=(FIRST,),
+        knobs=(
+            ("micro_batch_size", 32),
+            ("warmup_steps", 30),
+            ("eval_every", 61),
+            ("eval_tokens", 131_072),
+            ("save_every", 305),
+        ),
+    ),
     "quick": Size(
         "tiny",
         rates=(1e-3,),
@@ -119,23 +157,24 @@ def run(
     workers: int,
     command: str,
     tokens: int | None = None,
+    plan: Plan = PAPER,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Run what is missing and write out/lm-SIZE.json after every stage.
+    """Run what is missing of `plan` and write out/lm-SIZE.json after every stage.
 
     work: where the run folders are. tokens: of a main run, instead of the size's own; the other
     stages shrink with it. Raises Interrupted on a signal; the next call goes on.
     """
     if size not in SIZES:
         raise unknown("size", size, SIZES)
-    suite = _Suite(SIZES[size], tokens)
+    suite = _Suite(SIZES[size], tokens, plan)
     text.prepare(suite.size_recipe())
     name = f"lm-{size}"
     earlier = results.load(out, name) or {"rows": []}
     known = {row["key"]: row for row in earlier["rows"]}
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
-    for stage in STAGES:
+    for stage in plan.stages:
         trainings = suite.stage(stage, rows)
         missing = [t for t in trainings if t.key(text) not in known]
         say(f"{stage}: {len(trainings)} trainings, {len(missing)} not in earlier results")
@@ -146,7 +185,7 @@ def run(
             rows += [training.about | row] if row else []
         # until the last stage, rows of an earlier call stay: this one may be stopped
         there = {row["key"] for row in rows}
-        later = [] if stage == STAGES[-1] else [r for k, r in known.items() if k not in there]
+        later = [] if stage == plan.stages[-1] else [r for k, r in known.items() if k not in there]
         results.keep(out, name, rows + later, quick=size == "quick", command=command, failed=failed)
     say(f"{len(rows)} rows: {out / (name + '.json')}")
     return results.load(out, name) or {}
@@ -194,8 +233,8 @@ def _knobs(row: dict[str, Any]) -> Knobs:
 class _Suite:
     """The trainings of each stage at one size."""
 
-    def __init__(self, size: Size, tokens: int | None):
-        self.size = size
+    def __init__(self, size: Size, tokens: int | None, plan: Plan = PAPER):
+        self.size, self.plan = size, plan
         per_step = self.size_recipe().tokens_per_step
         self.scale = 1.0 if tokens is None else tokens / (size.main * per_step)
 
@@ -204,12 +243,14 @@ class _Suite:
 
     def stage(self, stage: str, rows: Rows) -> list[Training]:
         """rows: of the stages before; a variant that they lack is left out."""
-        size = self.size
+        size, plan = self.size, self.plan
+        swept = [{"lr": rate, "initializer_range": width} for rate, width in size.swept]
         if stage == "sweep":
             return [
-                self._training(stage, name, FIRST, size.sweep, lr=rate, initializer_range=width)
-                for name in VARIANTS
-                for rate, width in size.swept
+                self._training(stage, name, FIRST, size.sweep, **knobs)
+                for name in plan.variants
+                for knobs in swept
+                if len(swept) > 1
             ]
         if stage == "published":
             knobs = {k: v for k, v in size.published.items() if k != "steps"} | AS_PUBLISHED
@@ -221,8 +262,10 @@ class _Suite:
                 for seed in size.seeds[1:]
                 for variant, knobs in best(rows, "main").items()
             ]
-        steps, variants = (size.main, BOTH) if stage == "main" else (size.branches, BRANCHES)
-        tried = candidates(rows)
+        steps, variants = size.branches, plan.branches
+        if stage == "main":
+            steps, variants = size.main, plan.main
+        tried = candidates(rows) if len(swept) > 1 else dict.fromkeys(variants, swept)
         return [
             self._training(stage, variant, FIRST, steps, **knobs)
             for variant in variants
@@ -233,7 +276,7 @@ class _Suite:
         about = {"part": part, "variant": variant, "seed": seed}
         about |= {name: knobs[name] for name in ("lr", "initializer_range")}
         steps = max(2, round(steps * self.scale))
-        every = {**dict(self.size.knobs), **VARIANTS[variant], **knobs}
+        every = {**dict(self.size.knobs), **self.plan.variants[variant], **knobs}
         words = f"lr{knobs['lr']:g}-init{knobs['initializer_range']:g}-seed{seed}"
         place = f"{part}/{variant.replace(' ', '-').lower()}-{words}"
         return Training(self.size.recipe, every | {"seed": seed, "steps": steps}, place, about)
