@@ -49,7 +49,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[BENCH]...",
-            help="spectral, window, prefill, decode, train, scaling, memory, or all (the default).",
+            help="spectral, window, prefill, decode, train, scaling, memory, or all (the default). "
+            "With --device cuda: ceilings, spectral, window, train.",
         ),
     ] = None,
     out: Annotated[
@@ -68,6 +69,19 @@ def bench(
         int | None,
         typer.Option(min=1, max=4096, metavar="N", help="CPU threads. Default: 1, and then all."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu or cuda. With cuda, --out is needed.")
+    ] = "cpu",
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=600, metavar="N", help="On a GPU: about how long in all.")
+    ] = 10.0,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="With --device cuda: every step at toy size on a CPU, Triton interpreted.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """How fast every path is here, beside what you would take instead and what the hardware allows;
@@ -81,6 +95,9 @@ def bench(
         out=out,
         quick=quick,
         json=json,
+        device=device,
+        minutes=minutes,
+        dry_run=dry_run,
     )
 
 

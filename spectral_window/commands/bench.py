@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spectral_window.commands.show import print_json, print_table, size
-from spectral_window.errors import ResourceError, unknown
+from spectral_window.errors import ResourceError, UserError, unknown
 from spectral_window.lab import bench
 from spectral_window.lab.bench.goals import judge, say
 from spectral_window.lab.bench.pictures import draw_all
@@ -33,8 +35,18 @@ def run(
     out: Path | None,
     quick: bool,
     json: bool,
+    device: str = "cpu",
+    minutes: float = 10.0,
+    dry_run: bool = False,
 ) -> None:
-    """Measure, show and, with `out`, write BENCH.json, goals.json and the pictures there."""
+    """Measure, show and, with `out`, write BENCH.json, goals.json and the pictures there.
+
+    device "cuda": the parts of `lab/bench/gpu.py` instead, in about `minutes`; `dry_run` walks
+    them on a CPU.
+    """
+    if device != "cpu":
+        _on_gpu(benches, device, out, minutes, dry_run)
+        return
     names = bench.chosen(benches)
     for dtype in dtypes:
         if dtype not in bench.DTYPES:
@@ -71,6 +83,25 @@ def run(
         _show_goals([goal for goal in goals if goal["bench"] in names and not quick])
     if failed:
         raise ResourceError("; ".join(failed))
+
+
+def _on_gpu(parts: list[str], device: str, out: Path | None, minutes: float, dry_run: bool) -> None:
+    from spectral_window.lab.bench import gpu
+
+    if device != "cuda":
+        raise unknown("device", device, ("cpu", "cuda"))
+    for part in parts:
+        if part not in gpu.PARTS:
+            raise unknown("bench on a GPU", part, gpu.PARTS)
+    if out is None:
+        raise UserError("--out is missing (bench --device cuda): name a folder for the results")
+    if not dry_run and not torch.cuda.is_available():
+        raise UserError(
+            "no usable GPU here (bench --device cuda): --dry-run walks the steps on a CPU"
+        )
+    unfinished = gpu.run(out, minutes=minutes, parts=parts, dry_run=dry_run)
+    if unfinished:
+        raise ResourceError(f"{'; '.join(unfinished)}; what was measured is in {out}")
 
 
 def _show(name: str, group: dict[str, Any]) -> None:

@@ -1,0 +1,263 @@
+"""`spectral-window bench --device cuda --minutes N`: what only a GPU can show, in bounded time.
+
+    ceilings   what the card reaches: a device copy, a bfloat16 and a float32 matrix product
+    spectral   the convolution: right at real sizes, then against a copy and the paper's FFT
+    window     the attention: right at real sizes, then against fused full attention
+    train      a training step at the paper's shape, against a Transformer
+
+Each part is a process of its own with its share of the time, checks come before times, and what a
+part has found is written as it goes: a part that fails or is stopped keeps its rows, and the row of
+what failed says why. `dry_run` walks every part at toy sizes on a CPU, where Triton's interpreter
+stands in for the card; it shows the way, and its numbers mean nothing.
+
+Times are of CUDA events around a call, contestants interleaved in an order drawn anew each round;
+ratios are to the first contestant of the same round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_window.hf.config import SWHConfig
+from spectral_window.hf.model import SWHForCausalLM, match_parameters
+from spectral_window.lab.bench.race import reason
+from spectral_window.nn.mixers import MIXERS, set_methods
+from spectral_window.training.files import write_json
+from spectral_window.training.machine import environment
+
+Row = dict[str, Any]
+# part -> (where its rows come from, share of the time)
+PARTS: dict[str, tuple[str, float]] = {
+    "ceilings": ("spectral_window.lab.bench.gpu:ceilings", 0.08),
+    "spectral": ("spectral_window.lab.bench.gpu_spectral:rows", 0.34),
+    "window": ("spectral_window.lab.bench.gpu_window:rows", 0.34),
+    "train": ("spectral_window.lab.bench.gpu:train", 0.24),
+}
+ROUNDS = 5
+
+
+def run(
+    out: Path,
+    *,
+    minutes: float,
+    parts: list[str] | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Measure `parts` (default: all) in about `minutes`, into out/PART.json; returns the parts that
+    did not come to their end, each with why."""
+    unfinished = []
+    for part in parts or PARTS:
+        begin = time.perf_counter()
+        allowed = 60 * minutes * PARTS[part][1] / sum(PARTS[p][1] for p in parts or PARTS)
+        path = out / f"{part}.json"
+        out.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        why = _in_child(part, path, allowed, dry_run)
+        if why:
+            unfinished.append(f"{part}: {why}")
+        count = len(json.loads(path.read_text())["rows"]) if path.exists() else 0
+        say(f"{part}: {count} rows, {time.perf_counter() - begin:.0f} s{', ' * bool(why)}{why}")
+    return unfinished
+
+
+def _in_child(part: str, path: Path, seconds: float, dry_run: bool) -> str:
+    """Run a part; "" or why it did not end well."""
+    command = [sys.executable, "-m", "spectral_window.lab.bench.gpu"]
+    command += [part, str(path), str(seconds), "dry" if dry_run else "real"]
+    surroundings = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if dry_run else {})
+    try:
+        done = subprocess.run(command, env=surroundings, timeout=seconds + 30, check=False)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds + 30:.0f} s"
+    return "" if done.returncode == 0 else f"ended with {done.returncode}"
+
+
+def child(part: str, path: Path, seconds: float, dry_run: bool) -> None:
+    """What the process of a part does: write rows as they come, until the time is up."""
+    module, _, name = PARTS[part][0].partition(":")
+    source: Callable[..., Iterator[Row]] = getattr(import_module(module), name)
+    device = "cpu" if dry_run else "cuda"
+    torch.set_float32_matmul_precision("highest")
+    about = {"part": part, "dry_run": dry_run, "environment": environment(device)}
+    rows: list[Row] = []
+    begin = time.perf_counter()
+    write_json(path, about | {"rows": rows})
+    for row in source(torch.device(device), quick=dry_run):
+        rows.append(row)
+        write_json(path, about | {"rows": rows})
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        if time.perf_counter() - begin > seconds:
+            rows.append({"status": f"out of time after {seconds:.0f} s: the rest was not measured"})
+            write_json(path, about | {"rows": rows})
+            return
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+def timed(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one call, the mean of `repeats` in a row."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - begin) / repeats
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / repeats
+
+
+def race(
+    lineup: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = ROUNDS,
+    repeats: int = 1,
+    **tags: Any,
+) -> list[Row]:
+    """A row for each contestant: `tags`, contestant, status, milliseconds and ratio to the first
+    (medians over the rounds, with the lowest and highest)."""
+    failed: dict[str, str] = {}
+    for name, call in lineup.items():
+        try:
+            for _ in range(2):  # compiles, loads, takes memory
+                timed(call, device)
+        except Exception as error:  # whatever it is, the row tells it
+            failed[name] = reason(error)
+    able = [name for name in lineup if name not in failed]
+    spent: list[dict[str, float]] = []
+    draw = random.Random(0)
+    for _ in range(rounds if able else 0):
+        order = list(able)
+        draw.shuffle(order)
+        spent.append({name: timed(lineup[name], device, repeats) for name in order})
+    rows = []
+    for name in lineup:
+        row: Row = {**tags, "contestant": name, "status": failed.get(name, "ok")}
+        if name in able:
+            row |= _spread("milliseconds", [1000 * one[name] for one in spent])
+            if able[0] == next(iter(lineup)):
+                row |= _spread("ratio", [one[name] / one[able[0]] for one in spent])
+        rows.append(row)
+    return rows
+
+
+def _spread(key: str, values: list[float]) -> dict[str, float]:
+    numbers = {key: statistics.median(values), f"{key}_min": min(values), f"{key}_max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in numbers.items()}
+
+
+# ---------------------------------------------------------------------------------- parts
+
+
+def ceilings(device: torch.device, quick: bool) -> Iterator[Row]:
+    """What the card reaches: GB/s of a copy (read and written), TFLOP/s of products."""
+    x = torch.randn(1 << (10 if quick else 28), device=device)  # 1 GiB
+    y = torch.empty_like(x)
+    (row,) = race({"copy": lambda: y.copy_(x)}, device)
+    if row["status"] == "ok":
+        row["GB_per_s"] = float(f"{2 * x.nbytes / row['milliseconds'] / 1e6:.4g}")
+    yield row
+    del x, y
+    size = 32 if quick else 8192
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        name = f"matrix product, {str(dtype).removeprefix('torch.')}"
+        (row,) = race({name: lambda a=a, b=b: a @ b}, device)
+        if row["status"] == "ok":
+            row["TFLOP_per_s"] = float(f"{2 * size**3 / row['milliseconds'] / 1e9:.4g}")
+        yield row
+
+
+def train(device: torch.device, quick: bool) -> Iterator[Row]:
+    """A step (forward, backward, AdamW; bfloat16 autocast over float32 weights) at the paper's
+    shape and equal parameters: SWH, its plain methods, a Transformer, and with a memory."""
+    config = SWHConfig(
+        **(
+            {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+            if quick
+            else {}
+        )
+    )
+    for batch, length in ((2, 40),) if quick else ((16, 1024), (2, 8192)):
+        lineup: dict[str, Callable[[], object]] = {}
+        peaks: dict[str, int] = {}
+        flops: dict[str, int] = {}
+        ids = torch.randint(config.vocab_size, (batch, length), device=device)
+        for name, mixer in (
+            ("SWH", "spectral_window"),
+            ("SWH, plain methods", "spectral_window"),
+            ("Transformer", "attention"),
+            ("SWH with memory", "memory"),
+        ):
+            if mixer not in MIXERS:
+                continue
+            model = _model(config, mixer, device)
+            if name == "SWH, plain methods":
+                set_methods(model, spectral="chunked", window="chunked")
+            lineup[name] = _step(model, ids)
+            flops[name] = 3 * model.flops_per_token(length)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                try:
+                    lineup[name]()
+                    peaks[name] = torch.cuda.max_memory_allocated() - before
+                except Exception as error:
+                    print(f"{name}: {reason(error)}", file=sys.stderr)
+        for row in race(lineup, device, repeats=1 if quick else 2, batch=batch, length=length):
+            name = row["contestant"]
+            if row["status"] == "ok":
+                rate = 1000 * batch * length / row["milliseconds"]
+                row["tokens_per_s"] = round(rate)
+                row["TFLOP_per_s"] = float(f"{rate * flops[name] / 1e12:.4g}")
+                row["peak_bytes_of_a_step"] = peaks.get(name)
+            yield row
+        lineup.clear()
+
+
+def _model(config: SWHConfig, mixer: str, device: torch.device) -> SWHForCausalLM:
+    """A model of `mixer` with as many parameters as the paper's layer gives."""
+    torch.manual_seed(0)
+    if mixer != config.mixer:
+        with torch.device("meta"):
+            size = SWHForCausalLM(config).count_parameters()
+        fields = config.to_diff_dict() | {"mixer": mixer}
+        fields.pop("model_type", None)
+        fields.pop("transformers_version", None)
+        config = match_parameters(SWHConfig(**fields), size)
+    return SWHForCausalLM(config).to(device).train()
+
+
+def _step(model: SWHForCausalLM, ids: torch.Tensor) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+if __name__ == "__main__":
+    child(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "dry")
