@@ -24,11 +24,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
@@ -171,16 +173,15 @@ def ceilings(device: torch.device, quick: bool) -> Iterator[Row]:
     """What the card reaches: GB/s of a copy (read and written), TFLOP/s of products."""
     x = torch.randn(1 << (10 if quick else 28), device=device)  # 1 GiB
     y = torch.empty_like(x)
-    (row,) = race({"copy": lambda: y.copy_(x)}, device)
+    (row,) = race({"copy": partial(y.copy_, x)}, device)
     if row["status"] == "ok":
         row["GB_per_s"] = float(f"{2 * x.nbytes / row['milliseconds'] / 1e6:.4g}")
     yield row
-    del x, y
     size = 32 if quick else 8192
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         name = f"matrix product, {str(dtype).removeprefix('torch.')}"
-        (row,) = race({name: lambda a=a, b=b: a @ b}, device)
+        (row,) = race({name: partial(torch.mm, a, b)}, device)
         if row["status"] == "ok":
             row["TFLOP_per_s"] = float(f"{2 * size**3 / row['milliseconds'] / 1e9:.4g}")
         yield row
@@ -189,13 +190,11 @@ def ceilings(device: torch.device, quick: bool) -> Iterator[Row]:
 def train(device: torch.device, quick: bool) -> Iterator[Row]:
     """A step (forward, backward, AdamW; bfloat16 autocast over float32 weights) at the paper's
     shape and equal parameters: SWH, its plain methods, a Transformer, and with a memory."""
-    config = SWHConfig(
-        **(
-            {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-            if quick
-            else {}
+    config = SWHConfig()
+    if quick:
+        config = SWHConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
         )
-    )
     for batch, length in ((2, 40),) if quick else ((16, 1024), (2, 8192)):
         lineup: dict[str, Callable[[], object]] = {}
         peaks: dict[str, int] = {}
@@ -243,7 +242,8 @@ def _model(config: SWHConfig, mixer: str, device: torch.device) -> SWHForCausalL
         fields.pop("model_type", None)
         fields.pop("transformers_version", None)
         config = match_parameters(SWHConfig(**fields), size)
-    return SWHForCausalLM(config).to(device).train()
+    model = SWHForCausalLM(config).train()
+    return nn.Module.to(model, device)
 
 
 def _step(model: SWHForCausalLM, ids: torch.Tensor) -> Callable[[], object]:
