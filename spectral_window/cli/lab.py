@@ -55,7 +55,9 @@ def bench(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also write BENCH.json, goals.json and pictures there."),
+        typer.Option(
+            metavar="DIR", help="Also write BENCH.json, goals.json and pictures to DIR/PROCESSOR."
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,

@@ -39,7 +39,8 @@ def run(
     minutes: float = 10.0,
     dry_run: bool = False,
 ) -> None:
-    """Measure, show and, with `out`, write BENCH.json, goals.json and the pictures there.
+    """Measure, show and, with `out`, write BENCH.json, goals.json and the pictures to its folder
+    for this processor.
 
     device "cuda": the parts of `lab/bench/gpu.py` instead, in about `minutes`; `dry_run` walks
     them on a CPU.
@@ -48,6 +49,7 @@ def run(
         _on_gpu(benches, device, out, minutes, dry_run)
         return
     names = bench.chosen(benches)
+    out = out and bench.place(out)
     for dtype in dtypes:
         if dtype not in bench.DTYPES:
             raise unknown("dtype", dtype, bench.DTYPES)

@@ -17,6 +17,7 @@ from spectral_window.nn.kernels import KERNELS
 from spectral_window.ops import Taps
 from spectral_window.ops.dispatch import resolve as resolve_method
 from spectral_window.training.loading import choose_device, find_model, load_config
+from spectral_window.training.machine import in_force
 from spectral_window.training.recipes import RECIPES, Recipe
 from spectral_window.training.recipes import resolve as resolve_recipe
 
@@ -62,7 +63,7 @@ def run(*, model: str, overrides: list[str], context: list[int], device: str, js
             "system": f"{platform.system()} {platform.machine()}",
             "device": str(place),
             "threads": torch.get_num_threads(),
-            "matmul_precision": torch.get_float32_matmul_precision(),
+            "matmul_precision": in_force(),
         },
     }
     if json:

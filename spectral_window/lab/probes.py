@@ -31,10 +31,11 @@ from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
 from spectral_window.lab.jobs import Job
 from spectral_window.training.files import write_json
-from spectral_window.training.machine import environment, keep_memory
+from spectral_window.training.machine import environment, keep_memory, matmul_precision
 from spectral_window.training.optimizer import parameter_groups
 
 EACH = 3  # probes in one process
+PRECISION = "auto"  # of float32 products
 TEST_TOKENS = 32_768  # of a test batch: enough to fill a processor at any length
 
 
@@ -257,19 +258,20 @@ def main(settings: Sequence[str]) -> int:
     where one of them failed, after the others have run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     keep_memory()
-    torch.set_float32_matmul_precision("medium")
     failed = 0
     for path in map(Path, settings):
         values = json.loads(path.read_text(encoding="utf-8"))
         values["tests"] = tuple(Exam(**test) for test in values["tests"])
         values["lengths"] = tuple(values["lengths"])
         try:
-            row = run(Probe(**values), device=device)
+            with matmul_precision(PRECISION, device):
+                row = run(Probe(**values), device=device)
+                row |= {"environment": environment(device, asked=PRECISION)}
         except DivergedError as error:
             print(error, file=sys.stderr)
             failed = 1
         else:
-            write_json(_row_of(path), row | {"environment": environment(device)})
+            write_json(_row_of(path), row)
     return failed
 
 

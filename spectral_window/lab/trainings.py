@@ -73,6 +73,8 @@ class Training:
     def key(self, text: Text) -> str:
         """Names the run: the same recipe and the same tokens, the same key."""
         recipe = {k: v for k, v in self.resolved().to_dict().items() if k not in ("data", "valid")}
+        if recipe["matmul_precision"] == "auto":  # keys are older: float32 was called so in them
+            recipe["matmul_precision"] = "medium"
         named = json.dumps([recipe, text.fingerprint], sort_keys=True)
         return hashlib.sha256(named.encode()).hexdigest()[:16]
 
@@ -99,7 +101,8 @@ class Training:
             return None
         mine = self.resolved().to_dict()
         theirs = run.config.get("recipe", {})
-        other = [k for k, v in mine.items() if k not in FREE and theirs.get(k, v) != v]
+        free = FREE | ({"matmul_precision"} if mine["matmul_precision"] == "auto" else set())
+        other = [k for k, v in mine.items() if k not in free and theirs.get(k, v) != v]
         if other:
             raise IntegrityError(
                 f"the run in {run.folder} differs in {', '.join(other)}: choose another --work"

@@ -12,7 +12,9 @@ from spectral_window.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
-MATMUL_PRECISIONS = ("highest", "high", "medium")
+# torch's names for how float32 products may be computed, in the order that "auto" tries them
+MATMUL_SETTINGS = ("medium", "high", "highest")
+MATMUL_PRECISIONS = ("auto", *MATMUL_SETTINGS)
 
 _TYPE_NAMES = {
     bool: "true or false",

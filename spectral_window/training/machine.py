@@ -1,23 +1,28 @@
-"""The machine: which device trains, whether the model fits, and what is recorded about both."""
+"""The machine: which device trains, whether the model fits, how exact its float32 is, and what is
+recorded about all of them."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import datetime
+import functools
 import os
 import platform
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 import transformers
+from torch import Tensor
 
 import spectral_window
 from spectral_window.errors import ResourceError, UserError
+from spectral_window.training.knobs import MATMUL_SETTINGS as SETTINGS
 from spectral_window.training.recipes import Recipe
 
 
@@ -83,38 +88,152 @@ def keep_memory() -> str:
     return "glibc keeps freed memory (blocks to 2 GiB in the heap, no trimming, no fast bins)"
 
 
+# ------------------------------------------------------------- the precision of float32 products
+
+FLOAT32 = 1e-6  # the error of a float32 product stays below; TF32's is 3e-4, bfloat16's 2e-3
+_SHAPES = ((256, 768, 768), (1, 768, 768), (8, 64, 64, 64))  # ([batch,] rows, in, out)
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Precision(NamedTuple):
+    """How float32 products are computed: the setting that was asked for, torch's setting in force,
+    and the relative error of a product under it."""
+
+    asked: str
+    in_force: str
+    error: float
+
+    def __str__(self) -> str:
+        asked = "" if self.asked == self.in_force else f" ({self.asked})"
+        exact = "" if self.error < FLOAT32 else ": less exact than float32"
+        return f"matmul_precision {self.in_force}{asked}, relative error {self.error:.1e}{exact}"
+
+
+def precision(asked: str, device: str) -> Precision:
+    """What `asked` ("auto", or one of torch's settings) means on `device`: measured once a
+    process."""
+    error = functools.partial(_error_under, device=device)
+    setting = fastest(error) if asked == "auto" else asked
+    return Precision(asked, setting, error(setting))
+
+
+def fastest(error: Callable[[str], float]) -> str:
+    """The first of `SETTINGS` whose products are float32's: error(setting) < `FLOAT32`.
+
+    The names alone do not tell. On a CPU "medium" lets torch hand products to oneDNN, which
+    computes in bfloat16 where the processor has units for it (AMX), and else in float32: as fast as
+    "highest", or twice as fast (AMD Zen 5). So the order is fixed, and no clock decides what a run
+    computes. On a GPU "medium" and "high" mean TF32, which is not float32. Where no setting stays
+    below, it is the most exact one.
+    """
+    return next((setting for setting in SETTINGS if error(setting) < FLOAT32), SETTINGS[-1])
+
+
+def product_error(device: str, product: Product = torch.matmul) -> float:
+    """The error of float32 products relative to float64, as torch is set now: the largest over a
+    few shapes that models have. Leaves the random generators alone."""
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        for *batch, rows, size, out in _SHAPES:
+            x = torch.randn(*batch, rows, size, generator=generator, dtype=torch.float32)
+            w = torch.randn(*batch, out, size, generator=generator, dtype=torch.float32).mT
+            truth = x.double() @ w.double()
+            off = product(x.to(device), w.to(device)).double().cpu() - truth
+            worst = max(worst, float(off.norm() / truth.norm()))
+    return worst
+
+
+@functools.cache
+def _error_under(setting: str, device: str) -> float:
+    with _set(setting):
+        return product_error(device)
+
+
 @contextlib.contextmanager
-def matmul_precision(recipe: Recipe) -> Iterator[None]:
-    """The recipe's precision of float32 matrix products, put back afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(recipe.matmul_precision)
+def matmul_precision(asked: str, device: str) -> Iterator[Precision]:
+    """Compute float32 products in the precision `asked` (see `precision`); put back afterwards what
+    was set before."""
+    found = precision(asked, device)
+    with _set(found.in_force):
+        yield found
+
+
+@contextlib.contextmanager
+def _set(setting: str) -> Iterator[None]:
+    # torch keeps the setting twice: under this name, and for each library. A program may have set
+    # the latter alone; then the name cannot be read, but both can be set.
+    backends: Any = torch.backends
+    libraries = (backends.mkldnn.matmul, backends.cuda.matmul)
+    values = [library.fp32_precision for library in libraries]
+    before = in_force()
+    torch.set_float32_matmul_precision(setting)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before if before in SETTINGS else "highest")
+        for library, value in zip(libraries, values, strict=True):
+            library.fp32_precision = value
 
 
-def environment(device: str, *, processes: int = 1, dtype: str = "float32") -> dict[str, Any]:
-    """What numbers were measured on, as torch is set now. Names no user, host or path."""
+def in_force() -> str:
+    """How float32 products are computed now: one of `SETTINGS`, or in words where a program set
+    its libraries apart."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        backends: Any = torch.backends
+        cpu, gpu = (x.matmul.fp32_precision for x in (backends.mkldnn, backends.cuda))
+        return f"{cpu} (CPU), {gpu} (GPU)"
+
+
+# ------------------------------------------------------------------------------ what is recorded
+
+
+def environment(
+    device: str, *, asked: str, processes: int = 1, dtype: str = "float32"
+) -> dict[str, Any]:
+    """What numbers were measured on, as torch is set now. Names no user, host or path.
+
+    asked: the precision of float32 products that was asked for; what is in force stands beside it,
+    with the relative error of a product.
+    """
+    setting = in_force()
+    error = _error_under(setting, device) if setting in SETTINGS else product_error(device)
     return {
         "spectral_window": spectral_window.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "device": device,
         "threads": torch.get_num_threads(),
         "processes": processes,
         "dtype": dtype,
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": setting,
+        "matmul_precision_asked": asked,
+        "matmul_error": float(f"{error:.3g}"),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, and its kind as compilers call it: virtual machines hide the model."""
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+                name = line.partition(":")[2].strip()
+                break
+    with contextlib.suppress(ImportError):
+        from llvmlite.binding import get_host_cpu_name
+
+        return f"{name} ({get_host_cpu_name()})"
+    return name
+
+
+def folder_name(processor: str) -> str:
+    """A processor as the name of a folder: 'AMD EPYC (znver5)' -> 'amd-epyc-znver5'."""
+    plain = re.sub(r"\((r|tm|c)\)|@.*?hz\b|\b(cpu|processor)\b", " ", processor.lower())
+    return "-".join(re.findall(r"[a-z0-9]+", plain)) or "unknown"

@@ -89,7 +89,7 @@ class Recipe:
     seed: int = 0
     # Numbers and machine
     dtype: str = "float32"
-    matmul_precision: str = "medium"
+    matmul_precision: str = "auto"  # the fastest that is float32 here; see `machine.fastest`
     device: str = "auto"
     gradient_checkpointing: bool = False
     # What is written down, and when (steps)

@@ -34,6 +34,7 @@ from spectral_window.training import folder as run_folder
 from spectral_window.training.evaluate import evaluate
 from spectral_window.training.files import remove_leftovers, write_folder, write_json
 from spectral_window.training.interrupt import Interrupted, catch_signals
+from spectral_window.training.knobs import MATMUL_PRECISIONS
 from spectral_window.training.loop import RecipeTrainer, accumulation
 from spectral_window.training.metrics import MetricsLog
 from spectral_window.training.parallel import World
@@ -89,6 +90,8 @@ def train(
     (memory or disk), Interrupted (SIGINT or SIGTERM; after saving a checkpoint).
     """
     out = Path(out)
+    if resume:
+        recipe = _in_its_own_precision(recipe, out)
     teller = progress if progress is not None else Silent()
     device = machine.pick_device(recipe)
     world = World.join(device)
@@ -97,7 +100,10 @@ def train(
         # A bad model is refused before the text is read, which can take long.
         model_config(recipe, vocab_size=recipe.vocab_size or 50304)
         world.first(lambda: run_folder.check(out, resume, overwrite))
-        with run_folder.claim(out, world) as claim, machine.matmul_precision(recipe):
+        with (
+            run_folder.claim(out, world) as claim,
+            machine.matmul_precision(recipe.matmul_precision, device),
+        ):
             if overwrite:
                 world.first(lambda: run_folder.remove_run(out))
             data = _corpus(recipe, out, corpus, world, teller, bool(resume), overwrite)
@@ -217,6 +223,7 @@ class _Run:
                 progress=self.progress,
             )
             self.world.first(lambda: self._record(step))
+            self.progress.note(str(machine.precision(self.recipe.matmul_precision, self.device)))
             self.progress.start(
                 f"{self.recipe.name} ({self.recipe.mixer})", step, self.recipe.steps
             )
@@ -251,9 +258,7 @@ class _Run:
                 "parameters": self.parameters,
                 "data": {"fingerprint": self.corpus.fingerprint, **_sizes(self.corpus)},
                 "command": self.command,
-                "environment": machine.environment(
-                    self.device, processes=self.world.size, dtype=self.recipe.dtype
-                ),
+                "environment": self._environment(),
             },
         )
         self.metrics.rewind(step)
@@ -288,9 +293,7 @@ class _Run:
             "peak_memory_bytes": max(peaks),
             "wall_seconds": round(trainer.seconds(), 3),
             "command": self.command,
-            "environment": machine.environment(
-                self.device, processes=world.size, dtype=recipe.dtype
-            ),
+            "environment": self._environment(),
         }
 
         def write_model(folder: Path) -> None:
@@ -308,6 +311,14 @@ class _Run:
             f"{scores['bits_per_byte']:.4f} bits per byte over {scores['tokens']:,} tokens"
         )
         return result
+
+    def _environment(self) -> dict[str, Any]:
+        return machine.environment(
+            self.device,
+            asked=self.recipe.matmul_precision,
+            processes=self.world.size,
+            dtype=self.recipe.dtype,
+        )
 
     def _warn(self, line: str) -> None:
         if isinstance(self.progress, Silent):
@@ -362,6 +373,19 @@ def _corpus(
 
     world.first(make)
     return open_corpus(where)
+
+
+def _in_its_own_precision(recipe: Recipe, out: Path) -> Recipe:
+    """`recipe` for going on with the run in `out`: where it names no precision of its own, in the
+    one that the run began with (runs older than "auto" began with another)."""
+    try:
+        begun = json.loads((out / "config.json").read_text(encoding="utf-8"))["recipe"]
+        own = begun["matmul_precision"]
+    except (OSError, ValueError, LookupError, TypeError):  # what is wrong there is found later
+        return recipe
+    if recipe.matmul_precision != "auto" or own not in MATMUL_PRECISIONS:
+        return recipe
+    return recipe.replace(matmul_precision=own)
 
 
 def _vocab_size(recipe: Recipe, corpus: Corpus) -> int:

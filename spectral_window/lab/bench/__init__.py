@@ -12,22 +12,22 @@
 A fast wrong answer has no time: every contestant that computes our function is first held to the
 float64 truth. What failed says why; nothing is filled in. Each number of threads runs in a fresh
 process, since the libraries underneath read it once when they start. All contestants share the
-process, the threads, `float32_matmul_precision` and the setting of the memory allocator, and all
-four stand in the results.
+process, the threads, the precision of float32 products and the setting of the memory allocator, and
+all four stand in the results.
 
-Rows are kept by (threads, dtype): a later run of one part replaces that part.
+Results lie in a folder named by the processor, rows by (threads, dtype): a later run of one part
+replaces that part.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,13 @@ import torch
 
 from spectral_window.errors import ResourceError, UserError, unknown
 from spectral_window.training.files import write_json
-from spectral_window.training.machine import environment, keep_memory
+from spectral_window.training.machine import (
+    environment,
+    folder_name,
+    keep_memory,
+    matmul_precision,
+    processor,
+)
 
 BENCHES = {
     "spectral": "operators",
@@ -51,8 +57,7 @@ BENCHES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What is about shape and not about speed is measured once: with all threads, in float32.
 ONCE = ("scaling", "memory")
-# About twice as fast as "highest" on AMD CPUs at the same error; with AMX it may use bfloat16.
-PRECISION = "medium"
+PRECISION = "auto"  # of float32 products: the fastest that is float32 on this processor
 
 Rows = list[dict[str, Any]]
 
@@ -75,18 +80,8 @@ def measure(name: str, dtype: str, quick: bool = False) -> Rows:
     """Run the bench `name` in this process as torch is set now: its rows."""
     module = import_module(f"spectral_window.lab.bench.{BENCHES[name]}")
     bench: Callable[[torch.dtype, bool], Rows] = getattr(module, f"bench_{name}")
-    with _precision():
+    with matmul_precision(PRECISION, "cpu"):
         return bench(DTYPES[dtype], quick)
-
-
-@contextlib.contextmanager
-def _precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(PRECISION)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def measure_in_child(name: str, threads: int, dtypes: list[str], quick: bool) -> Rows:
@@ -119,8 +114,8 @@ def child(job: dict[str, Any]) -> None:
     for dtype in job["dtypes"]:
         begin = time.perf_counter()
         rows = measure(job["name"], dtype, job["quick"])
-        with _precision():
-            about = environment("cpu", dtype=dtype)
+        with matmul_precision(PRECISION, "cpu"):
+            about = environment("cpu", asked=PRECISION, dtype=dtype)
         groups.append(
             {
                 "threads": torch.get_num_threads(),
@@ -151,12 +146,18 @@ def header(group: dict[str, Any]) -> str:
     return (
         f"{about['processor']}, {threads} thread{'s' * (threads > 1)}, {group['dtype']}, caches "
         f"{about['caches']}, torch {about['torch']}, transformers {about['transformers']}\n"
-        f"float32_matmul_precision {about['matmul_precision']}, {about['allocator']}"
+        f"matmul_precision {about['matmul_precision']}, relative error of a float32 product "
+        f"{about['matmul_error']:.1e}; {about['allocator']}"
         + ("; QUICK: a trial, not a measurement" if group["quick"] else "")
     )
 
 
 # ------------------------------------------------------------------------------- results on disk
+
+
+def place(out: Path) -> Path:
+    """The folder in `out` for what is measured here: speeds hold for one processor."""
+    return out / folder_name(processor())
 
 
 def load(folder: Path, name: str) -> Rows:

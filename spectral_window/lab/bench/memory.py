@@ -39,6 +39,7 @@ from spectral_window.lab.bench.operators import (
     window_lineup,
 )
 from spectral_window.lab.bench.race import Call
+from spectral_window.training.machine import matmul_precision
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PREFILL_LAYERS = 2
@@ -98,12 +99,12 @@ def _in_child(job: dict[str, Any], dtype: str, quick: bool) -> dict[str, Any]:
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one job in this process."""
-    torch.set_float32_matmul_precision(PRECISION)
     torch.manual_seed(0)
     start = status("VmRSS")
     parts = {"spectral": _operator, "window": _operator, "prefill": _prefill, "train": _train}
-    prepare, given, output = parts[job["part"]](job, DTYPES[job["dtype"]])
-    found = measure_peak(prepare, job["length"], start)
+    with matmul_precision(PRECISION, "cpu"):
+        prepare, given, output = parts[job["part"]](job, DTYPES[job["dtype"]])
+        found = measure_peak(prepare, job["length"], start)
     if given:
         beyond = max(0, found["peak_bytes"] - output)
         found |= {"beyond_output_bytes": beyond, "inputs": round(beyond / given, 3)}

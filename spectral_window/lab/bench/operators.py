@@ -1,7 +1,9 @@
 """The two operators against what a user would take instead: `spectral` and `window`.
 
     spectral   the scan (into given memory, and allocating), chunked, the paper's FFT; and a plain
-               copy: nothing that reads u and writes y can be faster than that
+               copy: nothing that reads u and writes y can be faster than that. Scan and copy also
+               into fresh memory, which the system clears page by page at the first touch: what an
+               output beyond 32 MB costs a process that does not keep freed memory
     window     ours, plain chunking as the paper's code does it, the package `local-attention`,
                and full causal attention by PyTorch's fused kernel
 
@@ -14,6 +16,8 @@ gate hands it permuted channels.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,6 +41,7 @@ TRUTH_LENGTH = 300
 BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 FULL = "full causal attention"
 GIVEN = "scan, into given memory"
+FRESH, FRESH_COPY = "scan, into fresh memory", "copy, into fresh memory"
 PASSES = ("forward", "forward + backward")
 Operator = Callable[..., Tensor]
 
@@ -71,11 +76,31 @@ def spectral_lineup(u: Tensor, modes: Modes, backward: bool) -> dict[str, Call]:
         name: partial(_call, operator, (u, *modes[:2]), gradient)
         for name, operator in SPECTRAL.items()
     }
-    if not backward:
-        given: Call = lambda: spectral_conv(u, modes, method="scan", out=y)  # noqa: E731
-        calls = {GIVEN: given, **calls}
     into = torch.ones_like(y)
-    return calls | {"copy": lambda: into.copy_(source), "clone": lambda: source.clone()}
+    copies: dict[str, Call] = {
+        "copy": lambda: into.copy_(source),
+        "clone": lambda: source.clone(),
+    }
+    if not backward:
+
+        def scan(out: Tensor) -> None:
+            spectral_conv(u, modes, method="scan", out=out)
+
+        calls = {GIVEN: lambda: scan(y), FRESH: lambda: scan(fresh_like(y)), **calls}
+        copies[FRESH_COPY] = lambda: fresh_like(y).copy_(source)
+    return calls | copies
+
+
+def fresh_like(x: Tensor) -> Tensor:
+    """Memory that no one has touched, in huge pages where the system has them; given back when the
+    tensor is no longer held."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return torch.frombuffer(mmap.mmap(-1, x.nbytes), dtype=x.dtype).view(x.shape)
+    memory = mmap.mmap(-1, x.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # advice: a system without them refuses it
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
 
 
 def draw_spectral(length: int, dtype: torch.dtype, backward: bool) -> tuple[Tensor, Modes]:
@@ -114,12 +139,16 @@ def _check_spectral(dtype: torch.dtype) -> dict[str, str]:
     u, modes = draw_spectral(TRUTH_LENGTH, dtype, False)
     truth = spectral_conv(u.double(), modes, method="reference")[0]
 
-    def given(u: Tensor, decay: Tensor, frequency: Tensor) -> Tensor:
-        y = torch.full_like(u, torch.nan)
-        spectral_conv(u, Modes(decay, frequency), method="scan", out=y)
-        return y
+    def into(memory: Callable[[Tensor], Tensor]) -> Operator:
+        def operator(u: Tensor, decay: Tensor, frequency: Tensor) -> Tensor:
+            y = memory(u).fill_(torch.nan)
+            spectral_conv(u, Modes(decay, frequency), method="scan", out=y)
+            return y
 
-    return _gate({**SPECTRAL, GIVEN: given}, (u, *modes[:2]), truth, BARS[dtype])
+        return operator
+
+    operators = {**SPECTRAL, GIVEN: into(torch.empty_like), FRESH: into(fresh_like)}
+    return _gate(operators, (u, *modes[:2]), truth, BARS[dtype])
 
 
 def far_errors(time: int, channels: int) -> list[dict[str, Any]]:

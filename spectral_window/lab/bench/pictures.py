@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from spectral_window.lab.bench import Rows
 from spectral_window.lab.bench.models import GEMMS, READING
-from spectral_window.lab.bench.operators import GIVEN, PASSES
+from spectral_window.lab.bench.operators import FRESH, FRESH_COPY, GIVEN, PASSES
 from spectral_window.lab.figures import MUTED, SERIES, STYLE, say_missing
 
 Points = Sequence[tuple[float, float]]
@@ -32,9 +32,9 @@ INK_OF = {  # a contestant keeps its colour in every picture
     "Llama": 1, "Llama, DynamicCache": 1, "the paper's FFT": 1, "naive chunks (the paper's)": 1,
     "Llama, StaticCache": 3, "Mamba2": 2, "chunked": 2, "local-attention": 2, "ours, chunked": 5,
     "RecurrentGemma": 4, "full causal attention": 4, "SWH, plain methods": 5, "window": 3,
-    "spectral": 0, "Transformer": 1,
+    "spectral": 0, "Transformer": 1, FRESH: 3,
 }  # fmt: skip
-FLOORS = (GEMMS, READING, "copy", "clone")
+FLOORS = (GEMMS, READING, "copy", "clone", FRESH_COPY)
 
 
 def draw_all(groups: Mapping[str, Rows], folder: Path) -> list[Path]:

@@ -39,6 +39,7 @@ from spectral_window.lab.bench.pictures import Panel, arrange, tokens
 from spectral_window.lab.reproduce.passes import CONTESTANTS, DOES_NOT_FIT, Job, Row
 from spectral_window.lab.results import load
 from spectral_window.training.files import write_json
+from spectral_window.training.machine import precision
 
 FORMS = {"published": "as published", "posed": "well-posed"}
 PUBLISHED = (512, 1024, 2048, 4096)
@@ -97,7 +98,7 @@ def _settings(shape: str, quick: bool, threads: int) -> dict[str, Any]:
         "batch": 1,
         "threads": threads,
         "dtype": "float32",
-        "matmul_precision": PRECISION,
+        "matmul_precision": precision(PRECISION, "cpu").in_force,
         "published_evaluations_a_layer": 2,
         "lengths_and_layers": {
             form: [[length, layers(length)] for length in (QUICK if quick else LENGTHS[form])]

@@ -29,7 +29,12 @@ from spectral_window.lab.bench.memory import RESET, measure_peak, status
 from spectral_window.lab.bench.models import BARS, draw_ids, in_float64
 from spectral_window.lab.bench.race import Race, disqualified, relative_error
 from spectral_window.lab.reproduce.published import Published, attention_bytes
-from spectral_window.training.machine import environment, keep_memory, peak_memory
+from spectral_window.training.machine import (
+    environment,
+    keep_memory,
+    matmul_precision,
+    peak_memory,
+)
 
 CONTESTANTS = {"transformer": "Transformer", "swh": "SWH"}  # the order the paper measured them in
 DOES_NOT_FIT = "does not fit"
@@ -42,15 +47,15 @@ Model = SWHModel | Published
 def main(job: Job) -> None:
     """Do one job in this process: a line of JSON on stdout for each thing found."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.set_float32_matmul_precision(PRECISION)
     torch.manual_seed(0)
-    for found in {"race": _race, "count": _count, "peak": _peak}[job["task"]](job):
-        print(json.dumps(found), flush=True)
+    with matmul_precision(PRECISION, "cpu"):
+        for found in {"race": _race, "count": _count, "peak": _peak}[job["task"]](job):
+            print(json.dumps(found), flush=True)
 
 
 def _race(job: Job) -> Iterator[Row]:
     allocator = keep_memory()
-    yield {"environment": environment("cpu") | {"allocator": allocator}}
+    yield {"environment": environment("cpu", asked=PRECISION) | {"allocator": allocator}}
     race = Race(seconds=0.05 if job["quick"] else 2.0, always=tuple(CONTESTANTS))
     models: dict[str, Model] = {}
     for length, layers in job["lengths"]:
@@ -128,23 +133,14 @@ def hidden_states(model: Model, ids: Tensor) -> Tensor:
 
 def check(model: Model) -> str | None:
     """Why `model` gets no time: its hidden states are not those of the same weights in float64 by
-    the reference methods. None if they are.
-
-    The float32 products are exact here: what the precision in use costs depends on the processor
-    and is no mistake of the code.
-    """
+    the reference methods. None if they are."""
     ids = draw_ids(config_of(model), 2, 3 * config_of(model).window + 4)
 
     def error() -> float:
         exact: Any = in_float64(cast(Any, model.model if isinstance(model, Published) else model))
         return relative_error(hidden_states(model, ids), hidden_states(exact, ids))
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        return disqualified(error, BARS[torch.float32])
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return disqualified(error, BARS[torch.float32])
 
 
 def too_large(config: SWHConfig, length: int, free: int | None = None) -> str | None:
