@@ -1,4 +1,7 @@
-"""Shared settings: no network, repeatable numbers, and how many examples a property gets."""
+"""Shared settings: no network, repeatable numbers, and how many examples a property gets.
+
+OMP_NUM_THREADS is the number of threads of every test (1 where it is not set).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.processes import THREADS, end_all
 
 settings.register_profile(
     "ci",
@@ -25,6 +30,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_default_dtype(torch.float32)
+    end_all()

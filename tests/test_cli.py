@@ -27,6 +27,7 @@ from spectral_window.errors import DivergedError, NetworkError
 from spectral_window.generation.session import Session
 from spectral_window.ops.window import window_attention
 from spectral_window.training.loading import load
+from tests.processes import python
 
 END = 256
 PROSE = "The cat sat on the mat. A dog ran by, and the cat ran up the tree. What a day!\n\n"
@@ -86,8 +87,7 @@ def run(capfdbinary):
 
 def process(*arguments: object, **options) -> subprocess.Popen:
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-m", "spectral_window", *map(str, arguments)]
-    return subprocess.Popen(command, **{**pipes, **options})
+    return python("-m", "spectral_window", *arguments, **{**pipes, **options})
 
 
 def assert_one_line(err: str) -> None:
@@ -469,7 +469,7 @@ def test_a_session_goes_on_in_another_process_with_exactly_its_text(model, tmp_p
     _, whole, _ = run("generate", model, "once upon", "-n", 60, *flags)
     kept = tmp_path / "talk.session"
     child = process("generate", model, "once upon", "-n", 37, *flags, "--save-session", kept)
-    first, errors = child.communicate(timeout=120)
+    first, errors = child.communicate()
     assert (child.returncode, errors) == (0, b"")
     code, rest, errors = run("generate", model, "-n", 23, "--ignore-eos", "--session", kept)
     assert (code, errors) == (0, "")
@@ -509,7 +509,7 @@ def test_ctrl_c_keeps_the_session_and_exits_130(model, tmp_path, run):
     child = process("generate", model, "go", *flags)
     head = child.stdout.read(40)
     child.send_signal(signal.SIGINT)
-    rest, errors = child.communicate(timeout=60)
+    rest, errors = child.communicate()
     assert child.returncode == 130
     assert errors == b"spectral-window: error: interrupted\n"
     shown = (head + rest).decode()
@@ -524,7 +524,7 @@ def test_a_closed_pipe_ends_it_quietly(model):
     child = process("generate", model, "go", "--ignore-eos", "-n", 10**8)
     assert child.stdout.read(5)
     child.stdout.close()
-    assert child.wait(timeout=60) == 141
+    assert child.wait() == 141
     assert child.stderr.read() == b""
     child.stderr.close()
 
@@ -538,7 +538,7 @@ def test_stdin_and_a_terminal_that_knows_ascii_only(model):
         "PYTHONIOENCODING": "ascii",
     }
     child = process("generate", model, "-", "-n", 0, stdin=subprocess.PIPE, env=environment)
-    out, err = child.communicate("wörld 世界".encode(), timeout=120)
+    out, err = child.communicate("wörld 世界".encode())
     assert (child.returncode, err) == (0, b"")
     assert out == rb"w\xf6rld \u4e16\u754c"
 

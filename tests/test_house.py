@@ -11,6 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "spectral_window"
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = [
+    path for path in sorted(Path(__file__).parent.rglob("*.py")) if path.name != "processes.py"
+]
 # imports go downward only: a room may use the rooms below it
 FLOORS = [
     {"__main__"},
@@ -97,3 +100,18 @@ def test_the_command_answers_without_loading_torch():
     code = "import sys, spectral_window.cli; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
+
+
+CLOCKS = {"monotonic", "perf_counter", "process_time", "thread_time", "time", "sleep"}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(TESTS[0].parent)))
+def test_no_test_depends_on_the_clock_or_leaves_a_process(path):
+    """A busy machine may take any time: the only deadline is pytest's own, and children are started
+    and waited for by processes.py."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = ast.unparse(call.func)
+        assert name.removeprefix("time.").removesuffix("_ns") not in CLOCKS, call.lineno
+        assert name.split(".")[-1] != "Popen", call.lineno
+        assert not any(keyword.arg == "timeout" for keyword in call.keywords), call.lineno

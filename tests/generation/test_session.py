@@ -659,11 +659,12 @@ def test_a_session_that_cannot_be_written_leaves_nothing_and_the_old_one(
     with pytest.raises(UserError, match="no such folder"):
         begun(model, tokenizer).save(tmp_path / "no" / "such" / "file")
     before = saved.read_bytes()
+    session = begun(model, tokenizer)  # beforehand: compiling writes files too
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a disk that is full after 1000 bytes
     try:
         with pytest.raises(ResourceError, match="cannot write"):
-            begun(model, tokenizer).save(saved)
+            session.save(saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saved.read_bytes() == before

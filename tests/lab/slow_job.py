@@ -1,21 +1,20 @@
-"""A job that says it has begun and works until it is asked to stop: python -m tests.lab.slow_job
-FOLDER [--resume]."""
+"""A job that says it has begun, sends its parent the signal SIGNUM, and works until it is asked to
+stop: python -m tests.lab.slow_job FOLDER SIGNUM [--resume]."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-import time
 from pathlib import Path
 
-folder, resumed = Path(sys.argv[1]), "--resume" in sys.argv
-stopped: list[int] = []
-signal.signal(signal.SIGTERM, lambda signum, frame: stopped.append(signum))
+folder, signum, resumed = Path(sys.argv[1]), int(sys.argv[2]), "--resume" in sys.argv
 if resumed:
     (folder / "result").write_text("done")
     sys.exit(0)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it is waited for
 (folder / "begun").write_text("")
-while not stopped:
-    time.sleep(0.02)
+os.kill(os.getppid(), signum)
+signal.sigwait([signal.SIGTERM])
 (folder / "saved").write_text("")
 sys.exit(143)

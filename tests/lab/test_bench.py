@@ -13,6 +13,8 @@ from spectral_window.errors import UserError
 from spectral_window.lab import bench
 from spectral_window.lab.bench import floors, goals, models, operators, pictures
 from spectral_window.lab.bench.race import Race
+from spectral_window.training.knobs import MATMUL_SETTINGS
+from spectral_window.training.machine import FLOAT32, folder_name
 
 TIMED = ("milliseconds", "ratio")
 
@@ -23,7 +25,9 @@ def test_the_command_measures_writes_and_shows(tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "the paper's FFT" in shown.output
     assert "QUICK" in shown.output
-    found = json.loads((tmp_path / "spectral.json").read_text())
+    folder = bench.place(tmp_path)  # speeds hold for one processor, and its folder names it
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    found = json.loads((folder / "spectral.json").read_text())
     assert [(g["threads"], g["dtype"]) for g in found["groups"]] == [
         (1, "float32"),
         (1, "bfloat16"),
@@ -31,11 +35,18 @@ def test_the_command_measures_writes_and_shows(tmp_path):
     for group in found["groups"]:
         about = group["environment"]
         assert about["threads"] == 1
-        assert about["matmul_precision"] == bench.PRECISION
+        assert about["processor"] in shown.output
+        assert folder_name(about["processor"]) == folder.name
+        assert about["matmul_precision_asked"] == "auto"
+        assert about["matmul_precision"] in MATMUL_SETTINGS
+        assert about["matmul_error"] < FLOAT32
+        assert f"matmul_precision {about['matmul_precision']}" in shown.output
         assert about["allocator"]
         assert group["quick"] is True
-    assert (tmp_path / "spectral.png").stat().st_size > 10_000
-    judged = json.loads((tmp_path / "goals.json").read_text())["goals"]
+        names = {row["contestant"] for row in group["rows"] if row["status"] == "ok"}
+        assert {operators.GIVEN, operators.FRESH, "copy", operators.FRESH_COPY} <= names
+    assert (folder / "spectral.png").stat().st_size > 10_000
+    judged = json.loads((folder / "goals.json").read_text())["goals"]
     assert {goal["reached"] for goal in judged} == {"missing"}  # a trial reaches nothing
 
 

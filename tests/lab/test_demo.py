@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import pytest
 from spectral_window.errors import UserError
 from spectral_window.lab import demo
 from spectral_window.lab.runs import Run, read_all
+from tests.processes import python, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +101,13 @@ def test_a_training_that_fails_ends_the_demo_with_its_words_and_exit_code(tmp_pa
 )
 def test_a_stopped_demo_leaves_no_process_and_can_start_again(tmp_path: Path, signum: int) -> None:
     code = "import sys; from spectral_window.lab.demo import run; run(sys.argv[1], quick=True)"
-    log = (tmp_path / "log").open("wb")
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stderr=log)
-    try:
-        wait_for((tmp_path / "out" / "swh" / "config.json").exists)
-        process.send_signal(signum)
-        assert process.wait(60) != 0
-    finally:
-        process.kill()
-        log.close()
-    assert not (tmp_path / "out" / "swh" / ".lock").exists(), "the training outlived the demo"
-    assert not (tmp_path / "out" / "report.html").exists()
-    with demo._claim(tmp_path / "out"):
-        assert not (tmp_path / "out" / "swh").exists()
-
-
-def wait_for(ready: object, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not ready():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    out = tmp_path / "out"
+    with (tmp_path / "log").open("wb") as log:
+        process = python("-c", code, out, stderr=log)
+    wait_until((out / "swh" / "config.json").exists, process)
+    process.send_signal(signum)
+    assert process.wait() != 0
+    assert not (out / "swh" / ".lock").exists(), "the training outlived the demo"
+    assert not (out / "report.html").exists()
+    with demo._claim(out):
+        assert not (out / "swh").exists()

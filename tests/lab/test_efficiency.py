@@ -14,6 +14,7 @@ from spectral_window.lab.bench.memory import RESET
 from spectral_window.lab.bench.models import in_float64
 from spectral_window.lab.bench.race import relative_error
 from spectral_window.lab.reproduce import efficiency, passes, published
+from spectral_window.training.machine import FLOAT32, precision
 
 QUICK = {"quick": True, "threads": 1}
 
@@ -50,7 +51,6 @@ def test_a_model_with_wrong_hidden_states_gets_no_time(monkeypatch):
     right = published.paper_fft
     monkeypatch.setattr(published, "paper_fft", lambda *args: right(*args).roll(1, 1))
     assert passes.check(model).startswith("wrong: relative error")
-    assert torch.get_float32_matmul_precision() == "highest"  # as it was
 
 
 def test_sizes_are_unmatched_as_published_and_equal_when_well_posed():
@@ -130,7 +130,13 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path):
     assert results == json.loads(path.read_text())
     assert results["quick"] is True
     assert results["environment"]["threads"] == 1
-    assert results["environment"]["matmul_precision"] == "medium"
+    assert results["environment"]["matmul_precision_asked"] == "auto"
+    assert results["environment"]["matmul_error"] < FLOAT32
+    assert (
+        results["environment"]["matmul_precision"]
+        == results["settings"]["matmul_precision"]
+        == precision("auto", "cpu").in_force
+    )
     # the race of one length, all of the published counter, and one peak
     assert len(lines) == 2 + 4 + 1
     rows = {(r["form"], r["contestant"], r["length"]): r for r in results["rows"]}

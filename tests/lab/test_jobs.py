@@ -3,10 +3,7 @@ save."""
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -43,10 +40,11 @@ def test_a_failed_job_is_named_with_its_last_words_and_stops_no_other(tmp_path):
     assert any("bad failed: " in line and "line 1 column" in line for line in said)
 
 
-def slow(folder: Path) -> Job:
+def slow(folder: Path, signum: int) -> Job:
+    """A job that, when it has begun, sends us the signal that stops all jobs."""
     return Job(
         "slow",
-        (str(folder),),
+        (str(folder), str(int(signum))),
         folder / "result",
         module="tests.lab.slow_job",
         begun=folder / "begun",
@@ -59,14 +57,7 @@ def test_a_signal_lets_the_running_job_save_and_the_next_call_resumes_it(
     tmp_path, signum, monkeypatch
 ):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-
-    def stop_when_begun() -> None:
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signum)
-
-    threading.Thread(target=stop_when_begun, daemon=True).start()
-    jobs = [slow(tmp_path), formatting(tmp_path, "next")]
+    jobs = [slow(tmp_path, signum), formatting(tmp_path, "next")]
     with pytest.raises(Interrupted) as stopped:
         run_all(jobs, workers=1, say=lambda line: None)
     assert stopped.value.exit_code == 128 + signum

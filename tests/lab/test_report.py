@@ -344,7 +344,6 @@ def open_in_browser(page: Path, scratch: Path, width: int, probe: str) -> Any:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
         env=os.environ | {"HOME": str(scratch)},
         check=True,
     )

@@ -340,3 +340,26 @@ def test_a_single_pair_of_rate_and_width_needs_no_sweep():
     main = suite.stage("main", [])
     assert [t.about["variant"] for t in main] == list(lm.MEMORY.variants)
     assert all(t.resolved().steps == 305 for t in main if "memory" not in t.about["variant"])
+
+
+def test_rows_of_earlier_versions_are_found_by_their_keys(text):
+    """A key names all that decides a run: where it changes, days of training would be done anew."""
+    assert Training("paper-lm-small", {"seed": 0}, "").key(text) == "f68899eb77a2150e"
+    named = Training("paper-lm-small", {"seed": 0, "matmul_precision": "highest"}, "")
+    assert named.key(text) != "f68899eb77a2150e"
+
+
+@pytest.mark.parametrize(("knobs", "refused"), [({}, False), ({"seed": 3}, True)])
+def test_a_run_older_than_auto_precision_is_the_same_run(tmp_path, text, knobs, refused):
+    training = Training("tiny", {"seed": 0}, "run")
+    finished(tmp_path, training, 3.5)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["recipe"] |= {"matmul_precision": "medium"} | knobs
+    path.write_text(json.dumps(config))
+    if refused:
+        with pytest.raises(IntegrityError, match="differs in seed"):
+            training.row(tmp_path, text)
+    else:
+        row = training.row(tmp_path, text)
+        assert row["eval_loss"] == 3.5

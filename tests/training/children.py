@@ -15,6 +15,7 @@ import torch
 from spectral_window.errors import UserError
 from spectral_window.training import checkpoints, files, train
 from spectral_window.training.recipes import Recipe
+from tests.processes import THREADS
 
 KILLED = 9
 ACTS = (
@@ -32,7 +33,7 @@ def train_child(
 ) -> None:
     """Train or resume; the exit code is the one of the command line. file_limit: the largest file
     in bytes that may be written, which stands in for a full disk."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     warnings.simplefilter("ignore")
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))

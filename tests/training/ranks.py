@@ -14,10 +14,11 @@ import torch
 from spectral_window.data.blocks import PackedBlocks
 from spectral_window.training import Interrupted, train
 from spectral_window.training.recipes import Recipe
+from tests.processes import THREADS
 from tests.training.runs import Stopper
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     # accelerate and torch warn of things to come in calls that are not ours.
     warnings.simplefilter("ignore")
     recipe, out, corpus, stop, seen_file = sys.argv[1:]

@@ -16,7 +16,7 @@ from spectral_window.hf import SWHForCausalLM
 from spectral_window.training import checkpoints, machine, train
 from spectral_window.training.loading import load
 from tests.training.children import train_child
-from tests.training.runs import Crash, Stopper, crash, rows, tensors
+from tests.training.runs import Crash, Stopper, assert_same_run, crash, rows, tensors
 
 
 def names(folder):
@@ -142,9 +142,9 @@ def test_a_full_disk_ends_with_code_5_names_path_and_bytes_and_keeps_the_old_che
     arguments = (recipe.to_dict(), str(out), str(corpus), limit, report)
     child = processes.Process(target=train_child, args=arguments)
     child.start()
-    child.join(60)
+    child.join()
     assert child.exitcode == 5
-    said = report.get(timeout=10)
+    said = report.get()
     where = rf"{out}/\S*{hit}"
     assert re.fullmatch(rf"cannot write: .*\({where}\): .*[\d,]+ bytes are free; .*", said)
     assert ("needs about" in said) == (hit == "step-8")
@@ -186,6 +186,29 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(
     for name in a:
         if name.startswith("model/"):
             torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_older_than_auto_is_resumed_in_the_precision_it_began_with(recipe, corpus, tmp_path):
+    """Recipes said "medium" before they said "auto", which a checkpoint must agree with."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    old = recipe.replace(matmul_precision="medium")
+    with pytest.raises(Crash):
+        train(old, out, corpus=corpus, progress=Stopper(6, crash))
+    note = Stopper(0, crash)
+    about = train(recipe, out, corpus=corpus, resume=True, progress=note)["environment"]
+    assert about["matmul_precision"] == about["matmul_precision_asked"] == "medium"
+    assert any(line.startswith("matmul_precision medium, relative error") for line in note.notes)
+    train(old, whole, corpus=corpus)
+    assert_same_run(whole, out)
+    kept = json.loads((out / "config.json").read_text())["recipe"]["matmul_precision"]
+    assert kept == "medium"
+
+
+def test_a_run_is_not_resumed_in_another_precision_by_name(recipe, corpus, tmp_path):
+    with pytest.raises(Crash):
+        train(recipe, tmp_path, corpus=corpus, progress=Stopper(6, crash))
+    with pytest.raises(IntegrityError, match="matmul_precision was 'auto' and is 'medium'"):
+        train(recipe.replace(matmul_precision="medium"), tmp_path, corpus=corpus, resume=True)
 
 
 def test_the_matrix_precision_is_the_recipes_and_is_put_back(recipe, corpus, tmp_path):

@@ -17,6 +17,7 @@ from spectral_window.errors import UserError
 from spectral_window.training import checkpoints, train
 from spectral_window.training.loop import accumulation
 from spectral_window.training.parallel import World
+from tests.processes import THREADS
 from tests.training.runs import rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,10 +29,9 @@ def torchrun(recipe, out, corpus, seen, stop=0):
     done = subprocess.run(
         [sys.executable, *launch, "-m", "tests.training.ranks", *words],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr, [json.loads(Path(f"{seen}-{rank}.json").read_text()) for rank in (0, 1)]

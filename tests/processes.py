@@ -1,0 +1,44 @@
+"""Child processes of tests: how many threads they compute with, how to start one and wait for it.
+
+No test has a clock of its own. What waits for a child waits as long as the child lives; one that
+hangs is ended by the suite's only timeout, pytest's. Whatever a test started is dead, waited for
+and its pipes closed when the test ends (`end_all`, in conftest.py), so that it fails no other test.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Of every test and its children: bits depend on the number of threads, and runs are compared.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
+_started: list[subprocess.Popen] = []
+
+
+def python(*words: object, **options: Any) -> subprocess.Popen:
+    """A fresh Python with the arguments `words`, started as subprocess.Popen would."""
+    child = subprocess.Popen([sys.executable, *map(str, words)], **options)
+    _started.append(child)
+    return child
+
+
+def end_all() -> None:
+    """Kill and wait for every child that `python` started."""
+    while _started:
+        child = _started.pop()
+        child.kill()
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
+        child.wait()
+
+
+def wait_until(ready: Callable[[], bool], child: subprocess.Popen) -> None:
+    """Return when `ready()`; fail when the child has ended before."""
+    while not ready():
+        assert child.poll() is None, f"it ended with {child.returncode}"
+        time.sleep(0.02)
