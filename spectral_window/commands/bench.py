@@ -15,6 +15,7 @@ from spectral_window.lab import bench
 from spectral_window.lab.bench.goals import judge, say
 from spectral_window.lab.bench.pictures import draw_all
 from spectral_window.training.files import write_json
+from spectral_window.training.machine import folder_name
 
 TAGS = {
     "part": "{}",
@@ -101,6 +102,8 @@ def _on_gpu(parts: list[str], device: str, out: Path | None, minutes: float, dry
         raise UserError(
             "no usable GPU here (bench --device cuda): --dry-run walks the steps on a CPU"
         )
+    if not dry_run:
+        out /= folder_name(torch.cuda.get_device_name())
     unfinished = gpu.run(out, minutes=minutes, parts=parts, dry_run=dry_run)
     if unfinished:
         raise ResourceError(f"{'; '.join(unfinished)}; what was measured is in {out}")

@@ -93,7 +93,7 @@ def child(part: str, path: Path, seconds: float, dry_run: bool) -> None:
     source: Callable[..., Iterator[Row]] = getattr(import_module(module), name)
     device = "cpu" if dry_run else "cuda"
     torch.set_float32_matmul_precision("highest")
-    about = {"part": part, "dry_run": dry_run, "environment": environment(device)}
+    about = {"part": part, "dry_run": dry_run, "environment": environment(device, asked="highest")}
     rows: list[Row] = []
     begin = time.perf_counter()
     write_json(path, about | {"rows": rows})
