@@ -109,7 +109,7 @@ def _fields(config: SWHConfig) -> dict[str, Any]:
 
 def _methods(config: SWHConfig, device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
     """The method that "auto" means for each operation of this model, on this machine."""
-    if config.mixer != "spectral_window":
+    if config.mixer == "attention":
         reason = "PyTorch's fused scaled_dot_product_attention, over every earlier key"
         return [{"op": "attention", "use": "prefill and step", "method": "sdpa", "reason": reason}]
     found = []

@@ -94,7 +94,7 @@ class SWHPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SWHLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["kernel"]  # noqa: RUF012 (whatever the model's dtype)
+    _keep_in_fp32_modules_strict = ["kernel", "memory"]  # noqa: RUF012 (whatever the dtype)
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": SWHLayer}  # noqa: RUF012
 

@@ -5,6 +5,7 @@ tuple of tensors whose first dimension is the batch, so that beams can be reorde
 selected without knowing what is inside.
 
     spectral_window  the paper's layer: Y = (RMSNorm(Y_spec) + Y_local) W_out, constant state
+    memory           the same with a delta-rule memory beside the window (`memory`), constant state
     attention        the Transformer baseline: full causal attention with RoPE, state grows with
     every token
 """
@@ -92,7 +93,8 @@ class Mixer(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.window = window
         self.rope_theta = rope_theta
-        self.methods = {"spectral": "auto", "window": "auto"}  # a speed choice: see `set_methods`
+        # a speed choice: see `set_methods`
+        self.methods = {"spectral": "auto", "window": "auto", "delta": "auto"}
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, state: Any = None
@@ -137,6 +139,8 @@ class SpectralWindowMixer(Mixer):
     projection alone has a bias. `branches` switches one of them off for ablations.
     """
 
+    state_type: type[Any] = SpectralWindowState
+
     def __init__(self, **options: Any):
         super().__init__(**options)
         branches = tuple(options.get("branches", BRANCHES))
@@ -170,39 +174,49 @@ class SpectralWindowMixer(Mixer):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, state: SpectralWindowState | None = None
     ) -> tuple[Tensor, SpectralWindowState]:
-        spectral = local = spectral_state = window_state = None
-        before = state or SpectralWindowState(None, None)
+        spectral = local = spectral_state = None
+        local_states: tuple[Any, ...] = (None,)
         projected = self._project(x)
         if "spectral" in self.branches:
             spectral, spectral_state = spectral_conv(
                 projected.pop(),
                 self.kernel(),
-                state=before.spectral,
+                state=None if state is None else state.spectral,
                 positions=positions,
                 method=self.methods["spectral"],
             )
         if "window" in self.branches:
-            q, k, v = (self._split(part) for part in projected)
-            attended, window_state = window_attention(
-                q,
-                k,
-                v,
-                window=self.window,
-                rope_theta=self.rope_theta,
-                state=before.window,
-                positions=positions,
-                method=self.methods["window"],
-            )
-            local = project(attended.flatten(-2), self.local_proj)[0]
+            attended, local_states = self._local(projected, positions, state)
+            local = project(attended, self.local_proj)[0]
         (y,) = project(self.fusion(spectral, local), self.out_proj)
-        return y, SpectralWindowState(spectral_state, window_state)
+        return y, self.state_type(spectral_state, *local_states)
+
+    def _local(
+        self, projected: list[Tensor], positions: Tensor | None, state: Any
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """What is local, before W_local: [B, T, D] from the results of `_local_maps`, and the
+        states beside the convolution's, in the order of `state_type`."""
+        q, k, v = (self._split(part) for part in projected)
+        attended, after = window_attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            rope_theta=self.rope_theta,
+            state=None if state is None else state.window,
+            positions=positions,
+            method=self.methods["window"],
+        )
+        return attended.flatten(-2), (after,)
+
+    def _local_maps(self) -> list[nn.Linear]:
+        """The maps of the mixer's input that `_local` takes the results of."""
+        return [self.q_proj, self.k_proj, self.v_proj]
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys, values and the convolution's input (of the branches that are on): all are
+        """What `_local` takes and the convolution's input (of the branches that are on): all are
         maps of one x, and made together."""
-        maps: list[nn.Linear] = []
-        if "window" in self.branches:
-            maps += (self.q_proj, self.k_proj, self.v_proj)
+        maps = self._local_maps() if "window" in self.branches else []
         if "spectral" in self.branches:
             maps.append(self.conv_proj)
         return list(project(x, *maps))
@@ -370,15 +384,18 @@ class AttentionMixer(Mixer):
         return 2 * sum(p.numel() for p in self.parameters()) + 2 * self.hidden_size * (context + 1)
 
 
-def set_methods(module: nn.Module, *, spectral: str = "auto", window: str = "auto") -> None:
+def set_methods(
+    module: nn.Module, *, spectral: str = "auto", window: str = "auto", delta: str = "auto"
+) -> None:
     """Choose the operators' methods in every mixer below `module`. A choice of speed: it is never
     saved.
 
     Raises ValueError for an unknown method.
     """
+    methods = {"spectral": spectral, "window": window, "delta": delta}
     probe = torch.empty(0)
-    for op, method in (("spectral", spectral), ("window", window)):
+    for op, method in methods.items():
         resolve(op, method, probe)
     for part in module.modules():
         if isinstance(part, Mixer):
-            part.methods = {"spectral": spectral, "window": window}
+            part.methods = dict(methods)

@@ -1,4 +1,4 @@
-"""Pure functions on tensors: the two branches of the Spectral-Window Hybrid.
+"""Pure functions on tensors: the two branches of the Spectral-Window Hybrid, and its memory.
 
 Every operator takes tensors, returns `(output, final_state)`, keeps nothing, and knows no module
 and no config. The same function has several *methods* (a slow truth and faster ways to the same
@@ -17,6 +17,7 @@ without padding, as offsets into the B*T tokens in row order; a row always begin
 Without either, a row is one document that continues from `state`.
 """
 
+from spectral_window.ops.delta_memory import delta_memory
 from spectral_window.ops.dispatch import METHODS, resolve
 from spectral_window.ops.modes import Modes
 from spectral_window.ops.rotary import rotate
@@ -29,6 +30,7 @@ __all__ = [
     "Modes",
     "Taps",
     "WindowState",
+    "delta_memory",
     "resolve",
     "rotate",
     "spectral_conv",

@@ -36,6 +36,11 @@ METHODS = {
         "chunked": "one attention call over all chunks, O(T W), plain torch",
         "step": "attention to the ring of 2W keys, for calls with one token",
     },
+    "delta": {
+        "reference": "the recurrence in float64, token by token: the truth for the others",
+        "chunked": "a triangular system in each chunk, a scan over chunks, O(T), plain torch",
+        "step": "the recurrence, for calls with one token: constant state, constant time",
+    },
     "linear": {
         "matmul": "PyTorch's matrix product",
         "rows": "every row of the weights once, in compiled code (numba), for a few vectors",

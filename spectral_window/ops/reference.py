@@ -85,3 +85,31 @@ def window(q: Tensor, k: Tensor, v: Tensor, window: int, first: int = 0) -> Tens
         ~visible(key[k.shape[1] - q.shape[1] :, None], key, window), -torch.inf
     )
     return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v)
+
+
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The delta rule with a decay, token by token:
+
+        S <- exp(-decay_t) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   out_t = S^T q_t
+
+    q, k [B, T, H, K], v [B, T, H, V], beta and decay [B, T, H, 1] in float64, state S [B, H, K, V]
+    (or None: zeros) -> (out [B, T, H, V], final S).
+    """
+    batch, time, heads, size = k.shape
+    S = k.new_zeros(batch, heads, size, v.shape[3]) if state is None else state
+    rows = []
+    for t in range(time):
+        if decay is not None:
+            S = torch.exp(-decay[:, t, :, :, None]) * S
+        held = torch.einsum("bhkv,bhk->bhv", S, k[:, t])
+        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t] * (v[:, t] - held))
+        rows.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+    return torch.stack(rows, 1) if rows else v.clone(), S

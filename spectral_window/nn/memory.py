@@ -1,0 +1,152 @@
+"""The mixer `memory`: the paper's layer, and beside its window a memory of what followed what.
+
+Both branches of the paper are blind to *which* token to keep: the convolution mixes each channel
+alone, and the window ends. A key-value memory with the delta rule (`ops.delta_memory`) can tell,
+in linear time and with a constant state. It has no projections of its own: it reads with the
+window's query, stores the window's value, and its key is the query of the token before. So it
+stores "what followed a token like this", and a query finds what followed its like: an induction
+head from the start.
+
+    a       = WindowAttention(rope(q), rope(k), v)                 the paper's, unchanged
+    p_t     = normalise(q_t)                                       without positions
+    kappa_t = normalise(sum_{i < 4} lag_i * q_{t-i})               lag starts at 0 1 0 0
+    b_t     = sigmoid(x_t . w_write + write_bias)
+    S_t     = S_{t-1} + b_t kappa_t (v_t - S_{t-1}^T kappa_t)^T
+    m_t     = sigmoid(x_t . w_read + read_bias) * scale * (S_t^T p_t)
+    Y       = (RMSNorm(Y_spec) + (a + m) W_local) W_out            m joins before W_local
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectral_window.errors import UserError
+from spectral_window.nn.kernels import Kernel, _begin_at, _parameter
+from spectral_window.nn.mixers import SpectralWindowMixer, register
+from spectral_window.ops.delta_memory import delta_memory, state_dtype
+from spectral_window.ops.spectral import spectral_conv
+from spectral_window.ops.taps import Taps
+from spectral_window.ops.window import WindowState
+
+LAG = 4  # queries that make a key: the token's own and the three before
+SHORTEST = 1e-4  # a query or key that is shorter is divided by this and not by its length
+
+
+class MemoryState(NamedTuple):
+    """spectral, window: as in `SpectralWindowState`; memory: S [B, H, D / H, D / H] in at least
+    float32; queries: the last three [B, 3, D] in the model's dtype, oldest first."""
+
+    spectral: Tensor | None
+    window: WindowState | None
+    memory: Tensor
+    queries: Tensor
+
+
+class Memory(Kernel):
+    """The memory's own parameters, beside the maps of its gates. Like a kernel's they are kept in
+    float32, and take no weight decay.
+
+    lag [D, 4], the taps that make keys of queries, starts as "the token before"; scale [D], of what
+    is read, starts at 1; write_bias and read_bias [H], of the gates, start at 0.
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__(channels)
+        self.lag = _parameter(channels, LAG)
+        self.scale = _parameter(channels)
+        self.write_bias = _parameter(heads)
+        self.read_bias = _parameter(heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        _begin_at(self.lag, torch.eye(LAG)[1].expand_as(self.lag))
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.write_bias)
+        nn.init.zeros_(self.read_bias)
+
+    def forward(self) -> Taps:
+        return Taps(self.lag)
+
+
+@register("memory")
+class MemoryMixer(SpectralWindowMixer):
+    """The paper's layer with a delta-rule memory that joins the window's output (see the module).
+
+    The window must be on: the memory reads with its queries and stores its values. Beside the
+    paper's parameters there are 5 D + 2 H (D + 1), H memory heads.
+    """
+
+    state_type = MemoryState
+    memory_heads = 1
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        if "window" not in self.branches:
+            raise UserError(
+                f"mixer 'memory' with branches {self.branches}: it uses the window's queries and "
+                "values; add 'window', or take mixer 'spectral_window'"
+            )
+        self.memory = Memory(self.hidden_size, self.memory_heads)
+        self.write_proj = nn.Linear(self.hidden_size, self.memory_heads, bias=False)
+        self.read_proj = nn.Linear(self.hidden_size, self.memory_heads, bias=False)
+
+    def _local_maps(self) -> list[nn.Linear]:
+        return [*super()._local_maps(), self.write_proj, self.read_proj]
+
+    def _local(
+        self, projected: list[Tensor], positions: Tensor | None, state: MemoryState | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        q, k, v, write, read = projected
+        attended, states = super()._local([q, k, v], positions, state)
+        own = self.memory
+        lagged, queries = spectral_conv(
+            q, own(), state=None if state is None else state.queries, positions=positions
+        )
+        dtype = state_dtype(q.dtype)
+        found, memory = delta_memory(
+            self._unit(q),
+            self._unit(lagged),
+            self._heads(v).to(dtype),
+            torch.sigmoid(write.to(dtype) + own.write_bias),
+            state=None if state is None else state.memory,
+            positions=positions,
+            method=self.methods["delta"],
+        )
+        gate = torch.sigmoid(read.to(dtype) + own.read_bias)[..., None]
+        found = (gate * found).flatten(-2) * own.scale
+        return (attended + found).to(attended.dtype), (*states, memory, queries)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.memory_heads, -1))
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """x [B, T, D] of length 1 in each memory head, in at least float32."""
+        return F.normalize(self._heads(x).to(state_dtype(x.dtype)), dim=-1, eps=SHORTEST)
+
+    def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+        paper = super().init_state(batch_size, dtype=dtype, device=device)
+        heads, size = self.memory_heads, self.hidden_size // self.memory_heads
+        return MemoryState(
+            paper.spectral,
+            paper.window,
+            torch.zeros(batch_size, heads, size, size, dtype=state_dtype(dtype), device=device),
+            torch.zeros(batch_size, LAG - 1, self.hidden_size, dtype=dtype, device=device),
+        )
+
+    def state_bytes(
+        self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
+    ) -> int:
+        size = self.hidden_size // self.memory_heads
+        matrix = self.hidden_size * size * state_dtype(dtype).itemsize
+        own = matrix + (LAG - 1) * self.hidden_size * dtype.itemsize
+        return super().state_bytes(context, batch_size=batch_size, dtype=dtype) + batch_size * own
+
+    def flops_per_token(self, context: int) -> int:
+        """The paper layer's, the gates' and the lag's (which count as maps), and three
+        multiply-adds an entry of S: read at the key, write, read at the query."""
+        size = self.hidden_size // self.memory_heads
+        return super().flops_per_token(context) + 6 * self.hidden_size * size
