@@ -83,15 +83,19 @@ def delta_memory(
         elif method == "reference":
             out, final = _reference(inputs, state.double(), positions, known)
         else:
-            exact = q.device.type == "cpu" or q.dtype == torch.float64
-            work = torch.float64 if exact else torch.float32
-            out, final = chunked(inputs, state.to(work), positions, known)
+            out, final = chunked(inputs, state.to(_working_dtype(q)), positions, known)
     return out.to(v.dtype), final.to(kept)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The state's dtype for inputs of `dtype`: at least float32, for it is a sum over the past."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _working_dtype(q: Tensor) -> torch.dtype:
+    """What `chunked` computes in (see the module)."""
+    exact = q.device.type == "cpu" or q.dtype == torch.float64
+    return torch.float64 if exact else torch.float32
 
 
 def _check(

@@ -2,19 +2,21 @@
 be tried too.
 
 `conv(u, modes, state=None, **documents) -> (y, state)`; `attend(q, k, v, window=..., state=None,
-**documents)`.
+**documents)`; `memory(q, k, v, beta, decay=None, state=None, **documents)`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.ops import Modes, reference
 from spectral_window.ops.modes import kernel
-from tests.contracts.measure import block_error, relative
+from tests.contracts.measure import BLOCK, block_error, relative
 
 BARS = {torch.float64: 1e-11, torch.float32: 2e-6}
 
@@ -166,4 +168,91 @@ ATTENTION_CONTRACT = [
     attention_equals_dense_softmax,
     attention_sees_exactly_its_window,
     attention_carries_its_state,
+]
+
+# --- delta_memory -------------------------------------------------------------------------------
+
+
+def draw_memory(
+    batch: int,
+    time: int,
+    heads: int = 2,
+    key_dim: int = 6,
+    value_dim: int = 5,
+    *,
+    dtype=torch.float32,
+    agree: float = 0.0,
+) -> list[torch.Tensor]:
+    """q and k of length 1 (the larger `agree`, the nearer to one another), v, beta and decay."""
+    shape = (batch, time, heads)
+    common = agree * torch.randn(batch, 1, heads, key_dim, dtype=torch.float64)
+    q, k = (torch.randn(*shape, key_dim, dtype=torch.float64) + common for _ in range(2))
+    v = torch.randn(*shape, value_dim, dtype=dtype)
+    q, k = (F.normalize(x, dim=-1).to(dtype) for x in (q, k))
+    decay = torch.rand(shape, dtype=torch.float64).square()
+    return [q, k, v, torch.rand(shape, dtype=torch.float64).to(dtype), decay.to(dtype)]
+
+
+def memory_equals_the_recurrence(
+    memory: Callable, dtype=torch.float32, times=(1, 2, 63, 64, 65, 200), bar: float | None = None
+) -> None:
+    """Per channel and block where a block is full: one output may cancel, and float32 shows it."""
+    bar = bar or BARS[dtype]
+    for time, agree in itertools.product(times, (0.0, 3.0)):
+        *given, decay = draw_memory(2, time, dtype=dtype, agree=agree)
+        state = torch.randn(2, 2, 6, 5, dtype=dtype)
+        q, k, v, beta, less = (x.double() for x in (*given, decay))
+        for forget, before in itertools.product((None, decay), (None, state)):
+            out, end = memory(*given, decay=forget, state=before)
+            truth, final = reference.delta(
+                q,
+                k,
+                v,
+                beta[..., None],
+                None if forget is None else less[..., None],
+                state=None if before is None else before.double(),
+            )
+            assert out.dtype == dtype
+            assert relative(out, truth) <= bar
+            full = slice(time // BLOCK * BLOCK)
+            assert block_error(out[:, full].flatten(2), truth[:, full].flatten(2)) <= bar
+            assert relative(end, final) <= bar
+
+
+def memory_recalls_what_was_written_last(memory: Callable) -> None:
+    """Orthogonal keys written in full: each gives back its last value exactly, however often it was
+    written before, and a key that was never written gives nothing."""
+    keys = torch.eye(8)[None, :, None]
+    order = torch.tensor([0, 3, 1, 3, 3, 2, 0])
+    k = keys[:, order]
+    v = torch.randn(1, len(order), 1, 4)
+    beta = torch.ones(1, len(order), 1)
+    _, state = memory(torch.zeros_like(k), k, v, beta)
+    out, _ = memory(
+        keys, torch.zeros_like(keys), torch.zeros(1, 8, 1, 4), torch.zeros(1, 8, 1), state=state
+    )
+    for key, last in ((0, 6), (1, 2), (2, 5), (3, 4)):
+        assert relative(out[0, key], v[0, last]) <= 1e-6
+    assert not out[0, 4:].any()
+
+
+def memory_carries_its_state(memory: Callable) -> None:
+    *given, decay = draw_memory(2, 150)
+    for forget in (None, decay):
+        whole, end = memory(*given, decay=forget)
+        state, parts, at = None, [], 0
+        for size in (1, 40, 1, 1, 64, 43):
+            cut = [x[:, at : at + size] for x in given]
+            less = None if forget is None else forget[:, at : at + size]
+            out, state = memory(*cut, decay=less, state=state)
+            parts.append(out)
+            at += size
+        assert block_error(torch.cat(parts, 1).flatten(2), whole.flatten(2)) <= 2e-6
+        assert relative(state, end) <= 2e-6
+
+
+MEMORY_CONTRACT = [
+    memory_equals_the_recurrence,
+    memory_recalls_what_was_written_last,
+    memory_carries_its_state,
 ]
