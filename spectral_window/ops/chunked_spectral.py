@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.ops.documents import chunk_grid, find_documents
-from spectral_window.ops.modes import Modes, powers, times
+from spectral_window.ops.modes import Modes, exact_dtype, powers, times
 
 CHUNK = 32
 
@@ -70,6 +70,30 @@ def chunked(
     y = y.to(u.dtype).reshape(channels, -1).T.index_select(0, slot)
     out = torch.zeros_like(u).reshape(-1, channels).index_copy(0, docs.token, y)
     return out.reshape(u.shape), torch.where(alive[:, None, None, None], final, state)
+
+
+def differentiate_again(
+    u: Tensor,
+    modes: Modes,
+    state: Tensor | None,
+    positions: Tensor | None,
+    grad: Tensor,
+    grad_state: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of u, decay, frequency, gain and state, given those of y and of the final state
+    (None: zero), built from operations that can be differentiated themselves: what compiled methods
+    answer where a second derivative is wanted."""
+    inputs = (u, *modes, state)
+    asked = [x for x in inputs if x is not None and x.requires_grad]
+    with torch.enable_grad():
+        if state is None:
+            exact = exact_dtype(u.device)
+            state = torch.zeros(modes.state_shape(u.shape[0]), dtype=exact, device=u.device)
+        y, final = chunked(u, modes, state, positions, known=True)
+        grads = (grad, torch.zeros_like(final) if grad_state is None else grad_state)
+        found = torch.autograd.grad((y, final), asked, grads, create_graph=True, allow_unused=True)
+    by_id = {id(x): d for x, d in zip(asked, found, strict=True)}
+    return tuple(None if x is None else by_id.get(id(x)) for x in inputs)
 
 
 def _convolve_chunks(

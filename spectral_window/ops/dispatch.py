@@ -7,6 +7,7 @@ function, and no config file names one.
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -16,11 +17,13 @@ from torch.autograd import forward_ad
 from spectral_window.errors import UserError, unknown
 
 HAS_NUMBA = find_spec("numba") is not None
+HAS_TRITON = find_spec("triton") is not None
 METHODS = {
     "spectral": {
         "reference": "direct sum in float64, O(T^2): the truth for the others",
         "fft": "the paper's zero-padded FFT in float32, O(T log T)",
         "scan": "the recurrence in compiled code (numba), O(T), float64 state, on a CPU",
+        "triton": "the recurrence in Triton kernels, O(T), float64 between chunks, on a GPU",
         "chunked": "float64 chunk products and a scan over chunks, O(T), plain torch",
         "step": "the recurrence, for calls with one token: constant state, constant time",
     },
@@ -72,6 +75,10 @@ def resolve(op: str, method: str, tensor: Tensor, *, taps: int = 0) -> tuple[str
             if HAS_NUMBA:
                 return "scan", "one pass over memory, compiled by numba for this CPU"
             return "chunked", "numba is not installed: linear time in plain torch"
+        if op == "spectral" and tensor.device.type == "cuda":
+            if runs_triton(tensor):
+                return "triton", "few passes over memory, in Triton kernels for this GPU"
+            return "chunked", "no Triton kernel for this dtype, or no Triton: plain torch"
         if op == "window" and runs_tiled(tensor):
             return "tiled", "only what is seen, in compiled code (numba) for this CPU"
         return "chunked", "linear time in plain torch on any device"
@@ -79,6 +86,11 @@ def resolve(op: str, method: str, tensor: Tensor, *, taps: int = 0) -> tuple[str
         raise unknown(f"{op} method", method, [*METHODS[op], "auto"])
     if method == "step" and not one_token:
         raise UserError(f"method 'step' ({op}): it takes one token a call, not {tensor.shape[1]}")
+    if method == "triton" and not runs_triton(tensor):
+        raise UserError(
+            f"method 'triton' ({op}): it needs the package triton and a GPU (or TRITON_INTERPRET=1 "
+            f"on a CPU), got {tensor.dtype} on {tensor.device}: use 'chunked' or 'auto'"
+        )
     if method == "tiled" and not runs_tiled(tensor):
         raise UserError(
             f"method 'tiled' (window): it needs numba, and float32 or bfloat16 on a CPU, not "
@@ -91,6 +103,14 @@ def runs_tiled(q: Tensor) -> bool:
     """Is there compiled code for window attention on tensors like q?"""
     kind = HAS_NUMBA and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
     return kind and (torch.compiler.is_compiling() or not _transformed())
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Do Triton kernels run on tensors like x? On a CPU only in the interpreter, for tests."""
+    if not HAS_TRITON or not x.dtype.is_floating_point or x.element_size() < 2:
+        return False
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return x.device.type == ("cpu" if interpreted else "cuda")
 
 
 def may_bypass(*tensors: Tensor | None) -> bool:

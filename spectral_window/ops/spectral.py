@@ -7,7 +7,8 @@ two numbers of state a mode (see `modes`), which gives a linear-time method and 
 step:
 
     chunked    products inside chunks, a scan between them (`chunked_spectral`).
-    scan       the recurrence itself, one pass over memory in compiled code (`scan`).
+    scan       the recurrence itself, one pass over memory in compiled code, on a CPU (`scan`).
+    triton     the recurrence on a GPU, chunks of time in parallel (`triton_spectral`).
     step       one token: h <- z h + u, y = Re(sum gain h).
     fft        the paper's: zero-pad to >= 2T, multiply spectra, crop; float32 whatever the dtype.
     reference  the direct sum in float64.
@@ -163,6 +164,8 @@ def _by_method(
     """`method` for checked inputs."""
     known = state is not None  # a state that is known is a caller's
     exact = exact_dtype(u.device)
+    if method == "triton" and u.numel() and not _forward_mode():
+        return _in_triton(u, modes, None if state is None else state.to(exact), positions)
     shape = modes.state_shape(u.shape[0])
     state = u.new_zeros(shape, dtype=exact) if state is None else state.to(exact)
     if u.numel() == 0:
@@ -171,7 +174,7 @@ def _by_method(
         return _step(u, modes, state, positions)
     if method == "scan" and not _forward_mode():  # whose tangents the scan does not know
         return _scanned(u, modes, state, positions, known)
-    if method in ("chunked", "scan"):
+    if method in ("chunked", "scan", "triton"):
         return chunked(u, modes, state, positions, known)
     whole = _fft if method == "fft" else _reference
     modes = modes.double()  # cast once, so that gradients are summed before they are rounded
@@ -216,6 +219,17 @@ def _scanned(
     )
     y, final, _ = scan(u, modes.decay, modes.frequency, modes.gain, state, positions, keep)
     return y, final
+
+
+def _in_triton(
+    u: Tensor, modes: Modes, state: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from spectral_window.ops.triton_spectral import convolve
+
+    # on a GPU positions are taken as they are: to look at them would wait for the device
+    if positions is not None and u.is_cpu and not torch.compiler.is_compiling():
+        _check_documents(positions, state is not None)
+    return convolve(u, modes, state, positions)
 
 
 def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_window.ops.chunked_spectral import chunked
+from spectral_window.ops.chunked_spectral import differentiate_again
 from spectral_window.ops.compiled import scan_loops
 from spectral_window.ops.compiled.pages import empty
 from spectral_window.ops.compiled.scan_rooms import BLOCK, LINE
@@ -208,25 +208,12 @@ def _differentiate(ctx, grad, grad_state, grad_kept):
     if (
         torch.is_grad_enabled() and not torch.compiler.is_compiling()
     ):  # a second derivative is wanted
-        return _differentiate_again(u, decay, frequency, gain, state, positions, grad, grad_state)
+        modes = Modes(decay, frequency, gain)
+        return *differentiate_again(u, modes, state, positions, grad, grad_state), None, None
     du, d_decay, d_frequency, d_gain, d_state = scan_backward(
         u, decay, frequency, gain, positions, kept, grad.contiguous(), grad_state.contiguous()
     )
     return du, d_decay, d_frequency, None if gain is None else d_gain, d_state, None, None
-
-
-def _differentiate_again(u, decay, frequency, gain, state, positions, grad, grad_state):
-    """The same gradients, built from operations that can be differentiated themselves."""
-    inputs = [x for x in (u, decay, frequency, gain, state) if x is not None]
-    asked = [x for x in inputs if x.requires_grad]
-    with torch.enable_grad():
-        outputs = chunked(u, Modes(decay, frequency, gain), state, positions, known=True)
-        found = torch.autograd.grad(
-            outputs, asked, (grad, grad_state), create_graph=True, allow_unused=True
-        )
-    by_id = {id(x): d for x, d in zip(asked, found, strict=True)}
-    ordered = [None if x is None else by_id.get(id(x)) for x in (u, decay, frequency, gain, state)]
-    return (*ordered, None, None)
 
 
 scan.register_autograd(_differentiate, setup_context=_save)
