@@ -68,9 +68,10 @@ def load_gain(gain, place, mask, MODES: tl.constexpr, GAIN: tl.constexpr, DTYPE:
     """The gain of every mode; 0 for modes that only pad the tile."""
     if GAIN:
         return tl.load(gain + place, mask, 0.0).to(DTYPE)
-    if MODES == 1:
+    elif MODES == 1:  # noqa: RET505 (the compiler follows what comes after a return)
         return tl.full((1, 1), 1.0, DTYPE)
-    return tl.where(mask, 1.0, 0.0).to(DTYPE)
+    else:
+        return tl.where(mask, 1.0, 0.0).to(DTYPE)
 
 
 @triton.jit
@@ -125,14 +126,16 @@ def load_position(positions, token, DOCUMENTS: tl.constexpr):
     """The token's position in its document; without documents 1, which changes nothing."""
     if DOCUMENTS:
         return tl.load(positions + token).to(tl.int32)
-    return 1
+    else:  # noqa: RET505
+        return 1
 
 
 @triton.jit
 def sum_modes(value, PADDED: tl.constexpr):
     if PADDED == 1:
         return value
-    return tl.sum(value, 0, keep_dims=True)
+    else:  # noqa: RET505
+        return tl.sum(value, 0, keep_dims=True)
 
 
 @triton.jit
