@@ -36,6 +36,7 @@ METHODS = {
     "window": {
         "reference": "dense masked softmax in float64, O(T^2): the truth for the others",
         "tiled": "tiles of 16 queries in compiled code (numba), O(T W), RoPE inside, on a CPU",
+        "triton": "tiles of queries on a GPU (Triton), O(T W), RoPE inside, on CUDA or ROCm",
         "chunked": "one attention call over all chunks, O(T W), plain torch",
         "step": "attention to the ring of 2W keys, for calls with one token",
     },
@@ -81,6 +82,8 @@ def resolve(op: str, method: str, tensor: Tensor, *, taps: int = 0) -> tuple[str
             return "chunked", "no Triton kernel for this dtype, or no Triton: plain torch"
         if op == "window" and runs_tiled(tensor):
             return "tiled", "only what is seen, in compiled code (numba) for this CPU"
+        if op == "window" and tensor.is_cuda and runs_triton(tensor):
+            return "triton", "only what is seen, in one kernel (Triton) for this GPU"
         return "chunked", "linear time in plain torch on any device"
     if method not in METHODS[op]:
         raise unknown(f"{op} method", method, [*METHODS[op], "auto"])
@@ -96,7 +99,20 @@ def resolve(op: str, method: str, tensor: Tensor, *, taps: int = 0) -> tuple[str
             f"method 'tiled' (window): it needs numba, and float32 or bfloat16 on a CPU, not "
             f"{tensor.dtype} on {tensor.device}: use 'chunked' or 'auto'"
         )
+    if method == "triton" and not runs_triton(tensor):
+        raise UserError(
+            f"method 'triton' ({op}): it needs Triton, and float32, bfloat16 or float16 on a GPU, "
+            f"not {tensor.dtype} on {tensor.device}: use 'chunked' or 'auto'"
+        )
     return method, "asked for by name"
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Are there GPU kernels for tensors like x? With TRITON_INTERPRET=1 they run on a CPU, slowly,
+    for tests."""
+    there = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    kind = HAS_TRITON and there and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return kind and (torch.compiler.is_compiling() or not _transformed())
 
 
 def runs_tiled(q: Tensor) -> bool:

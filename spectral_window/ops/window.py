@@ -75,7 +75,7 @@ def window_attention(
                 turned already.
     state:      as returned by an earlier call for the same rows; None for none.
     positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method:     "auto", "tiled", "chunked" or "reference"; with "auto" a single token attends to the
+    method:     "auto", "tiled", "triton", "chunked" or "reference"; with "auto" a single token attends to the
                 ring directly.
 
     Returns out [B, T, H, V] (0 at padding) and the state after each row's last token. Raises
@@ -87,6 +87,8 @@ def window_attention(
     positions = given_positions(positions, cu_seqlens, q, None if state is None else state.position)
     if method == "tiled" and q.numel():
         return _tiled(q, k, v, window, rope_theta, state, positions)
+    if method == "triton" and q.numel():
+        return _in_triton(q, k, v, window, rope_theta, state, positions)
     if state is None and (positions is not None or method == "step" or q.numel() == 0):
         state = empty_state(
             batch, window, heads, key_dim, v.shape[3], dtype=k.dtype, device=k.device
@@ -326,6 +328,23 @@ def _tiled(
     out, *after = attention(q, k, v, window, theta, ring, begin, positions)
     spread = torch.zeros_like(out).flatten(0, 1).index_copy(0, order, out.flatten(0, 1))
     return spread.view(out.shape), WindowState(*after)
+
+
+def _in_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    state: WindowState | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, WindowState]:
+    """On a GPU. Padding may lie anywhere."""
+    from spectral_window.ops.triton_window import attention
+
+    ring, begin = (None, None) if state is None else (state[:2], state.position)
+    out, *after = attention(q, k, v, window, theta, ring, begin, positions)
+    return out, WindowState(*after)
 
 
 def _has_holes(positions: Tensor, begin: Tensor | None) -> bool:

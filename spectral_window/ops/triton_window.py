@@ -1,0 +1,376 @@
+"""Window attention on a GPU, as Triton kernels: launching them, and what documents and states mean
+to them.
+
+The kernels (`triton_window_kernels`) know a stream of keys in which every query sees one interval.
+Here positions and the ring of the state become such a stream, by tensor operations of fixed shapes:
+the host never waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from spectral_window.ops import triton_window_kernels as kernels
+from spectral_window.ops.documents import find_documents
+from spectral_window.ops.rotary import rotate
+
+FLOAT32_PRODUCTS = "ieee"  # of tl.dot; "tf32" would miss the bar of 2e-6 by far
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work: a program's own rows, the rows that it meets at once, warps and
+    loads in flight."""
+
+    own: int
+    met: int
+    warps: int
+    stages: int
+
+
+def tiles(kernel: str, window: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
+    """For "attend", "attend_queries" or "attend_keys"; sizes are powers of two, the dims padded.
+
+    A small window wants small tiles, since what they hold beyond it is computed in vain; 64 rows
+    are what a warp group of an H100 multiplies at once.
+    """
+    wide = max(key_dim, value_dim)
+    if dtype == torch.float32:
+        return Tiles(32, 32, 4, 1) if wide <= 64 else Tiles(16, 16, 4, 1)
+    met = 32 if window < 64 or wide > 128 else 64
+    return Tiles(64, met, 4, 2 if kernel == "attend" else 1)
+
+
+# ---------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("spectral_window::triton_window", mutates_args=())
+def stream_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    low: Tensor | None,
+    order: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of T queries to a stream of S = P + T keys, of which they are the last T.
+
+    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V], not turned; T >= 1; float32, bfloat16, float16.
+    low, order: [B, T] int32: query number i of a row is the token in column order[i], and sees the
+        places low[i] ... P + i; more than 2W - 1 places back are never seen. Places P ... S - 1 of
+        the stream are the tokens in this order, too. Both None: P = 0, one document from place 0.
+
+    Returns (out [B, T, H, V], 0 where nothing is seen; [B, H, T], log2 of the softmax's sums).
+    """
+    q, k, v = map(_rows, (q, k, v))
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    call = _Call(q, k, v, window, theta, low, order, lse)
+    with call.on_device():
+        call.launch("attend", (q, k, v, out, lse, *call.tables), (q, k, v), (call.scale,))
+    return out, lse
+
+
+@torch.library.custom_op("spectral_window::triton_window_backward", mutates_args=())
+def stream_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    low: Tensor | None,
+    order: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, given that of `out`."""
+    q, k, v, grad = map(_rows, (q, k, v, grad))
+    out = out.contiguous()
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    call = _Call(q, k, v, window, theta, low, order, lse)
+    rows, scales = (q, k, v, grad), (call.scale, q.shape[3] ** -0.5)
+    with call.on_device():
+        tensors = (q, k, v, out, grad, lse, delta, *call.tables, dq)
+        call.launch("attend_queries", tensors, rows, scales)
+        tensors = (q, k, v, grad, lse, delta, *call.tables, dk, dv)
+        call.launch("attend_keys", tensors, rows, scales)
+    return dq, dk, dv
+
+
+class _Call:
+    """What the kernels of one call share."""
+
+    def __init__(self, q, k, v, window, theta, low, order, lse):
+        self.q, self.k, self.v, self.window, self.theta = q, k, v, window, theta
+        self.documents = low is not None
+        self.key = max(16, triton.next_power_of_2(q.shape[3]))
+        self.value = max(16, triton.next_power_of_2(v.shape[3]))
+        names = ("attend", "attend_queries", "attend_keys")
+        self.cut = {name: tiles(name, window, self.key, self.value, q.dtype) for name in names}
+        sizes = [size for cut in self.cut.values() for size in cut[:2]]
+        self.near, self.step = max(sizes), min(sizes)
+        self.rows = self.near + k.shape[1] // self.step + self.near // self.step
+        self.scale = q.shape[3] ** -0.5 * math.log2(math.e)
+        # a pointer that is never followed must be one all the same
+        self.tables = [lse if x is None else x.contiguous() for x in (low, order, self._turns())]
+
+    def on_device(self):
+        return torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext()
+
+    def _turns(self) -> Tensor | None:
+        if self.theta is None:
+            return None
+        half = self.key // 2
+        turns = self.q.new_empty(2, self.rows, half, dtype=torch.float32)
+        with self.on_device():
+            kernels.find_turns[(self.rows,)](
+                turns, self.rows, self.near, self.step, math.log(self.theta), self.q.shape[3], half
+            )
+        return turns
+
+    def launch(self, name: str, tensors, strided, scales) -> None:
+        batch, time, heads, key = self.q.shape
+        stream, cut = self.k.shape[1], self.cut[name]
+        before = 0 if name == "attend_keys" else (stream - time) // cut.own
+        parts = triton.cdiv(stream, cut.own) - before
+        strides = [x.stride(i) for x in strided for i in range(3)]
+        sizes = (heads, time, stream, parts, self.window, self.rows, self.near, self.step)
+        getattr(kernels, name)[(batch * heads * parts,)](
+            *tensors,
+            *strides,
+            *sizes,
+            *scales,
+            K=key,
+            KP=self.key,
+            V=self.v.shape[3],
+            VP=self.value,
+            M=cut.own,
+            N=cut.met,
+            ROPE=self.theta is not None,
+            DOCS=self.documents,
+            GUARD=self.documents,
+            PRECISION=FLOAT32_PRODUCTS if self.q.dtype == torch.float32 else "ieee",
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where the elements of a row lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@stream_attention.register_fake
+def _(q, k, v, window, theta, low, order):
+    batch, time, heads, _ = q.shape
+    out = q.new_empty(batch, time, heads, v.shape[3])
+    return out, q.new_empty(batch, heads, time, dtype=torch.float32)
+
+
+@stream_attention_backward.register_fake
+def _(q, k, v, window, theta, low, order, out, lse, grad):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.window, ctx.theta, low, order = inputs
+    ctx.save_for_backward(q, k, v, low, order, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, _):
+    if grad is None:
+        return (None,) * 7
+    q, k, v, low, order, out, lse = ctx.saved_tensors
+    call = (q, k, v, ctx.window, ctx.theta, low, order)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        leaves = [x for x in (q, k, v) if x.requires_grad]
+        with torch.enable_grad():
+            found = torch.autograd.grad(stream_products(*call), leaves, grad, create_graph=True)
+        by_id = {id(x): d for x, d in zip(leaves, found, strict=True)}
+        return *(by_id.get(id(x)) for x in (q, k, v)), None, None, None, None
+    return *stream_attention_backward(*call, out, lse, grad), None, None, None, None
+
+
+stream_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def stream_products(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    low: Tensor | None,
+    order: Tensor | None,
+    block: int = 128,
+) -> Tensor:
+    """`stream_attention` in plain torch, differentiable any number of times: for second
+    derivatives. In at least float32; a block of queries against the keys in reach at a time."""
+    time, prefix = q.shape[1], k.shape[1] - q.shape[1]
+    exact = torch.promote_types(q.dtype, torch.float32)
+    place = torch.arange(k.shape[1], device=q.device)
+    if low is None or order is None:
+        low, order = ((place // window - 1).clamp(min=0) * window)[None], place[None]
+    order = order.long().expand(q.shape[0], -1)
+
+    def in_order(x: Tensor) -> Tensor:
+        return x.take_along_dim(order[..., None, None], 1)
+
+    def keys(x: Tensor) -> Tensor:
+        return torch.cat((x[:, :prefix], in_order(x[:, prefix:])), 1).to(exact)
+
+    query, key, value = in_order(q).to(exact), keys(k), keys(v)
+    if theta is not None:
+        query, key = rotate(query, place[prefix:], theta), rotate(key, place, theta)
+    parts = []
+    for start in range(0, time, block):
+        own = slice(start, min(start + block, time))
+        reach = slice(max(prefix + start - 2 * window + 1, 0), prefix + own.stop)
+        at, seen = place[reach], low[:, own, None]
+        visible = (at >= seen) & (at <= place[prefix:][own][:, None])
+        scores = torch.einsum("bthk,bshk->bhts", query[:, own], key[:, reach])
+        scores = scores * q.shape[-1] ** -0.5
+        # a query that sees nothing would be NaN; its output is zero
+        empty = ~visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(~(visible | empty)[:, None], -torch.inf)
+        weights = scores.softmax(-1).masked_fill(empty[:, None], 0.0)
+        parts.append(torch.einsum("bhts,bshv->bthv", weights, value[:, reach]))
+    out = torch.cat(parts, 1).to(v.dtype)
+    back = torch.zeros_like(order).scatter(1, order, place[: order.shape[1]].expand_as(order))
+    return out.take_along_dim(back[..., None, None], 1)
+
+
+# ---------------------------------------------------------------- documents and states
+
+
+class _Stream(NamedTuple):
+    """Tokens in the stream's order, padding last.
+
+    order: [B, T] int64 column of each; low: [B, T] the first place that each sees.
+    count: [B] tokens that are not padding; last: [B] position of the last of them, -1 for none.
+    """
+
+    order: Tensor
+    low: Tensor
+    count: Tensor
+    last: Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    ring: tuple[Tensor, Tensor] | None,
+    begin: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k [B, T, H, K], v [B, T, H, V], not turned yet, T >= 1.
+
+    ring: keys and values of the state [B, 2W, H, *]; begin [B] int64: the position of its next
+    token. positions: [B, T] int64, or None: rows go on where the state stopped, or are one document
+    from position 0.
+
+    Returns (out [B, T, H, V], key, value [B, 2W, H, *], position [B]): the last three are the state
+    after each row's last token. On a GPU positions are not checked, which would make the host wait:
+    wrong ones give wrong numbers.
+    """
+    batch, time = q.shape[:2]
+    if positions is None and begin is None:
+        out, _ = stream_attention(q, k, v, window, theta, None, None)
+        return out, *_last_two_chunks(k, v, window, theta)
+    device = q.device
+    if begin is None:
+        begin = torch.zeros(batch, dtype=torch.int64, device=device)
+    if positions is None:
+        positions = begin[:, None] + torch.arange(time, device=device)
+    elif device.type == "cpu":
+        find_documents(positions, begin)  # raises for positions that do not count on
+    keys, values = k, v
+    if ring is not None:
+        before = begin[:, None] + torch.arange(-2 * window, 0, device=device)
+        slot = before.remainder(2 * window)[..., None, None]
+        remembered = ring[0].take_along_dim(slot, 1)
+        if theta is not None:  # the kernel turns all keys alike
+            remembered = rotate(remembered, -before, theta)
+        keys = torch.cat((remembered, k), 1)
+        values = torch.cat((ring[1].take_along_dim(slot, 1), v), 1)
+    prefix = keys.shape[1] - time
+    stream = _find_stream(positions, window, prefix)
+    low, order = stream.low.to(torch.int32), stream.order.to(torch.int32)
+    out, _ = stream_attention(q, keys, values, window, theta, low, order)
+    return out, *_next_state(k, v, window, theta, ring, begin, stream)
+
+
+def _find_stream(positions: Tensor, window: int, prefix: int) -> _Stream:
+    token = positions >= 0
+    count = token.sum(1)
+    place = torch.arange(positions.shape[1], device=positions.device)
+    target = torch.where(token, token.cumsum(1) - 1, count[:, None] + (~token).cumsum(1) - 1)
+    order = torch.empty_like(target).scatter_(1, target, place.expand_as(target))
+    position = positions.gather(1, order)
+    back = position - (position // window - 1).clamp(min=0) * window
+    low = (prefix + place - back).clamp(min=0)
+    low = torch.where(position < 0, prefix + place + 1, low)
+    last = position.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
+    return _Stream(order, low, count, last)
+
+
+def _last_two_chunks(
+    k: Tensor, v: Tensor, window: int, theta: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state of rows that are one document from position 0, without padding."""
+    time, slots = k.shape[1], 2 * window
+    oldest = max(time // window - 1, 0) * window
+    key, value = k[:, oldest:], v[:, oldest:]
+    if theta is not None:
+        key = rotate(key, torch.arange(oldest, time, device=k.device), theta)
+
+    def ring(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, slots - x.shape[1])).roll(oldest % slots, 1)
+
+    position = torch.full((k.shape[0],), time, dtype=torch.int64, device=k.device)
+    return ring(key), ring(value), position
+
+
+def _next_state(
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    ring: tuple[Tensor, Tensor] | None,
+    begin: Tensor,
+    stream: _Stream,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state after each row's last token; rows without a token keep theirs."""
+    slots = 2 * window
+    alive = stream.count > 0
+    position = torch.where(alive, stream.last + 1, begin)
+    slot = torch.arange(slots, device=k.device)
+    held = position[:, None] - 1 - (position[:, None] - 1 - slot) % slots
+    live = held >= (position // window - 1).clamp(min=0)[:, None] * window
+    index = stream.count[:, None] - (position[:, None] - held)  # among this call's tokens
+    fresh = (alive[:, None] & live & (index >= 0))[..., None, None]
+    column = stream.order.gather(1, index.clamp(min=0))[..., None, None]
+    key, value = k.take_along_dim(column, 1), v.take_along_dim(column, 1)
+    if theta is not None:
+        key = rotate(key, held, theta)
+    kept = (live | ~alive[:, None])[..., None, None]
+
+    def after(new: Tensor, old: Tensor | None) -> Tensor:
+        before = 0.0 if old is None else torch.where(kept, old, 0.0)
+        return torch.where(fresh, new, before)
+
+    old_key, old_value = ring or (None, None)
+    return after(key, old_key), after(value, old_value), position
