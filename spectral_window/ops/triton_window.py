@@ -42,7 +42,7 @@ def tiles(kernel: str, window: int, key_dim: int, value_dim: int, dtype: torch.d
     """
     wide = max(key_dim, value_dim)
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1) if wide <= 64 else Tiles(16, 16, 4, 1)
+        return Tiles(32, 32, 8, 1) if wide <= 64 else Tiles(16, 16, 8, 1)
     met = 32 if window < 64 or wide > 128 else 64
     return Tiles(64, met, 4, 2 if kernel == "attend" else 1)
 
@@ -132,8 +132,15 @@ class _Call:
         half = self.key // 2
         turns = self.q.new_empty(2, self.rows, half, dtype=torch.float32)
         with self.on_device():
-            kernels.find_turns[(self.rows,)](
-                turns, self.rows, self.near, self.step, math.log(self.theta), self.q.shape[3], half
+            kernels.find_turns[(triton.cdiv(self.rows, 8),)](
+                turns,
+                self.rows,
+                self.near,
+                self.step,
+                LOG_THETA=math.log(self.theta),
+                K=self.q.shape[3],
+                KH=half,
+                R=8,
             )
         return turns
 

@@ -27,16 +27,20 @@ import triton.language as tl
 
 
 @triton.jit
-def find_turns(turns, rows, near, step, LOG_THETA: tl.constexpr, K: tl.constexpr, KH: tl.constexpr):
+def find_turns(
+    turns, rows, near, step, LOG_THETA: tl.constexpr, K: tl.constexpr, KH: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
     """cos and sin [2, rows, KH]: of the places 0 ... near - 1, then of the multiples of `step`."""
-    row = tl.program_id(0)
+    row = tl.program_id(0) * R + tl.arange(0, R)
     pair = tl.arange(0, KH)
     place = tl.where(row < near, row, (row - near) * step).to(tl.float64)
     log_theta = tl.full([KH], LOG_THETA, tl.float64)
-    angle = place * tl.exp(log_theta * pair.to(tl.float64) * (-2.0 / K))
-    # float64 divides a whole number of turns away exactly enough, and libm's own way is slow
-    tl.store(turns + row * KH + pair, tl.cos(angle).to(tl.float32))
-    tl.store(turns + (rows + row) * KH + pair, tl.sin(angle).to(tl.float32))
+    angle = place[:, None] * tl.exp(log_theta * pair.to(tl.float64) * (-2.0 / K))[None, :]
+    at = turns + row[:, None] * KH + pair[None, :]
+    here = (row < rows)[:, None]
+    tl.store(at, tl.cos(angle).to(tl.float32), mask=here)
+    tl.store(at + rows * KH, tl.sin(angle).to(tl.float32), mask=here)
 
 
 @triton.jit
@@ -172,14 +176,14 @@ def attend(
         values = load_rows(v + b * v_b + h * v_h, source, exists, v_t, V, VP)
         values, poison = clean(values, GUARD)
         keys = turn(keys, cos, sin, turns, rows, near, step, start, False, N, KP, ROPE)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if GUARD:
             scores += poison[None, :]
         visible = (at[None, :] >= seen[:, None]) & (at[None, :] <= place[:, None])
         scores = tl.where(visible, scores, -float("inf"))
-        peak = tl.maximum(top, tl.max(scores, 1))
+        peak = tl.maximum(top, tl.max(scores, 1) * scale)
         level = tl.where(peak == -float("inf"), 0.0, peak)
-        weights = tl.exp2(scores - level[:, None])
+        weights = tl.exp2(scores * scale - level[:, None])
         if GUARD:
             weights = tl.where(visible, weights, 0.0)
         shrink = tl.exp2(top - level)
@@ -229,9 +233,9 @@ def attend_queries(
         values = load_rows(v + b * v_b + h * v_h, source, exists, v_t, V, VP)
         keys, poison = clean(keys, GUARD)
         keys = turn(keys, cos, sin, turns, rows, near, step, start, False, N, KP, ROPE)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         visible = (at[None, :] >= seen[:, None]) & (at[None, :] <= place[:, None])
-        weights = tl.exp2(scores - level[:, None])
+        weights = tl.exp2(scores * scale - level[:, None])
         d_weights = tl.dot(given, tl.trans(values), input_precision=PRECISION)
         d_scores = weights * (d_weights - mean[:, None])
         if GUARD:
@@ -283,9 +287,9 @@ def attend_keys(
         queries, poison = clean(queries, GUARD)
         given, doubt = clean(given, GUARD)
         queries = turn(queries, cos, sin, turns, rows, near, step, start, False, N, KP, ROPE)
-        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
+        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         visible = (at[:, None] >= seen[None, :]) & (at[:, None] <= place[None, :])
-        weights = tl.exp2(scores - level[None, :])
+        weights = tl.exp2(scores * scale - level[None, :])
         if GUARD:
             weights += (poison + doubt)[None, :]
         weights = tl.where(visible, weights, 0.0)
