@@ -50,6 +50,8 @@ METHODS = {
         "rows": "every row of the weights once, in compiled code (numba), for a few vectors",
     },
 }
+_HALF_TO_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_DTYPES = {"spectral": (*_HALF_TO_FLOAT32, torch.float64), "window": _HALF_TO_FLOAT32}
 FEW = 4  # vectors at once; more are served better by a matrix product
 FEW_TAPS = 16  # more are served better by an FFT
 
@@ -77,56 +79,45 @@ def resolve(op: str, method: str, tensor: Tensor, *, taps: int = 0) -> tuple[str
                 return "scan", "one pass over memory, compiled by numba for this CPU"
             return "chunked", "numba is not installed: linear time in plain torch"
         if op == "spectral" and tensor.device.type == "cuda":
-            if runs_triton(tensor):
+            if runs_triton(op, tensor):
                 return "triton", "few passes over memory, in Triton kernels for this GPU"
             return "chunked", "no Triton kernel for this dtype, or no Triton: plain torch"
         if op == "window" and runs_tiled(tensor):
             return "tiled", "only what is seen, in compiled code (numba) for this CPU"
-        if op == "window" and tensor.is_cuda and runs_triton(tensor):
+        if op == "window" and runs_triton(op, tensor) and tensor.is_cuda:
             return "triton", "only what is seen, in one kernel (Triton) for this GPU"
         return "chunked", "linear time in plain torch on any device"
     if method not in METHODS[op]:
         raise unknown(f"{op} method", method, [*METHODS[op], "auto"])
     if method == "step" and not one_token:
         raise UserError(f"method 'step' ({op}): it takes one token a call, not {tensor.shape[1]}")
-    if method == "triton" and not runs_triton(tensor):
+    if method == "triton" and not runs_triton(op, tensor):
         raise UserError(
             f"method 'triton' ({op}): it needs the package triton and a GPU (or TRITON_INTERPRET=1 "
-            f"on a CPU), got {tensor.dtype} on {tensor.device}: use 'chunked' or 'auto'"
+            f"on a CPU), not {tensor.dtype} on {tensor.device}: use 'chunked' or 'auto'"
         )
     if method == "tiled" and not runs_tiled(tensor):
         raise UserError(
             f"method 'tiled' (window): it needs numba, and float32 or bfloat16 on a CPU, not "
             f"{tensor.dtype} on {tensor.device}: use 'chunked' or 'auto'"
         )
-    if method == "triton" and not runs_triton(tensor):
-        raise UserError(
-            f"method 'triton' ({op}): it needs Triton, and float32, bfloat16 or float16 on a GPU, "
-            f"not {tensor.dtype} on {tensor.device}: use 'chunked' or 'auto'"
-        )
     return method, "asked for by name"
 
 
-def runs_triton(x: Tensor) -> bool:
-    """Are there GPU kernels for tensors like x? With TRITON_INTERPRET=1 they run on a CPU, slowly,
-    for tests."""
-    there = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    kind = HAS_TRITON and there and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return kind and (torch.compiler.is_compiling() or not _transformed())
+def runs_triton(op: str, x: Tensor) -> bool:
+    """Do operator `op`'s Triton kernels run on tensors like x? On a CPU only in the interpreter
+    (TRITON_INTERPRET=1), slowly, for tests."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    there = HAS_TRITON and x.device.type == ("cpu" if interpreted else "cuda")
+    if op == "window" and not torch.compiler.is_compiling() and _transformed():
+        return False
+    return there and x.dtype in TRITON_DTYPES[op]
 
 
 def runs_tiled(q: Tensor) -> bool:
     """Is there compiled code for window attention on tensors like q?"""
     kind = HAS_NUMBA and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
     return kind and (torch.compiler.is_compiling() or not _transformed())
-
-
-def runs_triton(x: Tensor) -> bool:
-    """Do Triton kernels run on tensors like x? On a CPU only in the interpreter, for tests."""
-    if not HAS_TRITON or not x.dtype.is_floating_point or x.element_size() < 2:
-        return False
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    return x.device.type == ("cpu" if interpreted else "cuda")
 
 
 def may_bypass(*tensors: Tensor | None) -> bool:
