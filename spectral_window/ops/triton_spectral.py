@@ -52,7 +52,8 @@ class Plan(NamedTuple):
 
     lanes:  channels a lane: 16 bytes of a row.
     chunk:  the most tokens of a chunk.
-    rows:   rows of time asked for together, forwards and in the gradients' kernel.
+    rows:   rows of time asked for together, forwards and (rows_back) in the gradients' kernel.
+    stages: how many such groups are on their way.
     dtype:  of the state inside `outputs` and backwards.
     pair:   whether z is a sum of two numbers there.
     """
@@ -61,15 +62,16 @@ class Plan(NamedTuple):
     chunk: int
     rows: int
     rows_back: int
+    stages: int
     dtype: Any
     pair: bool
 
 
 PLANS = {
-    torch.bfloat16: Plan(8, 256, 8, 4, tl.float32, False),
-    torch.float16: Plan(8, 256, 8, 4, tl.float32, False),
-    torch.float32: Plan(4, 128, 8, 4, tl.float32, True),
-    torch.float64: Plan(2, 128, 8, 4, tl.float64, False),
+    torch.bfloat16: Plan(8, 256, 8, 4, 3, tl.float32, False),
+    torch.float16: Plan(8, 256, 8, 4, 3, tl.float32, False),
+    torch.float32: Plan(4, 128, 8, 4, 3, tl.float32, True),
+    torch.float64: Plan(2, 128, 8, 4, 3, tl.float64, False),
 }
 
 
@@ -106,6 +108,21 @@ def layout(batch: int, time: int, channels: int, modes: int, dtype: torch.dtype)
     return Layout(modes, padded, block, blocks, chunk, -(-time // chunk))
 
 
+def constants(plan: Plan, cut: Layout, channels: int, dtype: Any, rows: int) -> dict[str, Any]:
+    """What the streaming kernels are compiled for, beside what they are to do."""
+    return {
+        "MODES": cut.modes,
+        "PADDED": cut.padded,
+        "BLOCK": cut.block,
+        "CHUNK": cut.chunk,
+        "ROWS": rows,
+        "STAGES": plan.stages,
+        "MASKED": channels % cut.block != 0,
+        "PAIR": plan.pair and dtype == tl.float32,
+        "DTYPE": dtype,
+    }
+
+
 class _Call:
     """One call's launches: what the kernels share."""
 
@@ -132,23 +149,15 @@ class _Call:
     def streamed(self, kernel, *tensors: Tensor | None, dtype: Any, rows: int, **more: Any) -> None:
         """Launch a kernel that has one program for each row, chunk and block of channels."""
         cut = self.cut
+        more |= {"GAIN": self.gain is not None, "DOCUMENTS": self.positions is not None}
         kernel[(self.batch * cut.chunks * cut.blocks,)](
             *tensors,
             self.time,
             self.channels,
             cut.chunks,
-            MODES=cut.modes,
-            PADDED=cut.padded,
-            BLOCK=cut.block,
-            CHUNK=cut.chunk,
-            ROWS=rows,
-            MASKED=self.channels % cut.block != 0,
-            GAIN=self.gain is not None,
-            PAIR=self.plan.pair and dtype == tl.float32,
-            DOCUMENTS=self.positions is not None,
-            DTYPE=dtype,
-            num_warps=1,
+            **constants(self.plan, cut, self.channels, dtype, rows),
             **more,
+            num_warps=1,
         )
 
     def carried(

@@ -48,10 +48,11 @@ def _follow(h, s, q, gg, z, x, g, position, PAIR: tl.constexpr, DOCUMENTS: tl.co
 @triton.jit
 def _sum(
     h, s, q, gg, z, u, g, positions, at, begin, stop,
-    ROWS: tl.constexpr, MASKED: tl.constexpr, PAIR: tl.constexpr, DOCUMENTS: tl.constexpr
+    ROWS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, PAIR: tl.constexpr,
+    DOCUMENTS: tl.constexpr
 ):  # fmt: skip
     """`_follow` over tokens begin ... stop of a chunk, ROWS at a time."""
-    for i in range(begin, stop, ROWS):
+    for i in tl.range(begin, stop, ROWS, num_stages=STAGES):
         xs = load_rows(u, at, i, ROWS, 1, MASKED)
         gs = load_rows(g, at, i, ROWS, 1, MASKED)
         for k in tl.static_range(ROWS):
@@ -63,11 +64,11 @@ def _sum(
 @triton.jit
 def _write_gradients(
     l, z, w, g, du, positions, at, begin, stop,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, PAIR: tl.constexpr,
-    DOCUMENTS: tl.constexpr
+    PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    PAIR: tl.constexpr, DOCUMENTS: tl.constexpr
 ):  # fmt: skip
     """l over tokens begin ... stop of a chunk, counted from its last one; du = Re sum (l + w g)."""
-    for i in range(begin, stop, ROWS):
+    for i in tl.range(begin, stop, ROWS, num_stages=STAGES):
         gs = load_rows(g, at, -i, ROWS, -1, MASKED)
         for k in tl.static_range(ROWS):
             position = load_position(positions, at[0] - i - k, DOCUMENTS)
@@ -85,8 +86,8 @@ def _write_gradients(
 def gradients(
     u, g, z, gain, positions, starts, tails, du, sums, time, channels, chunks,
     MODES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, MASKED: tl.constexpr, GAIN: tl.constexpr, PAIR: tl.constexpr,
-    DOCUMENTS: tl.constexpr, DTYPE: tl.constexpr
+    ROWS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, GAIN: tl.constexpr,
+    PAIR: tl.constexpr, DOCUMENTS: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """du of each chunk, and its part of dL/dz (re, im) and dL/dgain: `sums` [batch, chunks, 3,
     modes, channels] float64. starts: h before each chunk; tails: conj(z) l behind it."""
@@ -104,10 +105,10 @@ def gradients(
     zero = tl.zeros((PADDED, BLOCK), DTYPE)
     h, s, q, gg = (re, im), (zero, zero), (zero, zero), zero
     h, s, q, gg = _sum(
-        h, s, q, gg, zs, u, g, positions, at, 0, whole, ROWS, MASKED, PAIR, DOCUMENTS
+        h, s, q, gg, zs, u, g, positions, at, 0, whole, ROWS, STAGES, MASKED, PAIR, DOCUMENTS
     )
     h, s, q, gg = _sum(
-        h, s, q, gg, zs, u, g, positions, at, whole, length, 1, MASKED, PAIR, DOCUMENTS
+        h, s, q, gg, zs, u, g, positions, at, whole, length, 1, 1, MASKED, PAIR, DOCUMENTS
     )
     # what comes later sees this chunk through its end: conj(l) s
     lr = tl.load(tails + border, mask, 0.0)
@@ -121,10 +122,10 @@ def gradients(
     at = (b * time + n * CHUNK + length - 1, d, inside, channels)
     l = (lr.to(DTYPE), li.to(DTYPE))
     l = _write_gradients(
-        l, back, w, g, du, positions, at, 0, whole, PADDED, ROWS, MASKED, PAIR, DOCUMENTS
+        l, back, w, g, du, positions, at, 0, whole, PADDED, ROWS, STAGES, MASKED, PAIR, DOCUMENTS
     )
     _write_gradients(
-        l, back, w, g, du, positions, at, whole, length, PADDED, 1, MASKED, PAIR, DOCUMENTS
+        l, back, w, g, du, positions, at, whole, length, PADDED, 1, 1, MASKED, PAIR, DOCUMENTS
     )
 
 

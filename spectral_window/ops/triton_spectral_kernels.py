@@ -8,7 +8,7 @@
 A program owns one row of the batch, one chunk of time and one block of channels. Its warp covers
 the channels, a few neighbouring ones per lane, so that a row of time is one wide load or store per
 lane. The loop over time keeps the state in registers and asks for ROWS rows before it uses the
-first of them.
+first of them; STAGES such groups are on their way at a time, copied to shared memory.
 
 Modes are the first dimension of every tile ([modes, channels], padded to a power of two). States at
 chunk borders are planes [batch, chunks, (re, im), modes, channels] of float64. A kernel with
@@ -175,13 +175,13 @@ def dynamics(decay, frequency, z, count, BLOCK: tl.constexpr):
 @triton.jit
 def _leave(
     h, count, z, w, x, positions, at, begin, stop,
-    ROWS: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr, PAIR: tl.constexpr,
-    DOCUMENTS: tl.constexpr
+    ROWS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr,
+    PAIR: tl.constexpr, DOCUMENTS: tl.constexpr
 ):  # fmt: skip
     """Tokens begin ... stop of a chunk of `ends`, ROWS at a time. `count`: tokens, and beginnings
     of documents."""
     STEP: tl.constexpr = -1 if REVERSE else 1
-    for i in range(begin, stop, ROWS):
+    for i in tl.range(begin, stop, ROWS, num_stages=STAGES):
         rows = load_rows(x, at, i * STEP, ROWS, STEP, MASKED)
         for k in tl.static_range(ROWS):
             position = load_position(positions, at[0] + (i + k) * STEP, DOCUMENTS)
@@ -201,8 +201,9 @@ def _leave(
 def ends(
     x, z, gain, positions, states, steps, time, channels, chunks,
     MODES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr,
-    GAIN: tl.constexpr, PAIR: tl.constexpr, DOCUMENTS: tl.constexpr, DTYPE: tl.constexpr
+    BITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    REVERSE: tl.constexpr, GAIN: tl.constexpr, PAIR: tl.constexpr, DOCUMENTS: tl.constexpr,
+    DTYPE: tl.constexpr
 ):  # fmt: skip
     """What each chunk of x [batch, time, channels] leaves behind, from zero, into `states`.
 
@@ -222,10 +223,10 @@ def ends(
     whole = length // ROWS * ROWS
     count = (0, 0)
     h, count = _leave(
-        h, count, zs, w, x, positions, at, 0, whole, ROWS, MASKED, REVERSE, PAIR, DOCUMENTS
+        h, count, zs, w, x, positions, at, 0, whole, ROWS, STAGES, MASKED, REVERSE, PAIR, DOCUMENTS
     )
     h, count = _leave(
-        h, count, zs, w, x, positions, at, whole, length, 1, MASKED, REVERSE, PAIR, DOCUMENTS
+        h, count, zs, w, x, positions, at, whole, length, 1, 1, MASKED, REVERSE, PAIR, DOCUMENTS
     )
     to = ((b * chunks + n) * 2 * MODES + m) * channels + d
     tl.store(states + to, h[0].to(tl.float64), mask)
@@ -298,11 +299,11 @@ def carry(
 @triton.jit
 def _write_outputs(
     h, z, w, u, y, positions, at, begin, stop,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, PAIR: tl.constexpr,
-    DOCUMENTS: tl.constexpr
+    PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    PAIR: tl.constexpr, DOCUMENTS: tl.constexpr
 ):  # fmt: skip
     """Tokens begin ... stop of a chunk of `outputs`, ROWS at a time."""
-    for i in range(begin, stop, ROWS):
+    for i in tl.range(begin, stop, ROWS, num_stages=STAGES):
         rows = load_rows(u, at, i, ROWS, 1, MASKED)
         for k in tl.static_range(ROWS):
             position = load_position(positions, at[0] + i + k, DOCUMENTS)
@@ -318,8 +319,8 @@ def _write_outputs(
 def outputs(
     u, z, gain, positions, starts, y, time, channels, chunks,
     MODES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, MASKED: tl.constexpr, GAIN: tl.constexpr, PAIR: tl.constexpr,
-    DOCUMENTS: tl.constexpr, DTYPE: tl.constexpr
+    ROWS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, GAIN: tl.constexpr,
+    PAIR: tl.constexpr, DOCUMENTS: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """y of each chunk, from the state at its start."""
     # the last chunks first: `ends` read them last, so they may still be in the cache
@@ -335,6 +336,22 @@ def outputs(
     at = (b * time + n * CHUNK, d, inside, channels)
     whole = length // ROWS * ROWS
     h = _write_outputs(
-        (re, im), zs, w, u, y, positions, at, 0, whole, PADDED, ROWS, MASKED, PAIR, DOCUMENTS
+        (re, im),
+        zs,
+        w,
+        u,
+        y,
+        positions,
+        at,
+        0,
+        whole,
+        PADDED,
+        ROWS,
+        STAGES,
+        MASKED,
+        PAIR,
+        DOCUMENTS,
     )
-    _write_outputs(h, zs, w, u, y, positions, at, whole, length, PADDED, 1, MASKED, PAIR, DOCUMENTS)
+    _write_outputs(
+        h, zs, w, u, y, positions, at, whole, length, PADDED, 1, 1, MASKED, PAIR, DOCUMENTS
+    )

@@ -1,0 +1,433 @@
+"""The convolution on a GPU: what its kernels must cost, whether they are right, what they cost.
+
+    roofline   bytes and operations a token and channel, counted from the kernels; least times
+    check      right at sizes only a GPU reaches, and the same bits every time
+    bench      against a device copy, the paper's FFT and the chunked method, taking turns
+
+Every row stands for itself: what fails says why and the next one is tried, so that whatever is
+measured before time runs out is kept. On a CPU with `TRITON_INTERPRET=1` (set before the first
+import of triton) `check` and `bench` walk the same steps at toy sizes.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_window.lab.bench.race import _spread, reason
+from spectral_window.ops import Modes, spectral_conv
+
+Row = dict[str, Any]
+H100 = {"bytes": 3.35e12, "float32": 67e12, "float64": 34e12, "conversions": 132 * 16 * 1.755e9}
+
+
+def roofline(dtype: torch.dtype, chunk: int = 128, modes: int = 1) -> list[Row]:
+    """A row for each kernel: what it reads and writes for a token of a channel (`reads`, `writes`:
+    numbers of `dtype`; `border_bytes`: its share of the chunk's states), operations (fused
+    multiply-adds count as one instruction) and the time all that must take on an H100, in
+    nanoseconds a token of 768 channels."""
+    from spectral_window.ops.triton_spectral import PLANS
+
+    plan = PLANS[dtype]
+    wide = dtype == torch.float64
+    product = 8 if plan.pair else 4  # instructions of z h + x
+    back = product - (0 if plan.pair else 0)
+    counts = [
+        # kernel, reads, writes, states a chunk, operations in the state's type, in float64
+        ("ends", 1, 0, 1, 0, 4),
+        ("carry", 0, 0, 2, 0, 0),
+        ("outputs", 1, 1, 1, product, 0),
+        ("ends_back", 1, 0, 1, back + 1, 0),
+        ("carry_back", 0, 0, 2, 0, 0),
+        ("gradients", 3, 1, 3.5, 3 * product + 6, 0),
+    ]
+    rows = []
+    for kernel, reads, writes, states, single, double in counts:
+        border = 16 * states * modes / chunk
+        moved = (reads + writes) * dtype.itemsize + border
+        if kernel == "gradients":  # g is read again at once, from the cache
+            moved -= dtype.itemsize
+        single, double = single * modes, double * modes
+        if wide:
+            single, double = 0, single + double
+        converted = 0 if wide else (reads if kernel == "ends" else 0)
+        seconds = {
+            "memory": moved / H100["bytes"],
+            "float32": 2 * single / H100["float32"],
+            "float64": 2 * double / H100["float64"] + converted / H100["conversions"],
+        }
+        bound = max(seconds, key=lambda k: seconds[k])
+        rows.append(
+            {
+                "kernel": kernel,
+                "dtype": str(dtype).removeprefix("torch."),
+                "reads": reads,
+                "writes": writes,
+                "border_bytes": border,
+                "bytes": moved,
+                "float32_operations": single,
+                "float64_operations": double,
+                "nanoseconds_a_token_of_768": float(f"{768e9 * seconds[bound]:.3g}"),
+                "bound_by": bound,
+            }
+        )
+    return rows
+
+
+def least_bytes(shape: tuple[int, int, int], dtype: torch.dtype, backward: bool) -> int:
+    """u in and y out; backwards also u and g in and du out."""
+    return shape[0] * shape[1] * shape[2] * dtype.itemsize * (5 if backward else 2)
+
+
+# ------------------------------------------------------------------------------------ correctness
+
+
+def _modes(channels: int, device: str, each: int = 1, gain: bool = False, slow: bool = True):
+    draw = torch.Generator().manual_seed(0)
+    decay = torch.randn(channels, each, generator=draw).abs()
+    if slow:
+        decay *= 10.0 ** -torch.linspace(0, 6, channels)[:, None]
+        decay[0] = 0.0
+    frequency = torch.randn(channels, each, generator=draw)
+    weight = torch.randn(channels, each, generator=draw) if gain else None
+    return Modes(*(None if p is None else p.to(device) for p in (decay, frequency, weight)))
+
+
+def _error(y: Tensor, truth: Tensor) -> float:
+    """The worst relative rms error of a channel in a block of 64 positions, the size of a block
+    being no less than a hundredth of its channel's."""
+    y, truth = y.detach().double(), truth.detach().double()
+    scale = truth.square().mean(1).sqrt()
+    worst = 0.0
+    for begin in range(0, y.shape[1], 64):
+        part = truth[:, begin : begin + 64]
+        off = (y[:, begin : begin + 64] - part).square().mean(1).sqrt()
+        size = torch.maximum(part.square().mean(1).sqrt(), 0.01 * scale)
+        worst = max(worst, float((off / size.clamp(min=1e-300)).max()))
+    return worst
+
+
+def _relative(x: Tensor, truth: Tensor) -> float:
+    x, truth = x.detach().double(), truth.detach().double()
+    return float((x - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def _forward_error(time_: int, channels: int, device: str, **more: Any) -> Row:
+    modes, u = _modes(channels, device, **more), torch.randn(1, time_, channels, device=device)
+    y, final = spectral_conv(u, modes, method="triton")
+    truth, end = spectral_conv(u.double(), modes, method="chunked")
+    found = {"error": _error(y, truth), "state_error": _relative(final, end)}
+    return found | {"good": found["error"] <= 2e-6 and found["state_error"] <= 1e-10}
+
+
+def _rounding(dtype: torch.dtype, shape: tuple[int, int, int], device: str) -> Row:
+    modes, u = _modes(shape[2], device), torch.randn(shape, device=device).to(dtype)
+    y, _ = spectral_conv(u, modes, method="triton")
+    truth, _ = spectral_conv(u.double(), modes, method="chunked")
+    ratio = _relative(y, truth) / _relative(truth.to(dtype), truth)
+    return {"of_rounding": ratio, "good": ratio <= (1.25 if device == "cuda" else 2.6)}
+
+
+def _packed(batch: int, time_: int, device: str) -> Tensor:
+    """Documents of growing lengths with a padded token between them."""
+    row: list[int] = []
+    length = 3
+    while len(row) < time_:
+        row += [*range(length), -1]
+        length = length * 2 % 977 + 1
+    return torch.tensor([row[:time_]] * batch, device=device)
+
+
+def _gradient_error(shape: tuple[int, int, int], each: int, packed: bool, device: str) -> Row:
+    batch, time_, channels = shape
+    modes = _modes(channels, device, each, gain=each > 1)
+    u = torch.randn(shape, device=device)
+    before = torch.randn(modes.state_shape(batch), dtype=torch.float64, device=device)
+    positions = _packed(batch, time_, device) if packed else None
+    gy, gf = torch.randn_like(u), torch.randn_like(before)
+    found = []
+    for method, dtype in (("triton", torch.float32), ("chunked", torch.float64)):
+        given = [None if p is None else p.to(dtype) for p in modes]
+        leaves = [None if p is None else p.clone().requires_grad_() for p in given]
+        x, state = u.to(dtype).requires_grad_(), before.clone().requires_grad_()
+        known = None if packed else state
+        y, final = spectral_conv(x, Modes(*leaves), state=known, positions=positions, method=method)
+        asked = [p for p in (x, *leaves, known) if p is not None]
+        found.append((y, *torch.autograd.grad((y, final), asked, (gy.to(dtype), gf))))
+    errors = [_relative(a, b) for a, b in zip(*found, strict=True)]
+    return {"errors": [float(f"{e:.2g}") for e in errors], "good": max(errors) <= 2e-6}
+
+
+def _repeats(shape: tuple[int, int, int], times: int, device: str) -> Row:
+    modes = Modes(*(None if p is None else p.requires_grad_() for p in _modes(shape[2], device)))
+    u = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    first = None
+    for _ in range(times):
+        y, final = spectral_conv(u, modes, method="triton")
+        got = (y, final, *torch.autograd.grad(y.float().square().sum(), (u, *modes[:2])))
+        if first is None:
+            first = got
+        elif not all(torch.equal(a, b) for a, b in zip(first, got, strict=True)):
+            return {"good": False, "why": "different bits"}
+    return {"good": True, "times": times}
+
+
+def _large(elements: int, device: str) -> Row:
+    """Rows beyond 2^31 elements are those of a small tensor."""
+    channels, time_ = (512, 32_768) if device == "cuda" else (4, 18)
+    batch = -(-elements // (channels * time_)) + 1
+    modes, row = _modes(channels, device), torch.randn(1, time_, channels, device=device).bfloat16()
+    u = row.expand(batch, -1, -1).contiguous()
+    y, final = spectral_conv(u, modes, method="triton")
+    good = all(torch.equal(y[i], y[0]) for i in (1, batch // 2, batch - 1))
+    del u
+    alone, _ = spectral_conv(row, modes, method="triton")
+    off = _relative(y[-1:], alone)
+    return {
+        "elements": y.numel(),
+        "difference": off,
+        "good": good and off <= 4e-3 and bool(torch.isfinite(final).all()),
+    }
+
+
+def check(minutes: float = 1.0, device: str = "cuda") -> list[Row]:
+    """A row for each property, `good` or not; none is begun after `minutes`."""
+    toy = device == "cpu"
+    times = [1, 19] if toy else [1, 65_535, 65_536, 65_537, 1_048_576]
+    steps: dict[str, Callable[[], Row]] = {
+        f"T={n}": partial(_forward_error, n, 3 if toy else 24, device) for n in times
+    }
+    small = (1, 19, 3)
+    steps |= {
+        "modes and gain": partial(
+            _forward_error, 19 if toy else 5_000, 3, device, each=3, gain=True
+        ),
+        "bfloat16": partial(_rounding, torch.bfloat16, small if toy else (2, 4096, 768), device),
+        "float16": partial(_rounding, torch.float16, small if toy else (2, 4096, 768), device),
+        "gradients": partial(_gradient_error, small if toy else (2, 4097, 768), 1, False, device),
+        "gradients, 3 modes": partial(
+            _gradient_error, small if toy else (2, 1030, 100), 3, False, device
+        ),
+        "gradients, documents": partial(
+            _gradient_error, small if toy else (2, 4097, 768), 1, True, device
+        ),
+        "gradients, far": partial(
+            _gradient_error, small if toy else (1, 262_144, 32), 1, False, device
+        ),
+        "same bits": partial(_repeats, small if toy else (4, 2048, 768), 2 if toy else 20, device),
+        "beyond 2^31": partial(_large, 100 if toy else 2**31, device),
+    }
+    return list(_walk(steps, minutes, device))
+
+
+def _walk(steps: dict[str, Callable[[], Row]], minutes: float, device: str) -> Iterator[Row]:
+    begin = time.perf_counter()
+    for name, step in steps.items():
+        row: Row = {"section": "spectral check", "what": name}
+        if time.perf_counter() - begin > 60 * minutes:
+            yield row | {"good": None, "why": "no time left"}
+            continue
+        start = time.perf_counter()
+        try:
+            torch.manual_seed(0)
+            row |= step()
+        except Exception as error:  # whatever it is, the row tells it
+            row |= {"good": False, "why": reason(error)}
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        yield row | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+# ------------------------------------------------------------------------------------------ speed
+
+SHAPES = [(8, 4096, 768), (1, 65_536, 768), (32, 1024, 768)]
+
+
+def _calls(
+    shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, device: str
+) -> dict[str, Callable[[], object]]:
+    """The contestants: a copy that moves the least bytes, and every way to convolve."""
+    modes = _modes(shape[2], device, slow=False)
+    u = torch.randn(shape, device=device).to(dtype)
+    moved = least_bytes(shape, dtype, backward) // 2
+    source = torch.zeros(moved, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    leaves = [p.clone().requires_grad_(backward) for p in modes[:2]]
+    x = u.clone().requires_grad_(backward)
+    g = torch.randn_like(u)
+
+    def convolve(method: str) -> object:
+        if not backward:
+            with torch.no_grad():
+                return spectral_conv(u, modes, method=method)
+        y, _ = spectral_conv(x, Modes(*leaves), method=method)
+        return torch.autograd.grad(y, (x, *leaves), g)
+
+    def published() -> object:
+        """As the paper's code does: float32, zero-padded to twice the length."""
+        length = 2 * shape[1]
+        t = torch.arange(shape[1], device=device, dtype=torch.float32)
+        decay, frequency = (p[:, 0, None] for p in leaves)
+        kernel = torch.exp(-decay * t) * torch.cos(frequency * t)
+        spectrum = torch.fft.rfft(x.float().transpose(1, 2), length) * torch.fft.rfft(
+            kernel, length
+        )
+        y = torch.fft.irfft(spectrum, length)[..., : shape[1]].transpose(1, 2).to(dtype)
+        return torch.autograd.grad(y, (x, *leaves), g) if backward else y
+
+    return {
+        "device copy": lambda: target.copy_(source),
+        "triton": lambda: convolve("triton"),
+        "fft as published": published,
+        "chunked": lambda: convolve("chunked"),
+    }
+
+
+def _clocked(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds of one call on the device, the mean of `repeats`."""
+    if device != "cuda":
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - begin) / repeats
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1000 / repeats
+
+
+def _graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """`call` as a CUDA graph, without the host's time; itself where that cannot be."""
+    if device != "cuda":
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _measure(
+    calls: dict[str, Callable[[], object]], rounds: int, moved: int, device: str, **tags: Any
+) -> list[Row]:
+    """Interleaved: every contestant once a round, in an order drawn anew."""
+    failed: dict[str, str] = {}
+    repeats: dict[str, int] = {}
+    for name, call in list(calls.items()):
+        try:
+            call()
+            first = _clocked(call, 1, device)
+            repeats[name] = max(1, min(50, round(2e-3 / max(first, 1e-6))))
+        except Exception as error:
+            failed[name] = reason(error)
+    draw = random.Random(0)
+    spent: dict[str, list[float]] = {name: [] for name in repeats}
+    for _ in range(rounds):
+        order = list(repeats)
+        draw.shuffle(order)
+        for name in order:
+            spent[name].append(_clocked(calls[name], repeats[name], device))
+    rows = []
+    for name in calls:
+        row: Row = {"section": "spectral bench", **tags, "contestant": name}
+        if name in failed:
+            rows.append(row | {"status": failed[name]})
+            continue
+        ratios = [a / b for a, b in zip(spent[name], spent["device copy"], strict=True)]
+        row |= {"status": "ok", **_spread("milliseconds", [1000 * s for s in spent[name]])}
+        row |= _spread("of_copy", ratios)
+        row["GB_per_second_of_least_bytes"] = round(moved / median(spent[name]) / 1e9, 1)
+        rows.append(row)
+    return rows
+
+
+def bench(minutes: float = 1.0, device: str = "cuda") -> list[Row]:
+    """Rows of every shape, dtype and direction; none is begun after `minutes`."""
+    toy = device == "cpu"
+    begin, rows = time.perf_counter(), []
+    for shape in [(1, 18, 3)] if toy else SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for backward in (False, True):
+                tags = {
+                    "shape": list(shape),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "direction": "both" if backward else "forward",
+                }
+                if time.perf_counter() - begin > 60 * minutes:
+                    rows.append({"section": "spectral bench", **tags, "status": "no time left"})
+                    continue
+                try:
+                    rows += _one(shape, dtype, backward, device, tags)
+                except Exception as error:
+                    rows.append({"section": "spectral bench", **tags, "status": reason(error)})
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+    return rows
+
+
+def _one(shape, dtype, backward: bool, device: str, tags: Row) -> list[Row]:
+    torch.manual_seed(0)
+    calls = _calls(shape, dtype, backward, device)
+    if not backward:  # a graph takes the host's part away, which many launches hide
+        try:
+            calls["triton, CUDA graph"] = _graphed(calls["triton"], device)
+        except Exception as error:
+            why = error
+
+            def lost() -> object:
+                raise why
+
+            calls["triton, CUDA graph"] = lost
+    moved = least_bytes(shape, dtype, backward)
+    return _measure(calls, 2 if device == "cpu" else 9, moved, device, **tags)
+
+
+def sweep(minutes: float = 0.7, device: str = "cuda") -> list[Row]:
+    """The plan's free choices at [8, 4096, 768] and [1, 65536, 768] in bfloat16: rows asked for
+    together, groups on their way, programs that count as enough. For who sets the defaults."""
+    from spectral_window.ops import triton_spectral as ts
+
+    begin, rows = time.perf_counter(), []
+    plans, enough = dict(ts.PLANS), ts.ENOUGH
+    dtype = torch.bfloat16
+    choices = [
+        (stages, count, many)
+        for many in (768, 1536, 400)
+        for stages, count in ((3, 8), (1, 8), (1, 16), (2, 8), (4, 4))
+    ]
+    try:
+        for stages, count, many in choices[:1] if device == "cpu" else choices:
+            if time.perf_counter() - begin > 60 * minutes:
+                break
+            ts.PLANS[dtype] = plans[dtype]._replace(stages=stages, rows=count)
+            ts.ENOUGH = many
+            for shape in [(1, 18, 3)] if device == "cpu" else SHAPES[:2]:
+                tags = {"shape": list(shape), "stages": stages, "rows": count, "enough": many}
+                try:
+                    calls = _calls(shape, dtype, False, device)
+                    both = _calls(shape, dtype, True, device)
+                    kept = {name: calls[name] for name in ("device copy", "triton")}
+                    kept["triton, forward and backward"] = both["triton"]
+                    moved = least_bytes(shape, dtype, False)
+                    found = _measure(kept, 5, moved, device, **tags)
+                    rows += [{**row, "section": "spectral sweep"} for row in found]
+                except Exception as error:
+                    rows.append({"section": "spectral sweep", **tags, "status": reason(error)})
+    finally:
+        ts.PLANS.update(plans)
+        ts.ENOUGH = enough
+    return rows
