@@ -220,8 +220,8 @@ def attend_queries(
     mean = tl.sum(given.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + (b * heads + h) * time + row, mean, mask=here)
     level = tl.load(lse + (b * heads + h) * time + row, mask=here, other=float("inf"))
-    near_cos, near_sin = near_turns(turns, rows, M, KP // 2, ROPE)
-    queries = turn(queries, near_cos, near_sin, turns, rows, near, step, first, False, M, KP, ROPE)
+    cos, sin = near_turns(turns, rows, M, KP // 2, ROPE)
+    queries = turn(queries, cos, sin, turns, rows, near, step, first, False, M, KP, ROPE)
     d_queries = tl.zeros([M, KP], tl.float32)
     cos, sin = near_turns(turns, rows, N, KP // 2, ROPE)
     begin = tl.min(seen, 0) // N * N
@@ -242,8 +242,9 @@ def attend_queries(
             d_scores += poison[None, :]
         d_scores = tl.where(visible, d_scores, 0.0)
         d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision=PRECISION)
+    cos, sin = near_turns(turns, rows, M, KP // 2, ROPE)  # anew: kept, they would fill registers
     d_queries = turn(
-        d_queries * unit, near_cos, near_sin, turns, rows, near, step, first, True, M, KP, ROPE
+        d_queries * unit, cos, sin, turns, rows, near, step, first, True, M, KP, ROPE
     )
     store_rows(dq + (b * time * heads + h) * K, row, here, heads * K, d_queries, K, KP)
 
@@ -264,8 +265,8 @@ def attend_keys(
     exists, target = find_keys(order + b * time, at, prefix, stream, DOCS)
     keys = load_rows(k + b * k_b + h * k_h, target, exists, k_t, K, KP)
     values = load_rows(v + b * v_b + h * v_h, target, exists, v_t, V, VP)
-    near_cos, near_sin = near_turns(turns, rows, M, KP // 2, ROPE)
-    keys = turn(keys, near_cos, near_sin, turns, rows, near, step, first, False, M, KP, ROPE)
+    cos, sin = near_turns(turns, rows, M, KP // 2, ROPE)
+    keys = turn(keys, cos, sin, turns, rows, near, step, first, False, M, KP, ROPE)
     d_keys = tl.zeros([M, KP], tl.float32)
     d_values = tl.zeros([M, VP], tl.float32)
     cos, sin = near_turns(turns, rows, N, KP // 2, ROPE)
@@ -298,8 +299,7 @@ def attend_keys(
         d_scores = weights * (d_weights - mean[None, :])
         d_scores = tl.where(visible, d_scores, 0.0)
         d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision=PRECISION)
-    d_keys = turn(
-        d_keys * unit, near_cos, near_sin, turns, rows, near, step, first, True, M, KP, ROPE
-    )
-    store_rows(dk + (b * stream * heads + h) * K, target, exists, heads * K, d_keys, K, KP)
     store_rows(dv + (b * stream * heads + h) * V, target, exists, heads * V, d_values, V, VP)
+    cos, sin = near_turns(turns, rows, M, KP // 2, ROPE)  # anew: kept, they would fill registers
+    d_keys = turn(d_keys * unit, cos, sin, turns, rows, near, step, first, True, M, KP, ROPE)
+    store_rows(dk + (b * stream * heads + h) * K, target, exists, heads * K, d_keys, K, KP)

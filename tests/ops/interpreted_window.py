@@ -13,8 +13,11 @@ from functools import partial
 import pytest
 import torch
 
-import tests.contracts.interpreter  # noqa: F401  before any kernel
+from tests.contracts.interpreter import InterpreterBuilder
+
+# isort: split, for the interpreter comes before any kernel
 from spectral_window.errors import UserError
+from spectral_window.lab.bench.roofline_window import count
 from spectral_window.ops import WindowState, reference, rotate, triton_window, window_attention
 from spectral_window.ops.triton_window import Tiles, stream_attention, stream_attention_backward
 from tests.contracts import operators
@@ -289,6 +292,64 @@ def test_registered_operators_pass_opcheck(documents):
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in call]
     out, lse = stream_attention(*plain)
     torch.library.opcheck(stream_attention_backward, (*plain, out, lse, torch.randn_like(out)))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kernel", ["attend", "attend_queries", "attend_keys"])
+def test_the_roofline_counts_what_the_kernels_load_and_store(kernel, monkeypatch):
+    window, time, key, value = 12, 75, 16, 32
+    q, k, v = draw_qkv(1, time, 1, key, value)
+    moved = {"load": 0, "store": 0, "dot": 0}
+    builder = InterpreterBuilder
+
+    def counted(name, method, size):
+        def method_and_count(self, *inputs):
+            if counted.on:
+                moved[name] += size(*inputs)
+            return method(self, *inputs)
+
+        monkeypatch.setattr(builder, method.__name__, method_and_count)
+
+    counted.on = False
+    launch = triton_window._Call.launch
+
+    def launch_counted(self, name, *inputs):
+        counted.on = name == kernel
+        launch(self, name, *inputs)
+        counted.on = False
+
+    monkeypatch.setattr(triton_window._Call, "launch", launch_counted)
+    load, store, dot = (
+        builder.create_masked_load,
+        builder.create_masked_store,
+        builder.create_dot,
+    )
+    counted("load", load, lambda at, mask, *_: elements(at, mask))
+    counted("store", store, lambda at, value, mask, *_: elements(at, mask))
+    monkeypatch.setattr(
+        builder,
+        "create_dot",
+        lambda self, a, b, *rest: (
+            moved.__setitem__(
+                "dot", moved["dot"] + counted.on * 2 * a.data.size * b.data.shape[1]
+            ),
+            dot(self, a, b, *rest),
+        )[1],
+    )
+    gradients = [torch.randn(1, time, 1, value)]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = ATTEND(*leaves, window=window, rope_theta=THETA)
+    torch.autograd.grad(out, leaves, gradients)
+    cut = triton_window.tiles(kernel)
+    counts = count(kernel, time, window, key, value, 4, cut.own, cut.met)
+    assert moved["load"] == counts.loads + counts.turns
+    assert moved["store"] == counts.stores
+    assert moved["dot"] == counts.flops
+
+
+def elements(at, mask) -> int:
+    """Bytes that a masked load or store touches."""
+    return int(mask.data.sum()) * at.dtype.element_ty.primitive_bitwidth // 8
 
 
 def test_positions_that_do_not_count_on_are_refused_where_the_host_can_see_them():
