@@ -34,17 +34,29 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(kernel: str, window: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
-    """For "attend", "attend_queries" or "attend_keys"; sizes are powers of two, the dims padded.
+def tiles(
+    kernel: str, window: int, key_dim: int, value_dim: int, dtype: torch.dtype, groups: bool
+) -> Tiles:
+    """For "attend", "attend_queries" or "attend_keys"; the head sizes padded to powers of two.
 
-    A small window wants small tiles, since what they hold beyond it is computed in vain; 64 rows
-    are what a warp group of an H100 multiplies at once.
+    groups: does the card multiply by whole warp groups (64 rows at once), from NVIDIA's Hopper on?
+    Others hold the operands in registers, where less fits. Small windows want small tiles: what
+    a tile holds beyond the window is computed in vain. The tests hold all of it to no spilling.
     """
     wide = max(key_dim, value_dim)
     if dtype == torch.float32:
         return Tiles(32, 32, 8, 1) if wide <= 64 else Tiles(16, 16, 8, 1)
-    met = 32 if window < 64 or wide > 128 else 64
-    return Tiles(64, met, 4, 2 if kernel == "attend" else 1)
+    if kernel == "attend":
+        return Tiles(64, 64 if groups and wide <= 64 <= window else 32, 4, 2)
+    if not groups or wide > 64:
+        return Tiles(32, 32, 4 if wide <= 64 else 8, 1)
+    return Tiles(64, 64 if window >= 64 else 32, 4, 1)
+
+
+def _multiplies_by_groups(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 # ---------------------------------------------------------------- operators
@@ -115,7 +127,8 @@ class _Call:
         self.key = max(16, triton.next_power_of_2(q.shape[3]))
         self.value = max(16, triton.next_power_of_2(v.shape[3]))
         names = ("attend", "attend_queries", "attend_keys")
-        self.cut = {name: tiles(name, window, self.key, self.value, q.dtype) for name in names}
+        about = (window, self.key, self.value, q.dtype, _multiplies_by_groups(q.device))
+        self.cut = {name: tiles(name, *about) for name in names}
         sizes = [size for cut in self.cut.values() for size in cut[:2]]
         self.near, self.step = max(sizes), min(sizes)
         self.rows = self.near + k.shape[1] // self.step + self.near // self.step

@@ -1,4 +1,4 @@
-"""The GPU kernels of window attention (Triton): tiles of queries against tiles of keys, RoPE inside.
+"""The GPU kernels of window attention (Triton): tiles of queries against tiles of keys.
 
 A row is a *stream* of S = P + T keys: P remembered ones, then the T tokens, documents one after
 another, padding last. What the query at place i sees is then one interval of the stream, `low[i]`
@@ -243,9 +243,7 @@ def attend_queries(
         d_scores = tl.where(visible, d_scores, 0.0)
         d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision=PRECISION)
     cos, sin = near_turns(turns, rows, M, KP // 2, ROPE)  # anew: kept, they would fill registers
-    d_queries = turn(
-        d_queries * unit, cos, sin, turns, rows, near, step, first, True, M, KP, ROPE
-    )
+    d_queries = turn(d_queries * unit, cos, sin, turns, rows, near, step, first, True, M, KP, ROPE)
     store_rows(dq + (b * time * heads + h) * K, row, here, heads * K, d_queries, K, KP)
 
 

@@ -75,8 +75,8 @@ def window_attention(
                 turned already.
     state:      as returned by an earlier call for the same rows; None for none.
     positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method:     "auto", "tiled", "triton", "chunked" or "reference"; with "auto" a single token attends to the
-                ring directly.
+    method:     "auto", "tiled", "triton", "chunked" or "reference"; with "auto" a single token
+                attends to the ring directly.
 
     Returns out [B, T, H, V] (0 at padding) and the state after each row's last token. Raises
     ValueError or TypeError before any work.

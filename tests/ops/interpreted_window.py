@@ -13,9 +13,9 @@ from functools import partial
 import pytest
 import torch
 
-from tests.contracts.interpreter import InterpreterBuilder
+from tests.contracts.interpreter import InterpreterBuilder  # before any kernel
 
-# isort: split, for the interpreter comes before any kernel
+# isort: split
 from spectral_window.errors import UserError
 from spectral_window.lab.bench.roofline_window import count
 from spectral_window.ops import WindowState, reference, rotate, triton_window, window_attention
@@ -168,9 +168,7 @@ def test_angles_are_exact_a_million_positions_on():
     ring = [torch.randn(1, 2 * window, 1, size) for size in (16, 5)]
     begin = torch.tensor([first])
     options = {"window": window, "rope_theta": THETA}
-    out, after = window_attention(
-        *qkv, state=WindowState(*ring, begin), method="triton", **options
-    )
+    out, after = window_attention(*qkv, state=WindowState(*ring, begin), method="triton", **options)
     state = WindowState(*(x.double() for x in ring), begin)
     exact, end = window_attention(
         *(x.double() for x in qkv), state=state, method="reference", **options
@@ -330,9 +328,7 @@ def test_the_roofline_counts_what_the_kernels_load_and_store(kernel, monkeypatch
         builder,
         "create_dot",
         lambda self, a, b, *rest: (
-            moved.__setitem__(
-                "dot", moved["dot"] + counted.on * 2 * a.data.size * b.data.shape[1]
-            ),
+            moved.__setitem__("dot", moved["dot"] + counted.on * 2 * a.data.size * b.data.shape[1]),
             dot(self, a, b, *rest),
         )[1],
     )

@@ -150,9 +150,7 @@ def _documents(device: str, quick: bool) -> Row:
     grad = grad * (positions >= 0)[..., None, None]
     mine = gradients(tuple(qkv), grad, window=window, method="triton", positions=positions)
     exact = tuple(x.double() for x in qkv)
-    truth = gradients(
-        exact, grad.double(), window=window, method="chunked", positions=positions
-    )
+    truth = gradients(exact, grad.double(), window=window, method="chunked", positions=positions)
     found = _held(mine, truth, torch.float32)
     attend = partial(window_attention, window=window, rope_theta=THETA, method="triton")
     whole, end = attend(*qkv)
@@ -453,9 +451,7 @@ def tune(
     return rows
 
 
-def _one_kernel(
-    device: str, kernel: str, qkv: list[Tensor], grad: Tensor, window: int
-) -> Row:
+def _one_kernel(device: str, kernel: str, qkv: list[Tensor], grad: Tensor, window: int) -> Row:
     """Milliseconds of the operator that the kernel belongs to; only this kernel's tiles vary."""
     from spectral_window.ops.triton_window import stream_attention, stream_attention_backward
 
