@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+SUITE_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+SUITE := $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := $(SUITE_ENV) $(SUITE)
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-machines test-slow lint bench clean
 
 setup: $(READY)
 
@@ -26,6 +28,33 @@ lint: setup
 
 test: lint
 	$(PYTEST)
+
+# The whole suite as on other machines, 15 minutes each; some of them:
+#     make test-machines MACHINES="threads-4 load"
+# numba, onednn, aten   each compiler or library limited to AVX2; avx2: all three
+# threads-1, threads-4  the threads of every test and its children
+# load                  beside ten busy processes
+# generic               no AVX at all: the portable code that other processors (ARM) run
+MACHINES ?= numba onednn aten threads-1 threads-4 load generic
+CACHE := $(CURDIR)/$(VENV)/numba
+ON_numba := NUMBA_CPU_NAME=x86-64-v3 NUMBA_CPU_FEATURES=-avx512f NUMBA_CACHE_DIR=$(CACHE)-v3
+ON_onednn := ONEDNN_MAX_CPU_ISA=AVX2
+ON_aten := ATEN_CPU_CAPABILITY=avx2
+ON_avx2 := $(ON_numba) $(ON_onednn) $(ON_aten)
+ON_threads-1 := OMP_NUM_THREADS=1
+ON_threads-4 := OMP_NUM_THREADS=4
+ON_load := BUSY=10
+ON_generic := NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES= NUMBA_CACHE_DIR=$(CACHE)-generic \
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
+
+test-machines: $(MACHINES:%=test-on-%)
+
+test-on-%: setup
+	@test -n "$(ON_$*)" || { echo "no such machine: $*"; exit 2; }
+	export $(SUITE_ENV) $(ON_$*); busy=; \
+	for i in $$(seq $${BUSY:-0}); do while :; do :; done & busy="$$busy $$!"; done; \
+	trap 'test -z "$$busy" || kill $$busy' EXIT; trap 'exit 130' INT TERM; \
+	$(SUITE) --timeout 3600 $(ARGS)
 
 test-slow: setup
 	$(PYTEST) -m slow --timeout 7200
