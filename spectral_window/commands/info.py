@@ -117,7 +117,8 @@ def _methods(config: SWHConfig, device: torch.device, dtype: torch.dtype) -> lis
     if "spectral" in config.branches:
         kernel = KERNELS[config.kernel](config.hidden_size)()
         taps = kernel.weights.shape[1] if isinstance(kernel, Taps) else 0
-    for branch in (*config.branches, "linear"):
+    parts = (*config.branches, *(["delta"] if config.mixer == "memory" else []), "linear")
+    for branch in parts:
         op = "taps" if branch == "spectral" and taps else branch
         for use, length in (("prefill", 1024), ("step", 1)):
             probe = torch.empty(1, length, config.hidden_size, device=device, dtype=dtype)

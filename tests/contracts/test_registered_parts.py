@@ -20,6 +20,7 @@ DIM, HEADS, WINDOW = 16, 2, 5
 PAPER = {"kernel": "damped_oscillator", "fusion": "norm_add", "branches": BRANCHES}
 VARIANTS = [
     ("attention", {}),
+    *[("memory", PAPER | {"branches": branches}) for branches in (BRANCHES, ("window",))],
     *[("spectral_window", PAPER | {"kernel": kernel}) for kernel in KERNELS],
     *[
         ("spectral_window", PAPER | {"fusion": fusion, "branches": branches})
@@ -223,7 +224,7 @@ def test_mixer_dynamics_norms_and_biases_are_not_decayed(name, options):
     mixer = build(name, options)
     kept = no_weight_decay(mixer)
     for parameter, value in mixer.named_parameters():
-        dynamics = parameter.startswith("kernel.")
+        dynamics = parameter.startswith(("kernel.", "memory."))
         assert (parameter in kept) == (dynamics or value.dim() < 2), parameter
 
 

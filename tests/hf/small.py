@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 
-MIXERS = ("spectral_window", "attention")
+MIXERS = ("spectral_window", "attention", "memory")
 VOCAB = 61
 
 

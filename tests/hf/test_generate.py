@@ -286,7 +286,7 @@ def test_a_cache_of_another_batch_dtype_or_kind_is_refused(model: SWHForCausalLM
         model(tokens(3, 1), past_key_values=cache)
     with pytest.raises(ValueError, match=r"is torch\.float32"):
         copy.deepcopy(model).to(torch.bfloat16)(x, past_key_values=cache)
-    other = MIXERS[1 - MIXERS.index(model.config.mixer)]
+    other = next(name for name in MIXERS if name != model.config.mixer)
     with pytest.raises(ValueError, match=r"made by a model of"):
         small_model(mixer=other)(x, past_key_values=cache)
     foreign = DynamicCache()

@@ -364,7 +364,9 @@ def test_state_bytes_are_the_bytes_of_the_cache(model: SWHForCausalLM, time: int
 
 
 def test_only_attention_pays_more_for_longer_contexts() -> None:
-    swh, full = (small_model(mixer=mixer) for mixer in MIXERS)
+    swh, full, memory = (small_model(mixer=mixer) for mixer in MIXERS)
+    assert memory.state_bytes(10) == memory.state_bytes(10**6)
+    assert memory.flops_per_token(10**6) < 1.01 * memory.flops_per_token(10**3)
     assert swh.state_bytes(10) == swh.state_bytes(10**6)
     assert full.state_bytes(2000) == 2 * full.state_bytes(1000)
     assert swh.flops_per_token(10**6) < 1.01 * swh.flops_per_token(10**3)

@@ -1,5 +1,5 @@
-"""Every kernel and every fusion in a whole model: it trains, decodes as it reads, and survives the
-disk."""
+"""Every kernel, every fusion and the memory in a whole model: it trains, decodes as it reads, and
+survives the disk."""
 
 from __future__ import annotations
 
@@ -12,17 +12,35 @@ import torch
 
 from spectral_window.data.tokenizers import load_tokenizer
 from spectral_window.generation.session import Session
+from spectral_window.generation.session_file import leaves
 from spectral_window.hf import SWHForCausalLM
 from spectral_window.hf import model as model_file
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS, Kernel
 from spectral_window.nn.layers import no_weight_decay
+from spectral_window.nn.mixers import map_state
 from spectral_window.ops.dispatch import METHODS
 from tests.hf.small import error, small_model, tokens
 
-PARTS = [{"kernel": name} for name in KERNELS] + [{"fusion": name} for name in FUSIONS]
+OWNERS = {"kernel": "kernel", "fusion": "fusion", "mixer": "memory"}
+MEMORY = {"mixer": "memory"}
+PARTS = [{"kernel": name} for name in KERNELS] + [{"fusion": name} for name in FUSIONS] + [MEMORY]
 every_part = pytest.mark.parametrize("part", PARTS, ids=lambda part: "-".join(*part.items()))
 every_kernel = pytest.mark.parametrize("name", KERNELS)
+# what is kept in float32 and has a part of its own in the mixer's state
+STATEFUL = [part for part in PARTS if "fusion" not in part]
+every_stateful = pytest.mark.parametrize("part", STATEFUL, ids=lambda part: "-".join(*part.items()))
+
+
+def owned_by(part: dict[str, str]) -> str:
+    """The mixer's module that holds the parameters of `part`."""
+    return next(owner for key, owner in OWNERS.items() if key in part)
+
+
+def bytes_of(state: Any) -> int:
+    sizes: list[int] = []
+    map_state(state, lambda t: sizes.append(t.nbytes) or t)
+    return sum(sizes)
 
 
 @every_part
@@ -61,7 +79,8 @@ def test_segments_and_their_states_are_those_of_one_call(
         parts = model(ids, use_cache=True)
     assert error(parts.logits, whole.logits) <= 5e-6
     for mine, one in zip(parts.past_key_values.layers, whole.past_key_values.layers, strict=True):
-        assert error(mine.state.spectral, one.state.spectral) <= 5e-6
+        for name, end in leaves("", one.state):
+            assert error(dict(leaves("", mine.state))[name], end) <= 5e-6, name
 
 
 @every_part
@@ -97,7 +116,7 @@ def test_a_model_without_weights_begins_as_one_that_was_made(
     model = small_model(**part)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    place = "model.layers.0.mixer." + ("kernel." if "kernel" in part else "fusion.")
+    place = f"model.layers.0.mixer.{owned_by(part)}."
     owned = sorted(name for name in weights if name.startswith(place))
     dropped = owned[:1]  # one of several, or the only one
     for name in dropped:
@@ -111,31 +130,32 @@ def test_a_model_without_weights_begins_as_one_that_was_made(
         assert name in dropped or torch.equal(again[name], model.state_dict()[name]), name
 
 
-@every_kernel
+@every_stateful
 @torch.no_grad()
-def test_a_cast_model_keeps_its_kernels_and_its_state_bytes(name: str, tmp_path: Path) -> None:
-    model = small_model(kernel=name)
-    before = copy.deepcopy(model.model.layers[0].mixer.kernel.state_dict())
+def test_a_cast_model_keeps_its_kernels_and_its_state_bytes(
+    part: dict[str, str], tmp_path: Path
+) -> None:
+    model = small_model(**part)
+    owner = owned_by(part)
+    before = copy.deepcopy(model.model.layers[0].mixer.get_submodule(owner).state_dict())
     model = model.to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     again = SWHForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for one in (model, again):
-        kept = one.model.layers[0].mixer.kernel.state_dict()
+        kept = one.model.layers[0].mixer.get_submodule(owner).state_dict()
         assert all(torch.equal(kept[k], before[k]) for k in before)
     cache = again(tokens(3, 20), use_cache=True).past_key_values
-    sizes: list[int] = []
-    for layer in cache.layers:
-        spectral, window = layer.state
-        sizes += [t.nbytes for t in (spectral, *window)]
-    assert sum(sizes) == again.state_bytes(20, batch_size=3)
+    assert sum(bytes_of(layer.state) for layer in cache.layers) == again.state_bytes(20, 3)
     assert again.state_bytes(20) == again.state_bytes(10**6)
 
 
-@every_kernel
+@every_stateful
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_session_goes_on_from_the_disk(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_session_goes_on_from_the_disk(
+    part: dict[str, str], dtype: torch.dtype, tmp_path: Path
+) -> None:
     tokenizer = load_tokenizer("bytes")
-    model = small_model(kernel=name, vocab_size=len(tokenizer)).to(dtype)
+    model = small_model(**part, vocab_size=len(tokenizer)).to(dtype)
 
     def begun() -> Session:
         session = Session(model, tokenizer, seed=1)
@@ -170,14 +190,17 @@ def test_a_step_of_training_moves_every_parameter_and_lowers_the_loss(
         assert not torch.equal(value, before[name]), name
 
 
-@every_kernel
-def test_no_kernel_is_decayed_or_initialised_like_a_map(name: str) -> None:
-    model = small_model(kernel=name, initializer_range=0.001)
+@every_stateful
+def test_no_kernel_is_decayed_or_initialised_like_a_map(part: dict[str, str]) -> None:
+    model = small_model(**part, initializer_range=0.001)
     kept = no_weight_decay(model)
-    for prefix, part in model.named_modules():
-        if isinstance(part, Kernel):
-            for own, value in part.named_parameters(prefix):
+    for prefix, module in model.named_modules():
+        if isinstance(module, Kernel):
+            for own, value in module.named_parameters(prefix):
                 assert own in kept
+                if own.endswith("_bias"):
+                    assert not value.any()
+                    continue
                 assert float(value.detach().abs().max()) > 0.01, f"{own} was drawn as a map's"
 
 
@@ -190,6 +213,20 @@ def test_autocast_does_not_change_the_kernel(name: str) -> None:
         cast = kernel()
     for a, b in zip(plain, cast, strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+def test_info_names_the_methods_of_the_memory(capsys: Any) -> None:
+    import json
+
+    from spectral_window.commands import info
+
+    info.run(model="small", overrides=["mixer=memory"], context=[1024], device="cpu", json=True)
+    methods = {
+        (row["op"], row["use"]): row for row in json.loads(capsys.readouterr().out)["methods"]
+    }
+    assert methods["delta", "prefill"]["method"] == "chunked"
+    assert methods["delta", "step"]["method"] == "step"
+    assert {"spectral", "window", "linear"} <= {op for op, _ in methods}
 
 
 def test_info_names_the_method_of_finite_filters(capsys: Any) -> None:

@@ -1,0 +1,192 @@
+"""The layer with a memory, from its equations in plain loops; where it starts; what would be wrong;
+and that it recalls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spectral_window.hf import SWHForCausalLM
+from spectral_window.lab.probes import Exam, Probe, run
+from spectral_window.nn.layers import no_weight_decay
+from spectral_window.nn.memory import MemoryMixer
+from spectral_window.nn.mixers import SpectralWindowMixer
+from tests.hf.small import small_config, small_model, tokens
+
+DIM, HEADS, WINDOW = 12, 2, 4
+
+
+def memory_by_hand(x: torch.Tensor, p: dict[str, torch.Tensor], heads: int) -> torch.Tensor:
+    """m_t of the module's docstring, one row and token after another."""
+    out = torch.zeros_like(x)
+    size = x.shape[2] // heads
+    q, v = x @ p["q_proj.weight"].T, x @ p["v_proj.weight"].T
+    for b in range(x.shape[0]):
+        for h in range(heads):
+            mine = slice(h * size, (h + 1) * size)
+            S = x.new_zeros(size, size)
+            for t in range(x.shape[1]):
+                key = x.new_zeros(size)
+                for i in range(min(t + 1, 4)):
+                    key += p["memory.lag"][mine, i] * q[b, t - i, mine]
+                key = key / max(float(key.norm()), 1e-4)
+                query = q[b, t, mine] / max(float(q[b, t, mine].norm()), 1e-4)
+                write, read = (
+                    torch.sigmoid(
+                        x[b, t] @ p[f"{name}_proj.weight"][h] + p[f"memory.{name}_bias"][h]
+                    )
+                    for name in ("write", "read")
+                )
+                S = S + write * torch.outer(key, v[b, t, mine] - S.T @ key)
+                out[b, t, mine] = read * p["memory.scale"][mine] * (S.T @ query)
+    return out
+
+
+class Alone(MemoryMixer):
+    """A mixer that yields what the memory adds to the window, and nothing else."""
+
+    def forward(self, x: torch.Tensor, positions: Any = None, state: Any = None) -> Any:
+        projected = self._project(x)[:5]
+        both, _ = self._local(projected, positions, state)
+        window, _ = SpectralWindowMixer._local(self, projected[:3], positions, None)
+        return both - window
+
+
+def drawn(kind: type[MemoryMixer] = Alone, **options: Any) -> MemoryMixer:
+    """Every parameter away from where it starts."""
+    layer = kind(hidden_size=DIM, num_heads=HEADS, window=WINDOW, **options).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_memory_is_its_equations_to_the_last_digit(heads, monkeypatch):
+    monkeypatch.setattr(MemoryMixer, "memory_heads", heads)
+    layer = drawn()
+    x = torch.randn(2, 70, DIM, dtype=torch.float64)
+    truth = memory_by_hand(x, dict(layer.state_dict()), heads)
+    assert (layer(x) - truth).abs().max() <= 1e-12 * truth.abs().max()
+
+
+def test_what_the_memory_finds_joins_before_the_local_map():
+    """Beyond that, the layer is the paper's with the same weights, to the bit."""
+    layer = drawn(MemoryMixer)
+    paper = SpectralWindowMixer(hidden_size=DIM, num_heads=HEADS, window=WINDOW).double()
+    missing = paper.load_state_dict(layer.state_dict(), strict=False)
+    assert not missing.missing_keys
+    x = torch.randn(2, 20, DIM, dtype=torch.float64)
+    layer.fusion = paper.fusion = torch.nn.Identity()
+    layer.fusion.forward = lambda spectral, local: local
+    found = memory_by_hand(x, dict(layer.state_dict()), 1) @ layer.local_proj.weight.T
+    difference = layer(x)[0] - paper(x)[0]
+    assert (difference - found @ layer.out_proj.weight.T).abs().max() <= 1e-10
+    with torch.no_grad():
+        layer.memory.scale.zero_()
+    assert torch.equal(layer(x)[0], paper(x)[0])
+
+
+class KeyNotNormalised(Alone):
+    def _unit(self, x):
+        return self._heads(x) / x.shape[-1]
+
+
+class KeyOfThisToken(Alone):
+    def _local(self, projected, positions, state):
+        with torch.no_grad():
+            self.memory.lag.copy_(self.memory.lag.roll(-1, 1))
+        return super()._local(projected, positions, state)
+
+
+class WriteGateForgotten(Alone):
+    def _local(self, projected, positions, state):
+        q, k, v, write, read = projected
+        return super()._local([q, k, v, write + 1e3, read], positions, state)
+
+
+class ReadGateForgotten(Alone):
+    def _local(self, projected, positions, state):
+        q, k, v, write, read = projected
+        return super()._local([q, k, v, write, read + 1e3], positions, state)
+
+
+class RotatedQuery(Alone):
+    def _local(self, projected, positions, state):
+        q, *others = projected
+        turned = torch.cat((q[..., 1:], -q[..., :1]), -1)
+        return super()._local([turned, *others], positions, state)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [KeyNotNormalised, KeyOfThisToken, WriteGateForgotten, ReadGateForgotten, RotatedQuery],
+)
+def test_deliberate_bug_of_the_layer_is_caught(bug):
+    layer = drawn(bug)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(2, 30, DIM, dtype=torch.float64)
+    truth = memory_by_hand(x, before, 1)
+    assert not (layer(x) - truth).abs().max() <= 1e-3 * truth.abs().max()
+
+
+@pytest.mark.parametrize("initializer_range", [0.02, None])
+def test_the_memory_starts_as_the_token_before(initializer_range):
+    """Gates begin at one half for every token that their maps ignore, also where PyTorch's own
+    initial values are asked for."""
+    mixer = small_model(mixer="memory", initializer_range=initializer_range).model.layers[1].mixer
+    own = mixer.memory
+    assert torch.equal(own.lag, torch.tensor([0.0, 1, 0, 0]).expand(32, 4))
+    assert torch.equal(own.scale, torch.ones(32))
+    assert not own.write_bias.any()
+    assert not own.read_bias.any()
+    if initializer_range:
+        assert 0.01 < float(mixer.write_proj.weight.detach().std()) < 0.03
+
+
+def test_its_parameters_are_few_and_only_the_maps_of_its_gates_are_decayed():
+    """5 D + 2 H (D + 1) beside the paper's, of which the gates' maps alone are decayed."""
+    layer = MemoryMixer(hidden_size=DIM, num_heads=HEADS, window=WINDOW)
+    paper = SpectralWindowMixer(hidden_size=DIM, num_heads=HEADS, window=WINDOW)
+    more = dict(layer.named_parameters()).keys() - dict(paper.named_parameters()).keys()
+    assert sum(layer.get_parameter(name).numel() for name in more) == 5 * DIM + 2 * (DIM + 1)
+    decayed = more - no_weight_decay(layer)
+    assert decayed == {"write_proj.weight", "read_proj.weight"}
+
+
+def test_without_a_window_there_is_no_memory():
+    with pytest.raises(ValueError, match="uses the window's queries"):
+        SWHForCausalLM(small_config(mixer="memory", branches=("spectral",)))
+
+
+def test_a_key_does_not_reach_across_a_document_or_into_padding():
+    layer = drawn()
+    x = torch.randn(1, 24, DIM, dtype=torch.float64)
+    positions = torch.tensor([[-1, *range(9), -1, -1, *range(12)]])
+    found = layer(x, positions)
+    for begin, end in ((1, 10), (12, 24)):
+        alone = layer(x[:, begin:end])
+        assert (found[:, begin:end] - alone).abs().max() <= 1e-12 * alone.abs().max()
+    assert not found[positions < 0].any()
+
+
+def test_autocast_leaves_the_memory_as_exact_as_its_inputs():
+    """Under autocast q, k, v come in bfloat16; the memory itself is computed as without."""
+    model, ids = small_model(mixer="memory"), tokens(2, 80)
+    with torch.no_grad():
+        want = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(ids, use_cache=True)
+    assert F.cosine_similarity(out.logits.float(), want, dim=-1).min() > 0.99
+    assert out.past_key_values.layers[0].state.memory.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_it_recalls_at_32_times_the_length_it_was_trained_at():
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "window": 8}
+    tests = tuple(Exam("recall", length, 256) for length in (32, 256, 1024))
+    row = run(Probe("recall", shape | {"mixer": "memory"}, tests, steps=300, lr=3e-3))
+    assert all(test["right"] >= 0.99 * test["asked"] for test in row["tests"])
