@@ -34,7 +34,7 @@ def run(*, model: str, overrides: list[str], context: int | None, device: str, j
         ]  # fmt: skip
         source = model
     else:
-        context = context or patient.config.max_position_embeddings
+        context = context or patient.config.training_length
         findings = examine(patient, context)
     if json:
         print_json({"model": source, "context": context, **summary(findings)})

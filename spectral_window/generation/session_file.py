@@ -27,7 +27,7 @@ SCHEMA, HEADER = 1, "spectral-window session"
 # sessions.
 _NO_FUNCTION = {
     "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
-    "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    "initializer_range", "training_length", "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 
 

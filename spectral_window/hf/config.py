@@ -5,6 +5,8 @@ a misspelt `windw=64` that trains a window of 32 is found a week later. It is *c
 made, when it is saved, and when a model is built from it, so no wrong value reaches a tensor.
 Choices of speed (which method computes an operator) are not fields: they do not change the
 function.
+
+What other libraries set on a config is theirs and stays in memory: a file holds what loads again.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import importlib
 import math
 import numbers
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +27,8 @@ MODEL_TYPE = "swh"
 STATE_LAYER_TYPE = "spectral_window_state"  # how transformers finds our cache layer
 BRANCHES = ("spectral", "window")
 _LARGEST = 2**31 - 1
+UNLIMITED = _LARGEST  # tokens; a number, since evaluation harnesses compute with it
+_TRAINED_AT = "max_position_embeddings"  # how config.json said `training_length` at first
 
 # Keys that transformers itself writes to config.json or hands to a config, beyond its own fields.
 _ACCEPTED = {
@@ -32,6 +37,7 @@ _ACCEPTED = {
     "torch_dtype",
     "num_labels",
     "output_attentions",
+    _TRAINED_AT,
     "attn_implementation",
     "experts_implementation",
     "quantization_config",
@@ -86,9 +92,14 @@ class SWHConfig(PreTrainedConfig):
     rope_theta:            base of the rotary angles of the window branch and of attention.
     rms_norm_eps:          added under the root of every RMSNorm.
     initializer_range:     std of Linear and Embedding weights; None: PyTorch's own initialisation.
-    max_position_embeddings: informative, what the model was trained at; the model has no limit.
+    training_length:       tokens of a row in training; informative.
     tie_word_embeddings:   one matrix for embedding and head.
     use_cache:             return a state to continue from, unless asked otherwise.
+
+    `max_position_embeddings`, which evaluation harnesses and `generate` take as the longest
+    context, follows: `training_length` for the Transformer baseline, `UNLIMITED` where the state
+    has a constant size and a token costs the same at any length. Given, it is taken as the training
+    length.
     """
 
     model_type = MODEL_TYPE
@@ -108,7 +119,7 @@ class SWHConfig(PreTrainedConfig):
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     initializer_range: float | None = 0.02
-    max_position_embeddings: int = 1024
+    training_length: int = 1024
     tie_word_embeddings: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -119,13 +130,15 @@ class SWHConfig(PreTrainedConfig):
         self._refuse_unknown(kwargs)
         for key in (*_IGNORED, "model_type"):
             kwargs.pop(key, None)
+        if _TRAINED_AT in kwargs:
+            self.max_position_embeddings = kwargs.pop(_TRAINED_AT)
         if isinstance(self.branches, Iterable) and not isinstance(self.branches, str):
             self.branches = tuple(self.branches)
         self.validate()
         self.branches = tuple(name for name in BRANCHES if name in self.branches)
         super().__post_init__(**kwargs)
         # Whoever has a config may ask an Auto class for its model next: registering happens there.
-        importlib.import_module("spectral_window.hf.model")
+        importlib.import_module("spectral_window.hf.classification")
 
     @classmethod
     def preset(cls, name: str = "paper", *, size: str = "125m", **overrides: Any) -> SWHConfig:
@@ -140,6 +153,41 @@ class SWHConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """One cache layer type a block. Read-only: stored, the name would break resuming."""
         return [STATE_LAYER_TYPE] * self.num_hidden_layers
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest context in tokens, as other libraries ask for it."""
+        from spectral_window.nn.mixers import MIXERS
+
+        return UNLIMITED if MIXERS[self.mixer].constant_state else self.training_length
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, length: int) -> None:
+        _positive_int(_TRAINED_AT, length)
+        if length != UNLIMITED:
+            self.training_length = length
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Empty: no code comes with a model. Other libraries look here before they import some."""
+        return {}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Refused: the file that it copies into a model's folder cannot be loaded by itself."""
+        raise code_stays_here(cls)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write config.json; attributes that are no fields are left out, with a warning."""
+        foreign = sorted(key for key in super().to_diff_dict() if not self._loads(key))
+        if foreign:
+            hints = "; ".join(str(unknown("config key", key, self._names())) for key in foreign)
+            warnings.warn(f"not saved with the config: {hints}", stacklevel=2)
+        super().save_pretrained(*args, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: fields that differ from transformers' own defaults."""
+        return {key: value for key, value in super().to_diff_dict().items() if self._loads(key)}
 
     @property
     def head_dim(self) -> int:
@@ -175,7 +223,7 @@ class SWHConfig(PreTrainedConfig):
             "num_attention_heads",
             "intermediate_size",
             "window",
-            "max_position_embeddings",
+            "training_length",
         ):
             _positive_int(field, getattr(self, field))
         for field in ("tie_word_embeddings", "use_cache"):
@@ -228,12 +276,27 @@ class SWHConfig(PreTrainedConfig):
             raise UserError(
                 f"model_type is {model_type!r} (config): this is a config of '{MODEL_TYPE}' models"
             )
-        known = {field.name for field in dataclasses.fields(self)}
         for key in kwargs:
-            if key not in known | _ACCEPTED | _IGNORED | {"model_type"}:
-                raise unknown(
-                    "config key", key, (name for name in known if not name.startswith("_"))
-                )
+            if not self._loads(key):
+                raise unknown("config key", key, self._names())
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")]
+
+    @classmethod
+    def _loads(cls, key: str) -> bool:
+        """Whether a config.json may hold `key`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return key in known | _ACCEPTED | _IGNORED | {"model_type"}
+
+
+def code_stays_here(cls: type) -> TypeError:
+    """The answer to `register_for_auto_class`, of the config and of the models."""
+    return TypeError(
+        f"{cls.__name__} cannot travel in a model's folder (register_for_auto_class): "
+        "`import spectral_window` makes it known to the Auto classes"
+    )
 
 
 def _is_int(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """What a caller passes, checked, and turned into the one thing the mixers want: positions.
 
-transformers says where a row's text lies in two overlapping ways: `attention_mask` (0 marks
-padding) and `position_ids` (which restart at 0 where the next packed document begins). The mixers
+transformers says where a row's text lies in overlapping ways: `attention_mask` (0 marks padding),
+`position_ids` (which restart at 0 where the next packed document begins), and keywords that number
+the documents (`keywords.py`). The mixers
 take one tensor: each token's position inside its own document, -1 for padding; or None where
 every row simply goes on, the fast path. `generate()` sends both, almost always saying nothing;
 that is found out here, once a forward.
@@ -14,8 +15,10 @@ Values are looked at only when they may be: never while compiling, tracing or ca
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED_LABEL = -100
 
@@ -31,12 +34,34 @@ def readable(*tensors: Tensor | None) -> bool:
     return not (on_gpu and torch.cuda.is_current_stream_capturing())
 
 
+def check_integers(name: str, tensor: Any) -> None:
+    """Raise `ValueError` unless `tensor` holds whole numbers."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__} (model): pass a tensor of integers")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} are {tensor.dtype} (model): pass integers, torch.int64")
+
+
+def as_indices(ids: Tensor) -> Tensor:
+    """`ids` in a type that an embedding takes and that holds -100, if they are integers at all."""
+    narrow = ids.dtype not in (torch.int32, torch.int64)
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    return ids.to(torch.int64) if narrow and whole else ids
+
+
+def check_count_kept(name: str, count: Any) -> None:
+    """Raise `ValueError` unless `count` is 0 (all) or a number of last positions."""
+    if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < 0:
+        raise ValueError(
+            f"{name} is {count!r} (model): use 0 for all, or the number of last positions"
+        )
+
+
 def check_ids(
     ids: Tensor, limit: int, name: str = "input_ids", shape: tuple[int, ...] | None = None
 ) -> None:
     """Raise `ValueError` unless `ids` are integers [B, T] in 0 ... limit - 1 (labels: or -100)."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} are {ids.dtype} (model): pass integers, torch.int64")
+    check_integers(name, ids)
     if ids.dim() != 2 or (shape is not None and ids.shape != shape):
         want = "[batch, time]" if shape is None else str(list(shape))
         raise ValueError(f"{name} have shape {list(ids.shape)} (model): expected {want}")
@@ -54,11 +79,11 @@ def check_ids(
 
 
 def check_mask(mask: Tensor, batch: int, past: int, length: int) -> None:
-    """Raise `ValueError` unless `mask` is a 0/1 integer or bool tensor [B, past + T]."""
-    if mask.is_floating_point() or mask.is_complex():
-        raise ValueError(
-            f"attention_mask is {mask.dtype} (model): pass integers or bool, 1 text, 0 padding"
-        )
+    """Raise `ValueError` unless `mask` is a real tensor [B, past + T] (its numbers are looked at
+    later: prompt tuning makes ones that are floats)."""
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask is {kind} (model): pass a tensor, 1 text, 0 padding")
     if mask.shape != (batch, past + length):
         after = f" ({past} already in the cache and {length} new)" if past else ""
         raise ValueError(
@@ -96,6 +121,7 @@ def resolve_positions(
     tokens: Tensor,
     past: int,
     start: Tensor | None,
+    documents: Tensor | None = None,
 ) -> Tensor | None:
     """Positions [B, T] int64 for the mixers, or None. Raises `ValueError`.
 
@@ -104,27 +130,25 @@ def resolve_positions(
     past:   tokens (padding included) that the cache has seen.
     start:  [B] position at which each row goes on; None: at `past`, every row being one document
             without padding.
+    documents: [B, T] the document of each token, negative for padding; only where `past` is 0.
     """
     batch, length = tokens.shape[:2]
     if attention_mask is not None:
         check_mask(attention_mask, batch, past, length)
     if position_ids is not None:
-        if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
-            raise ValueError(
-                f"position_ids are {position_ids.dtype} (model): pass integers, torch.int64"
-            )
+        check_integers("position_ids", position_ids)
         if tuple(position_ids.shape) not in ((1, length), (batch, length)):
             raise ValueError(
                 f"position_ids have shape {list(position_ids.shape)} (model): "
                 f"expected {[batch, length]}, the new tokens only"
             )
         position_ids = position_ids.to(tokens.device, torch.int64).expand(batch, length)
-    if length == 0 or (attention_mask is None and position_ids is None):
+    if length == 0 or (attention_mask is None and position_ids is None and documents is None):
         return None
 
     new = None if attention_mask is None else attention_mask[:, past:].to(tokens.device)
-    look = readable(attention_mask, position_ids)
-    full = look and (new is None or bool((new == 1).all()))
+    look = readable(attention_mask, position_ids, documents)
+    full = look and documents is None and (new is None or bool((new == 1).all()))
     if full and position_ids is None:
         return None
     begin = torch.full((batch,), past, device=tokens.device) if start is None else start
@@ -135,7 +159,15 @@ def resolve_positions(
     valid = torch.ones_like(counting, dtype=torch.bool) if new is None else new.bool()
     if position_ids is not None:
         valid = valid & (position_ids >= 0)
-    positions = _count(valid, position_ids, begin)
+    if documents is not None:
+        valid = valid & (documents >= 0)
+    first = None if position_ids is None else valid & (position_ids == 0)
+    if documents is not None:
+        told = begins(torch.where(valid, documents, -1))
+        if first is not None and look:
+            _refuse_other_documents(first, told, valid)
+        first = told
+    positions = _count(valid, first, begin)
     if look:
         _refuse_contradictions(attention_mask, position_ids, positions)
         if bool((positions == counting).all()):
@@ -143,14 +175,35 @@ def resolve_positions(
     return positions
 
 
-def _count(valid: Tensor, position_ids: Tensor | None, begin: Tensor) -> Tensor:
-    """Number the valid tokens of every row from `begin` [B], and from 0 again where told so."""
+def begins(documents: Tensor) -> Tensor:
+    """Whether a token [B, T] is of another document than the token before it, padding left out."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    last = torch.where(documents >= 0, index, -1).cummax(1).values
+    before = nn.functional.pad(last, (1, 0), value=-1)[:, :-1]
+    same = documents.gather(1, before.clamp(min=0)) == documents
+    return (documents >= 0) & ((before < 0) | ~same)
+
+
+def _count(valid: Tensor, first: Tensor | None, begin: Tensor) -> Tensor:
+    """Number the valid tokens of every row from `begin` [B], and from 0 again at `first` [B, T]."""
     ordinal = valid.cumsum(1) - 1
     positions = begin[:, None] + ordinal
-    if position_ids is not None:
-        head = torch.where(valid & (position_ids == 0), ordinal, -1).cummax(1).values
+    if first is not None:
+        head = torch.where(first, ordinal, -1).cummax(1).values
         positions = torch.where(head >= 0, ordinal - head, positions)
     return torch.where(valid, positions, -1)
+
+
+def _refuse_other_documents(first: Tensor, told: Tensor, valid: Tensor) -> None:
+    """Raise `ValueError` where position_ids begin documents at other tokens than are told."""
+    wrong = (first != told) & (valid.cumsum(1) > 1)  # a row's first token begins one anyway
+    if wrong.any():
+        b, t = torch.nonzero(wrong)[0].tolist()
+        has, lacks = ("a document", "position_ids do not") if told[b, t] else ("none", "they do")
+        raise ValueError(
+            f"position_ids and the documents given contradict each other at [{b}, {t}] (model): "
+            f"{has} begins there, {lacks}; position_ids restart at 0 in each"
+        )
 
 
 def _refuse_contradictions(

@@ -34,17 +34,21 @@ from transformers.utils.output_capturing import capture_outputs
 
 from spectral_window.errors import UserError
 from spectral_window.hf.cache import SWHCacheLayer, open_cache
-from spectral_window.hf.config import SWHConfig
+from spectral_window.hf.config import SWHConfig, code_stays_here
 from spectral_window.hf.inputs import (
     IGNORED_LABEL,
+    as_indices,
+    check_count_kept,
     check_ids,
+    check_integers,
     next_start,
     readable,
     resolve_positions,
 )
+from spectral_window.hf.keywords import check_keywords, check_wishes, read_documents
 from spectral_window.nn.fusions import Fusion
 from spectral_window.nn.kernels import Kernel
-from spectral_window.nn.layers import MLPS, RMSNorm, project
+from spectral_window.nn.layers import MLPS, RMSNorm, no_weight_decay, project
 from spectral_window.nn.mixers import MIXERS, Mixer
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -85,7 +89,7 @@ class SWHLayer(GradientCheckpointingLayer):
 
 
 class SWHPreTrainedModel(PreTrainedModel):
-    """What `SWHModel` and `SWHForCausalLM` share: how weights begin, and what the model costs."""
+    """What the models share: how weights begin, and what the model costs."""
 
     config_class = SWHConfig
     config: SWHConfig
@@ -115,6 +119,11 @@ class SWHPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Refused: the file that it copies into a model's folder cannot be loaded by itself."""
+        raise code_stays_here(cls)
 
     def count_parameters(self, embeddings: bool = True) -> int:
         """Parameters, tied ones once; without `embeddings`, embedding and head are left out."""
@@ -181,21 +190,24 @@ class SWHModel(SWHPreTrainedModel):
         past_key_values: the cache of an earlier call with the same rows; it is changed in place.
         use_cache:       return a cache (default: config.use_cache).
         keep_last:       return the hidden states of the last n positions alone; 0 for all.
+        Documents may also be told by seq_idx, document_ids or cu_seq_lens_q (see `keywords.py`).
 
         Raises ValueError for anything else, before any work.
         """
+        check_keywords(kwargs, SWHModel.forward)
+        check_count_kept("keep_last", keep_last)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds (model), one of them")
         tokens = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
         if input_ids is not None:
-            check_ids(input_ids, self.config.vocab_size)
+            tokens = as_indices(tokens)
+            check_ids(tokens, self.config.vocab_size)
         elif tokens.dim() != 3 or tokens.shape[2] != self.config.hidden_size:
             raise ValueError(
                 f"inputs_embeds have shape {list(tokens.shape)} (model): "
                 f"expected [batch, time, {self.config.hidden_size}]"
             )
-        if position_ids is None and any(key.startswith("cu_seq") for key in kwargs):
-            raise ValueError("cu_seqlens (model): pass position_ids that restart at 0 instead")
+        layers = self._running_layers()
         length, segment = tokens.shape[1], self._segment(tokens, kwargs)
         x, slots = self._embed(tokens[:, :segment]), None
         if use_cache and past_key_values is None:
@@ -203,11 +215,17 @@ class SWHModel(SWHPreTrainedModel):
         if past_key_values is not None:
             slots = open_cache(past_key_values, self.config, x)
         elif segment < length:
-            slots = [SWHCacheLayer() for _ in self.layers]
+            slots = [SWHCacheLayer() for _ in layers]
 
         start, seen = (slots[0].start, slots[0].seen) if slots else (None, 0)
+        check_wishes({"output_attentions": self.config.output_attentions, **kwargs}, tokens, seen)
         positions = resolve_positions(
-            attention_mask, position_ids, tokens=tokens, past=seen, start=start
+            attention_mask,
+            position_ids,
+            tokens=tokens,
+            past=seen,
+            start=start,
+            documents=read_documents(kwargs, tokens, seen),
         )
         kept: list[Tensor] = []
         for begin in range(0, max(length, 1), segment):
@@ -215,8 +233,7 @@ class SWHModel(SWHPreTrainedModel):
                 x = self._embed(tokens[:, begin : begin + segment])
             at = None if positions is None else positions[:, begin : begin + segment]
             start = next_start(at, start, seen + begin, x.shape[1])
-            for index, module in enumerate(self.layers):
-                layer = cast(SWHLayer, module)
+            for index, layer in enumerate(layers):
                 if slots is None:
                     x, _ = layer(x, at)
                 else:
@@ -233,6 +250,15 @@ class SWHModel(SWHPreTrainedModel):
     def _embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B, T], or what is embedded already [B, T, D]: [B, T, D]."""
         return tokens if tokens.dim() == 3 else self.embed_tokens(tokens)
+
+    def _running_layers(self) -> list[SWHLayer]:
+        """The first config.num_hidden_layers: assisted decoding asks for a few by setting it."""
+        count, built = self.config.num_hidden_layers, len(self.layers)
+        if not 1 <= count <= built:
+            raise ValueError(
+                f"num_hidden_layers is {count} (config): the model has {built}, use 1 to {built}"
+            )
+        return [cast(SWHLayer, layer) for layer in self.layers[:count]]
 
     def _segment(self, tokens: Tensor, wishes: dict[str, Any]) -> int:
         """How many tokens of a row go through all layers at once (see the module's docstring)."""
@@ -269,7 +295,6 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -277,17 +302,25 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         """`SWHModel.forward`, then logits and loss.
 
         labels:         [B, T], the input tokens again, shifted here; -100 is ignored.
-        shift_labels:   [B, T], already shifted: the token that follows each input token.
         logits_to_keep: 0 for all logits, n for the last n, or a 1-D tensor of indices; only without
                         labels.
-        num_items_in_batch (in kwargs): the loss is the sum over tokens divided by this, else by
-                        their number.
+        In kwargs, since Trainer takes every parameter named after labels for one of the data set's:
+        shift_labels:       [B, T], already shifted: the token that follows each input token.
+        num_items_in_batch: the loss is the sum over tokens divided by this, else by their number.
 
         The loss is in nats a token, computed in float32; where no token is scored it is 0, with a
         warning.
         """
+        check_keywords(kwargs, SWHForCausalLM.forward, "shift_labels", "num_items_in_batch")
+        shift_labels = kwargs.pop("shift_labels", None)
+        items = kwargs.pop("num_items_in_batch", None)
+        if isinstance(logits_to_keep, Tensor):
+            check_integers("logits_to_keep", logits_to_keep)
+        else:
+            check_count_kept("logits_to_keep", logits_to_keep)
         scored = labels if shift_labels is None else shift_labels
         if scored is not None:
+            scored = as_indices(scored)
             given = inputs_embeds if input_ids is None else input_ids
             shape = None if given is None else tuple(given.shape[:2])
             name = "labels" if shift_labels is None else "shift_labels"
@@ -296,7 +329,6 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     "labels and logits_to_keep (model): the loss needs all logits, pass one of them"
                 )
-        items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -305,6 +337,7 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             keep_last=0 if isinstance(logits_to_keep, Tensor) else logits_to_keep,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -314,42 +347,64 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=None
             if scored is None
-            else self._loss(logits, labels, shift_labels, items, kwargs),
+            else self._loss(logits, scored, items, shifted=shift_labels is not None),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _loss(
-        self,
-        logits: Tensor,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        items: Any,
-        kwargs: dict[str, Any],
-    ) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, items: Any, *, shifted: bool) -> Tensor:
         """transformers' loss, divided by a count that is never 0: no mean over nothing, no NaN."""
-        if shift_labels is None:
-            labels = cast(Tensor, labels)
-            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
-        shift_labels = shift_labels.to(torch.int64).contiguous()
-        count = (shift_labels != IGNORED_LABEL).sum()
-        if readable(shift_labels) and count == 0:
+        labels = labels.to(torch.int64)
+        if not shifted:
+            labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+        labels = labels.contiguous()
+        count = (labels != IGNORED_LABEL).sum()
+        if readable(labels) and count == 0:
             warnings.warn("all labels are -100, no token is scored: the loss is 0", stacklevel=3)
         items = torch.as_tensor(count if items is None else items, device=logits.device)
         return self.loss_function(
             logits=logits,
-            labels=labels,
+            labels=None,
             vocab_size=self.config.vocab_size,
             num_items_in_batch=items.clamp(min=1),
-            shift_labels=shift_labels,
-            **kwargs,
+            shift_labels=labels,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`. Early exit sets the config's number of layers for a while: it
+        is set back whatever happens."""
+        layers = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config.num_hidden_layers = layers
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, and with it all of transformers' continuous batching, which begins here."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no pages of keys and values (continuous batching): "
+            "use generate() with a left-padded batch"
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: see `init_continuous_batching`."""
+        return self.init_continuous_batching()
 
 
 AutoModel.register(SWHConfig, SWHModel, exist_ok=True)
 AutoModelForCausalLM.register(SWHConfig, SWHForCausalLM, exist_ok=True)
+
+
+def spared_from_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay must leave alone in every SWH model inside `model`
+    (which may wrap it: an adapter, a compiled model)."""
+    names: set[str] = set()
+    for prefix, part in model.named_modules():
+        if isinstance(part, SWHPreTrainedModel):
+            names |= {f"{prefix}.{name}" if prefix else name for name in no_weight_decay(part)}
+    return names
 
 
 def count_parameters(config: SWHConfig) -> int:

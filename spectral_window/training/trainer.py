@@ -123,12 +123,14 @@ def model_config(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> SWHC
     Raises UserError for fields that cannot make a model or a size that cannot be met.
     """
     fields = {name: getattr(recipe, name) for name in _MODEL_FIELDS}
-    fields |= {"vocab_size": vocab_size, "max_position_embeddings": recipe.sequence_length}
+    fields |= {"vocab_size": vocab_size, "training_length": recipe.sequence_length}
     if tokenizer is not None:
         fields |= {
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
+        if tokenizer.pad_token_id != tokenizer.eos_token_id:  # older tokenizers pad with eos
+            fields["pad_token_id"] = tokenizer.pad_token_id
     config = SWHConfig(**fields)
     if recipe.parameters is not None:
         return match_parameters(config, recipe.parameters)

@@ -1,0 +1,117 @@
+"""A class for each text: `SWHModel`, and a linear map of the hidden state at its last token."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from spectral_window.hf.config import SWHConfig
+from spectral_window.hf.inputs import check_integers, readable
+from spectral_window.hf.keywords import check_keywords
+from spectral_window.hf.model import SWHModel, SWHPreTrainedModel
+
+
+class SWHForSequenceClassification(SWHPreTrainedModel):
+    """Tokens [B, T] -> logits [B, config.num_labels], and the loss of config.problem_type."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows: Trainer itself averages over steps
+
+    def __init__(self, config: SWHConfig):
+        super().__init__(config)
+        self.num_labels = cast(int, config.num_labels)
+        self.model = SWHModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """`SWHModel.forward`, then one row of logits for each text.
+
+        A text ends at its last token that is no padding: by attention_mask, or without one, the
+        last that is not config.pad_token_id; so padding may be left or right with a mask, and right
+        without.
+        labels: [B] classes, [B, num_labels] of 0 and 1 for several classes at once, or floats
+        [B] or [B, num_labels] for regression.
+        """
+        check_keywords(kwargs, SWHForSequenceClassification.forward)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None and given.dim() > 1:
+            if not given.shape[1]:
+                raise ValueError("a text without tokens has no class (model): give at least one")
+            if labels is not None:
+                self._check_labels(labels, given.shape[0])
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        last = self._last(input_ids, attention_mask, hidden)
+        logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config
+            )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last(self, ids: Tensor | None, mask: Tensor | None, hidden: Tensor) -> Tensor:
+        """[B]: the index of each row's last token that is no padding."""
+        length, pad = hidden.shape[1], self.config.pad_token_id
+        index = torch.arange(length, device=hidden.device)
+        if mask is not None:
+            text = mask[:, -length:].to(hidden.device) != 0
+        elif ids is not None and pad is not None:
+            text = ids.to(hidden.device) != pad
+        else:
+            return index[-1:].expand(hidden.shape[0])
+        return torch.where(text, index, 0).amax(1)
+
+    def _check_labels(self, labels: Tensor, batch: int) -> None:
+        """Raise `ValueError` for labels that are not one class, or one set of numbers, a row."""
+        shapes = {(batch,), (batch, 1), (batch, self.num_labels)}
+        if tuple(labels.shape) not in shapes:
+            raise ValueError(
+                f"labels have shape {list(labels.shape)} (model): expected {[batch]}, "
+                f"or {[batch, self.num_labels]} for several classes at once"
+            )
+        kind = self.config.problem_type
+        classes = kind == "single_label_classification" or (kind is None and self.num_labels > 1)
+        if not classes or labels.is_floating_point() or not readable(labels):
+            return
+        check_integers("labels", labels)
+        if bool(((labels < 0) | (labels >= self.num_labels)).logical_and(labels != -100).any()):
+            raise ValueError(
+                f"labels are {int(labels.min())} to {int(labels.max())} (model): there are "
+                f"{self.num_labels} classes, use 0 to {self.num_labels - 1} or set num_labels"
+            )
+
+
+AutoModelForSequenceClassification.register(SWHConfig, SWHForSequenceClassification, exist_ok=True)
