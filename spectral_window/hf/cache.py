@@ -221,6 +221,11 @@ def open_cache(cache: Cache, config: SWHConfig, x: Tensor) -> list[SWHCacheLayer
         cache.layers = [SWHCacheLayer() for _ in range(config.num_hidden_layers)]
         cache.layer_class_to_replicate = None
     layers = [layer for layer in cache.layers if isinstance(layer, SWHCacheLayer)]
+    if not layers and cache.get_seq_length():
+        raise ValueError(
+            "past_key_values holds keys and values (cache): this model goes on from states; pass "
+            "what it returned, and for an adapter choose prompt tuning instead of prefix tuning"
+        )
     if len(layers) != len(cache.layers) or len(layers) != config.num_hidden_layers:
         raise ValueError(
             f"past_key_values has {len(cache.layers)} layers, {len(layers)} of ours (cache): "

@@ -13,8 +13,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from spectral_window.data.tokenizers import END_OF_TEXT, load_tokenizer, plain_text
+from spectral_window.data.tokenizers import (
+    END_OF_TEXT,
+    NO_BYTE,
+    PADDING,
+    byte_alphabet,
+    load_tokenizer,
+    plain_text,
+)
 from spectral_window.errors import IntegrityError, UserError
+from spectral_window.generation.session import encode
 
 TEXTS = [Path(name).read_text(encoding="utf-8") for name in (random.__file__, json.__file__)]
 WEIRD = (
@@ -37,6 +45,7 @@ def tokenizer(request):
 @example(text="")
 @example(text=" leading, trailing ")
 @example(text="do n't , he 's . <|endoftext|>")
+@example(text="<|padding|>ÿ\xff")
 def test_decoding_gives_back_every_text(spec, text):
     tokenizer = LOADED[spec]
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -45,35 +54,97 @@ def test_decoding_gives_back_every_text(spec, text):
     assert tokenizer.eos_token_id not in ids
 
 
-def test_one_special_token_is_bos_eos_and_pad(tokenizer):
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    assert len(set(ids)) == 1
-    assert tokenizer.convert_ids_to_tokens(ids[0]) == tokenizer.eos_token == END_OF_TEXT
-    assert tokenizer.all_special_tokens == [END_OF_TEXT]
+def test_one_special_token_is_bos_and_eos_and_another_is_pad(tokenizer):
+    assert tokenizer.bos_token == tokenizer.eos_token == END_OF_TEXT
+    assert tokenizer.pad_token == PADDING
+    assert tokenizer.convert_ids_to_tokens(tokenizer.pad_token_id) == PADDING
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert set(tokenizer.all_special_tokens) == {END_OF_TEXT, PADDING}
     assert tokenizer.unk_token is None
 
 
-def test_the_special_token_typed_by_a_user_is_plain_text_unless_allowed(tokenizer, tmp_path):
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_pad_token_took_an_entry_that_no_text_uses(spec):
+    """So a vocabulary has the size asked for, and a text the tokens that it had without it."""
+    tokenizer = LOADED[spec]
+    vocabulary, pad = tokenizer.get_vocab(), tokenizer.pad_token_id
+    assert sorted(vocabulary.values()) == list(range(len(tokenizer)))
+    bytes_of_text = {byte for code in (*range(0xD800), *range(0xE000, 0x110000, 97), 0x10FFFF)
+                     for byte in chr(code).encode()}  # fmt: skip
+    assert NO_BYTE not in bytes_of_text
+    characters = byte_alphabet()
+    assert characters[NO_BYTE] not in vocabulary
+    assert all(characters[byte] in vocabulary for byte in bytes_of_text)
+    assert not [entry for entry in vocabulary if characters[NO_BYTE] in entry]
+    for text in (*TEXTS, WEIRD, "\xff\xfe ÿÿ"):
+        assert pad not in plain_text(tokenizer).encode(text).ids
+    assert {"bytes": 255, "gpt2": 187}.get(spec, pad) == pad
+
+
+def _ways(loaded, text, **how):
+    return loaded.encode(text, **how), loaded(text, **how).input_ids, loaded([text], **how)[0].ids
+
+
+@pytest.mark.parametrize("special", [END_OF_TEXT, PADDING])
+def test_special_tokens_are_recognised_except_where_untrusted_text_is_read(
+    special, tokenizer, tmp_path
+):
     tokenizer.save_pretrained(tmp_path)
-    text = f"a{END_OF_TEXT}b"
+    text = f"a{special}b"
     for loaded in (
         tokenizer,
         AutoTokenizer.from_pretrained(tmp_path),
         load_tokenizer(str(tmp_path)),
     ):
-        for plain in (
-            loaded.encode(text),
-            loaded(text)["input_ids"],
-            loaded([text])["input_ids"][0],
-        ):
-            assert loaded.eos_token_id not in plain
-            assert loaded.decode(plain) == text
-        allowed = loaded(text, split_special_tokens=False)["input_ids"]
-        assert allowed.count(loaded.eos_token_id) == 1
-        assert loaded.eos_token_id not in loaded.encode(text)  # the permission does not stay
-        loaded(text, split_special_tokens=False)
-        assert loaded.eos_token_id not in plain_text(loaded).encode(text).ids
-        assert loaded.decode(allowed, skip_special_tokens=True) == "ab"
+        number = loaded.convert_tokens_to_ids(special)
+        for ids in _ways(loaded, text):
+            assert list(ids).count(number) == 1
+            assert loaded.decode(ids) == text
+            assert loaded.decode(ids, skip_special_tokens=True) == "ab"
+        for ids in _ways(loaded, text, split_special_tokens=True):
+            assert number not in ids
+            assert loaded.decode(ids) == text
+        assert number in loaded.encode(text)  # neither stays
+        plain = plain_text(loaded).encode(text).ids
+        assert number not in plain
+        assert loaded.decode(plain) == text
+        assert number not in encode(loaded, text)
+        assert number in loaded.encode(text)
+
+
+def test_a_tokenizer_from_before_loads_and_pads_with_eos(tmp_path):
+    """Saved until 0.1: one special token for everything, and every text split."""
+    tokenizer = LOADED["bytes"]
+    tokenizer.save_pretrained(tmp_path)
+    for name, old in _OLD_BYTES.items():
+        written = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(old(written)))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    for old in (theirs, ours):
+        assert (old.bos_token_id, old.eos_token_id, old.pad_token_id) == (256,) * 3
+        assert len(old) == 257
+        assert plain_text(old).encode(f"é{END_OF_TEXT}").ids == tokenizer.encode(
+            f"é{END_OF_TEXT}", split_special_tokens=True
+        )
+    assert theirs.encode(END_OF_TEXT) == list(END_OF_TEXT.encode())  # as the file says
+    assert ours.encode(END_OF_TEXT) == [256]
+    ours.save_pretrained(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").encode(END_OF_TEXT) == [256]
+
+
+def _old_vocabulary(written):
+    written["added_tokens"] = [one for one in written["added_tokens"] if one["content"] != PADDING]
+    vocabulary = written["model"]["vocab"]
+    vocabulary[byte_alphabet()[NO_BYTE]] = vocabulary.pop(PADDING)
+    return written
+
+
+_OLD_BYTES = {
+    "tokenizer.json": _old_vocabulary,
+    "tokenizer_config.json": lambda written: {
+        **written, "pad_token": END_OF_TEXT, "split_special_tokens": True
+    },
+}  # fmt: skip
 
 
 def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging as python_logging
 import math
 from typing import Any
 
@@ -10,10 +11,16 @@ import pytest
 from transformers import AutoConfig
 
 from spectral_window.errors import UserError
-from spectral_window.hf import SWHConfig, SWHForCausalLM, match_parameters
-from spectral_window.hf.config import PRESETS
+from spectral_window.hf import (
+    SWHConfig,
+    SWHForCausalLM,
+    SWHForSequenceClassification,
+    SWHModel,
+    match_parameters,
+)
+from spectral_window.hf.config import PRESETS, UNLIMITED
 from spectral_window.hf.model import count_parameters
-from tests.hf.small import small_config, small_model
+from tests.hf.small import MIXERS, small_config, small_model, tokens
 
 
 @pytest.mark.parametrize(
@@ -34,11 +41,27 @@ def test_keys_that_transformers_would_swallow_are_refused_too(key: str) -> None:
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "window")
 
 
-@pytest.mark.parametrize("field", [*COUNTS, "intermediate_size", "max_position_embeddings"])
+@pytest.mark.parametrize("field", [*COUNTS, "intermediate_size", "training_length"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, 8.0, True, "8", 2**40, math.nan, [8]])
 def test_a_count_that_is_not_a_positive_whole_number_is_refused(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"{field} is .* \(config\): use a whole number"):
         small_config(**{field: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", math.nan])
+def test_a_longest_context_that_is_no_count_is_refused_by_its_own_name(value: Any) -> None:
+    with pytest.raises(UserError, match="max_position_embeddings is .* use a whole number"):
+        small_config(max_position_embeddings=value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.0, -1e-9, -math.inf])
+def test_an_angle_without_a_base_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match="rope_theta is .* above 0"):
+        small_config(rope_theta=value)
+    config = small_config()
+    config.rope_theta = value
+    with pytest.raises(UserError, match="rope_theta is .* above 0"):
+        SWHForCausalLM(config)
 
 
 @pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta", "initializer_range"])
@@ -105,6 +128,72 @@ def test_a_config_survives_json_unchanged(fields: dict[str, Any], tmp_path: Any)
     assert not {key for key in stored if "method" in key}, "a choice of speed is not architecture"
 
 
+def test_attributes_of_other_libraries_are_not_saved_and_the_file_loads(tmp_path: Any) -> None:
+    model = small_model()
+    model.config.unsloth_version = "1.0"
+    model.config.windw = 64
+    with pytest.warns(
+        UserWarning, match="not saved .*'unsloth_version'.*'windw': did you mean 'window'"
+    ):
+        model.save_pretrained(tmp_path)
+    again = SWHForCausalLM.from_pretrained(tmp_path)
+    assert again.config.window == model.config.window
+    assert not hasattr(again.config, "windw")
+    assert model.config.windw == 64
+
+
+def test_a_folder_of_code_that_nothing_loads_is_not_written() -> None:
+    for cls in (SWHConfig, SWHForCausalLM, SWHModel, SWHForSequenceClassification):
+        with pytest.raises(TypeError, match="import spectral_window"):
+            cls.register_for_auto_class()
+        assert cls._auto_class is None
+
+
+def test_only_attention_has_a_longest_context() -> None:
+    """Harnesses cut texts to it, and generate() warns beyond it and stops there by default."""
+    swh, full = (small_config(mixer=mixer, training_length=77) for mixer in MIXERS)
+    assert swh.max_position_embeddings == UNLIMITED
+    assert full.max_position_embeddings == 77
+    assert swh.training_length == 77
+    # lm-eval: the first of these attributes that a config has is the longest context
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    found = next(getattr(swh, name) for name in names if hasattr(swh, name))
+    assert isinstance(found, int)
+    assert found - 256 > 10**9
+    swh.max_position_embeddings = 5
+    assert (swh.training_length, swh.max_position_embeddings) == (5, UNLIMITED)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_config_file_from_before_says_the_training_length(mixer: str, tmp_path: Any) -> None:
+    stored = small_config(mixer=mixer).to_dict() | {"max_position_embeddings": 256}
+    del stored["training_length"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.training_length == 256
+    assert config.max_position_embeddings == (256 if mixer == "attention" else UNLIMITED)
+    config.save_pretrained(tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").to_dict() == {
+        **config.to_dict(), "_name_or_path": str(tmp_path / "again")
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+def test_generating_beyond_the_training_length_is_no_news() -> None:
+    from transformers.utils import logging
+
+    model, messages = small_model(training_length=8), []
+    handler = python_logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.get_logger().addHandler(handler)
+    try:
+        out = model.generate(tokens(1, 7), max_new_tokens=9, do_sample=False)
+    finally:
+        logging.get_logger().removeHandler(handler)
+    assert out.shape == (1, 16)
+    assert not [message for message in messages if "maximum length" in message]
+
+
 def test_the_order_of_branches_means_nothing() -> None:
     one, other = (
         small_config(branches=b) for b in (["window", "spectral"], ("spectral", "window"))
@@ -119,7 +208,7 @@ def test_a_foreign_config_file_switches_nothing_and_imports_nothing() -> None:
         _attn_implementation_internal="paged|evil/kernel",
     )
     assert config == SWHConfig()
-    assert not hasattr(config, "auto_map")
+    assert config.auto_map == {}
 
 
 def test_every_keyword_that_transformers_itself_passes_is_accepted() -> None:

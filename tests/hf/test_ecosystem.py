@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from spectral_window.hf import SWHForCausalLM
-from tests.hf.small import VOCAB, error, small_config, small_model, tokens
+from tests.hf.small import MIXERS, VOCAB, error, small_config, small_model, tokens
 
 
 class Repeats(Dataset):
@@ -145,6 +145,62 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     )
 
 
+def _virtual_tokens(kind: str) -> Any:
+    """A small PEFT config of `kind`, with four virtual tokens."""
+    import peft
+
+    more = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
+    return getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4, **more)
+
+
+@renamed
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_virtual_tokens_train_and_generate_in_a_padded_batch(kind: str, mixer: str) -> None:
+    """PEFT sends a mask whose ones are floats."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(small_model(mixer=mixer), _virtual_tokens(kind))
+    x = tokens(2, 9)
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    model(x, attention_mask=mask, labels=x).loss.backward()
+    learned = [p.grad for p in model.parameters() if p.requires_grad]
+    assert learned
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in learned)
+    how = {"max_new_tokens": 6, "do_sample": False}
+    model.eval()
+    got = model.generate(input_ids=x, attention_mask=mask, **how)
+    whole = model.generate(input_ids=x, attention_mask=mask, use_cache=False, **how)
+    alone = model.generate(input_ids=x[:1, 3:], attention_mask=mask[:1, 3:], **how)
+    assert torch.equal(got, whole)
+    assert torch.equal(got[0, 9:], alone[0, 6:])
+
+
+@renamed
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_prefix_tuning_which_learns_keys_and_values_is_refused(mixer: str) -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(small_model(mixer=mixer), _virtual_tokens("PrefixTuningConfig"))
+    with pytest.raises(ValueError, match="prompt tuning instead of prefix tuning"):
+        model(tokens(2, 9))
+
+
+def test_continuous_batching_is_refused_in_one_line() -> None:
+    model = small_model()
+    for call in (
+        lambda: model.generate_batch([[1, 2]]),
+        lambda: model.init_continuous_batching(),
+        lambda: model.continuous_batching_context_manager().__enter__(),
+    ):
+        with pytest.raises(NotImplementedError, match="left-padded batch") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
 # ---- importing
 
 
@@ -180,6 +236,41 @@ def test_auto_classes_know_the_model_whatever_is_imported_first(first: str, tmp_
         "'head': type(AutoModelForCausalLM.from_pretrained(path)).__name__}))"
     )
     assert got == {"config": "SWHConfig", "base": "SWHModel", "head": "SWHForCausalLM"}
+
+
+ORDERS = {
+    "ours first": "import spectral_window, transformers\n",
+    "theirs first": "import transformers, spectral_window\n",
+    "theirs loaded before": "import transformers\nfrom transformers import Trainer, LlamaForCausalLM\n"
+    "import spectral_window\n",
+    "theirs loaded after": "import spectral_window, transformers\n"
+    "from transformers import Trainer, LlamaForCausalLM\n",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_transformers_lends_our_names_and_spares_our_dynamics(order: str, tmp_path: Path) -> None:
+    """`transformers serve` and trainers by path ask the package itself for an architecture."""
+    small_model().save_pretrained(tmp_path)
+    got = _python(
+        ORDERS[order] + "import json\n"
+        f"path = {str(tmp_path)!r}\n"
+        "config = transformers.AutoConfig.from_pretrained(path)\n"
+        "model = getattr(transformers, config.architectures[0]).from_pretrained(path)\n"
+        "again = __import__('transformers').SWHForSequenceClassification\n"
+        "from transformers import Trainer\n"
+        "decayed = Trainer.get_decay_parameter_names(None, model)\n"
+        "print(json.dumps({'class': type(model).__name__, 'map': config.auto_map,"
+        "'again': again.__name__, 'kernels': [n for n in decayed if 'kernel' in n],"
+        "'none': hasattr(transformers, 'shard') or hasattr(transformers, 'SWHModle')}))"
+    )
+    assert got == {
+        "class": "SWHForCausalLM",
+        "map": {},
+        "again": "SWHForSequenceClassification",
+        "kernels": [],
+        "none": False,
+    }
 
 
 def test_the_auto_classes_build_the_model_from_a_config() -> None:

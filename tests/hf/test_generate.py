@@ -83,6 +83,45 @@ def test_prompt_lookup_takes_back_wrong_guesses(model: SWHForCausalLM) -> None:
     assert torch.equal(greedy(model, x, prompt_lookup_num_tokens=4, max_new_tokens=30), want)
 
 
+def test_early_exit_guesses_with_the_first_layers(model: SWHForCausalLM) -> None:
+    x = tokens(1, 9)
+    want = greedy(model, x, max_new_tokens=12)
+    for layers in (1, 2):
+        got = greedy(model, x, max_new_tokens=12, assistant_early_exit=layers)
+        assert torch.equal(got, want)
+        assert model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_an_early_exit_that_cannot_be_leaves_the_model_whole(
+    layers: int, model: SWHForCausalLM
+) -> None:
+    x = tokens(1, 9)
+    want = model(x).logits
+    with pytest.raises(ValueError, match="the model has 2, use 1 to 2"):
+        greedy(model, x, max_new_tokens=4, assistant_early_exit=layers)
+    assert model.config.num_hidden_layers == 2
+    assert torch.equal(model(x).logits, want)
+
+
+def test_an_interrupted_early_exit_leaves_the_model_whole(
+    model: SWHForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = tokens(1, 9)
+    want, running = model(x).logits, type(model.model)._running_layers
+
+    def stop(base: Any) -> Any:
+        if base.config.num_hidden_layers == 1:
+            raise KeyboardInterrupt
+        return running(base)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model), "_running_layers", stop)
+        with pytest.raises(KeyboardInterrupt):
+            greedy(model, x, max_new_tokens=4, assistant_early_exit=1)
+    assert torch.equal(model(x).logits, want)
+
+
 def test_assisted_decoding_can_be_continued_from_its_cache(model: SWHForCausalLM) -> None:
     x = tokens(1, 7).repeat(1, 3)
     out = greedy(model, x, prompt_lookup_num_tokens=3, return_dict_in_generate=True)

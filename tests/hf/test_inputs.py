@@ -40,7 +40,8 @@ def _at(x: Tensor, value: int) -> Tensor:
         ({"labels": _at(ids, -5)}, r"labels\[1, 3\] is -5"),
         ({"labels": ids[:, :5]}, r"labels have shape \[2, 5\] .* expected \[2, 6\]"),
         ({"shift_labels": ids.float()}, "shift_labels are torch.float32"),
-        ({"attention_mask": ones.float()}, "attention_mask is torch.float32"),
+        ({"attention_mask": ones.to(torch.complex64)}, "attention_mask is torch.complex64"),
+        ({"attention_mask": ones.tolist()}, "attention_mask is list"),
         ({"attention_mask": ones[:, :5]}, r"shape \[2, 5\] .* expected \[2, 6\]"),
         ({"attention_mask": ones[:1]}, r"shape \[1, 6\] .* expected \[2, 6\]"),
         ({"attention_mask": ones[:, None, None]}, r"shape \[2, 1, 1, 6\]"),
@@ -51,7 +52,7 @@ def _at(x: Tensor, value: int) -> Tensor:
         ({"position_ids": ones[0]}, r"position_ids have shape \[6\]"),
         ({"position_ids": torch.arange(6)[None] + 1}, r"position_ids\[0, 0\] is 1 .* expected 0"),
         ({"position_ids": torch.tensor([[0, 1, 2, 4, 5, 6]])}, r"\[0, 3\] is 4 .* expected 3"),
-        ({"cu_seqlens": torch.tensor([0, 3, 12])}, "position_ids that restart at 0"),
+        ({"cu_seqlens": torch.tensor([0, 3, 12])}, "from one row into the next"),
         ({"past_key_values": ((ids, ids),)}, r"past_key_values is a tuple"),
     ],
 )
