@@ -50,17 +50,17 @@ def test_a_count_that_is_not_a_positive_whole_number_is_refused(field: str, valu
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", math.nan])
 def test_a_longest_context_that_is_no_count_is_refused_by_its_own_name(value: Any) -> None:
-    with pytest.raises(UserError, match="max_position_embeddings is .* use a whole number"):
+    with pytest.raises(UserError, match=r"max_position_embeddings is .* use a whole number"):
         small_config(max_position_embeddings=value)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.0, -1e-9, -math.inf])
 def test_an_angle_without_a_base_is_refused(value: float) -> None:
-    with pytest.raises(UserError, match="rope_theta is .* above 0"):
+    with pytest.raises(UserError, match=r"rope_theta is .* above 0"):
         small_config(rope_theta=value)
     config = small_config()
     config.rope_theta = value
-    with pytest.raises(UserError, match="rope_theta is .* above 0"):
+    with pytest.raises(UserError, match=r"rope_theta is .* above 0"):
         SWHForCausalLM(config)
 
 

@@ -241,8 +241,8 @@ def test_auto_classes_know_the_model_whatever_is_imported_first(first: str, tmp_
 ORDERS = {
     "ours first": "import spectral_window, transformers\n",
     "theirs first": "import transformers, spectral_window\n",
-    "theirs loaded before": "import transformers\nfrom transformers import Trainer, LlamaForCausalLM\n"
-    "import spectral_window\n",
+    "theirs loaded before": "import transformers\n"
+    "from transformers import Trainer, LlamaForCausalLM\nimport spectral_window\n",
     "theirs loaded after": "import spectral_window, transformers\n"
     "from transformers import Trainer, LlamaForCausalLM\n",
 }
