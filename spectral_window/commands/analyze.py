@@ -39,9 +39,10 @@ def run(
     device: str,
 ) -> None:
     """Print the analysis and, with `out`, write analysis.json and the pictures there."""
-    sources = find_sources(data) if data else []  # bad sources are refused before the model loads
+    notes: list[str] = []
+    sources = find_sources(data, notes) if data else []  # refused before the model loads
     loaded = load(model, device=device)
-    tell(loaded.notes)
+    tell([*notes, *loaded.notes])
     kernels = read_kernels(loaded.model)  # a Transformer is refused before the text is read
     trained = _trained(loaded.folder)
     recipe = trained.get("recipe", {})

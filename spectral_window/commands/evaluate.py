@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from spectral_window.commands.show import print_json, print_table, tell
+from spectral_window.data.arrays import FileArray
 from spectral_window.data.blocks import TokenStream
-from spectral_window.data.sources import ReadOptions, ReadReport, find_sources, read
+from spectral_window.data.formats import ReadOptions, ReadReport
+from spectral_window.data.sources import find_sources, read
 from spectral_window.data.text import open_corpus
 from spectral_window.data.tokenizers import plain_text
-from spectral_window.errors import UserError
+from spectral_window.errors import IntegrityError, UserError
 from spectral_window.training.evaluate import evaluate
 from spectral_window.training.loading import load, read_json
 
@@ -30,19 +32,22 @@ def run(
     json: bool,
 ) -> None:
     """Print loss, perplexity and bits per byte; see `spectral-window eval --help`."""
-    sources = find_sources(data) if data else []  # bad sources are refused before the model loads
+    notes: list[str] = []
+    sources = find_sources(data, notes) if data else []  # refused before the model loads
     trained = _run_of(model)
     length = length or _trained_length(trained)
     if not data and trained is None:
         raise UserError(f"no text to measure on ({model}): name some with --data")
     loaded = load(model, device=device)
-    tell(loaded.notes)
+    tell([*notes, *loaded.notes])
     with tempfile.TemporaryDirectory(prefix="spectral-window-") as folder:
         if sources:
             stream = tokenize(sources, loaded.tokenizer, Path(folder), " ".join(data))
         else:
             assert trained is not None
             corpus = open_corpus(trained / "data")
+            tell(corpus.notes)
+            _check_text(trained, corpus.fingerprint)
             if corpus.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
                 raise UserError(f"tokens of another tokenizer ({trained / 'data'}): use --data")
             stream = corpus.valid
@@ -75,6 +80,17 @@ def _run_of(model: str) -> Path | None:
     return folder if (folder / "data").is_dir() and (folder / "config.json").is_file() else None
 
 
+def _check_text(run: Path, fingerprint: str) -> None:
+    """Raise IntegrityError unless the run's prepared text is what it recorded, if it did."""
+    recorded = read_json(run / "config.json").get("data")
+    known = recorded.get("fingerprint") if isinstance(recorded, dict) else None
+    if known not in (None, fingerprint):
+        raise IntegrityError(
+            f"not the text of the run (data fingerprint, {run / 'data'}): put its own back, or "
+            "name text with --data"
+        )
+
+
 def _trained_length(run: Path | None) -> int:
     recipe = read_json(run / "config.json").get("recipe") if run is not None else None
     length = recipe.get("sequence_length") if isinstance(recipe, dict) else None
@@ -93,10 +109,11 @@ def tokenize(sources: list[Any], tokenizer: Any, folder: Path, name: str) -> Tok
                 starts.append(tokens)
                 ids = [tokenizer.bos_token_id, *ids]
                 documents += 1
-            np.asarray(ids, dtype=np.uint32).tofile(file)
+            np.asarray(ids, dtype="<u4").tofile(file)
             tokens += len(ids)
             size += len(piece.text.encode())
     if not documents:
         raise UserError(f"no text ({name}): name files that hold some")
-    array = np.memmap(folder / "tokens", dtype=np.uint32, mode="r")
+    tell(report.lines())
+    array = FileArray(folder / "tokens", "<u4")
     return TokenStream(array, np.asarray(starts, dtype=np.int64), size, name)

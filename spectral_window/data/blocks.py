@@ -20,14 +20,13 @@ k.
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from spectral_window.data.arrays import FileArray, SortedFileArray
 from spectral_window.errors import UserError
 
 IGNORED = -100  # the label that no loss counts
@@ -36,10 +35,16 @@ ROUNDS = 8
 
 class TokenStream:
     """Tokens of one split: `tokens` (uint16 or uint32, [N]), `documents` (int64, the index where
-    each begins), and `bytes`, the UTF-8 bytes of text that the tokens stand for. Memory-mapped
-    arrays stay so when pickled to workers."""
+    each begins), both in memory or in a file, and `bytes`, the UTF-8 bytes of text that the tokens
+    stand for."""
 
-    def __init__(self, tokens: np.ndarray, documents: np.ndarray, bytes: int, name: str = "tokens"):
+    def __init__(
+        self,
+        tokens: np.ndarray | FileArray,
+        documents: np.ndarray | SortedFileArray,
+        bytes: int,
+        name: str = "tokens",
+    ):
         self.tokens, self.documents, self.bytes, self.name = tokens, documents, bytes, name
 
     def __len__(self) -> int:
@@ -48,21 +53,6 @@ class TokenStream:
     def __repr__(self) -> str:
         sizes = f"{len(self):,} tokens, {len(self.documents):,} documents, {self.bytes:,} bytes"
         return f"TokenStream({self.name}: {sizes})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        for key in ("tokens", "documents"):
-            array = state[key]
-            if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
-                state[key] = (str(array.filename), array.dtype.str)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for key in ("tokens", "documents"):
-            if isinstance(state[key], tuple):
-                filename, dtype = state[key]
-                state[key] = np.memmap(filename, dtype=dtype, mode="r")
-        self.__dict__.update(state)
 
 
 class PackedBlocks(Dataset):
@@ -112,7 +102,7 @@ class PackedBlocks(Dataset):
         """How far each place of the block lies behind the latest document start, or behind the
         block's own."""
         documents = self.stream.documents
-        first, last = np.searchsorted(documents, [start, start + self.length])
+        first, last = documents.searchsorted([start, start + self.length])
         begins = np.zeros(self.length, dtype=np.int64)
         inside = np.asarray(documents[first:last], dtype=np.int64) - start
         begins[inside] = inside

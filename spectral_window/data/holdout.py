@@ -27,11 +27,12 @@ KEYS = 1 << 64
 
 
 class Part(NamedTuple):
-    """A piece on its side: `split` is "train" or "valid"."""
+    """A piece on its side: `split` is "train" or "valid", `spec` its source's."""
 
     split: str
     text: str
     first: bool
+    spec: str = ""
 
 
 @dataclass
@@ -76,16 +77,16 @@ class Split(NamedTuple):
         """Each piece (with its bytes) on its side; of a document that is cut, both parts begin as
         documents."""
         split, done = "train", 0
-        for (text, first, _), size in pieces:
+        for (text, first, _, spec), size in pieces:
             if first:
                 split, done = self.side(text), 0
             end, done = self.cut_after - done, done + size
             if self.cut_after and split == "train" and size > end:
                 cut = paragraph_near(text, len(text.encode()[:end].decode(errors="ignore")))
-                yield Part("train", text[:cut], first)
+                yield Part("train", text[:cut], first, spec)
                 split, text, first = "valid", text[cut:], True
             if text:
-                yield Part(split, text, first)
+                yield Part(split, text, first, spec)
 
 
 def document_key(first_piece: str, seed: int) -> int:

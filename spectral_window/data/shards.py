@@ -1,6 +1,6 @@
 """The folder of tokens: how it is written, whole or not at all, and how it is read back.
 
-    corpus.json        what was asked for, what came out, and the size and sha256 of every file
+    corpus.json        what was asked for, what came out, and the sha256 of every file and of itself
     train.tokens       the tokens as raw little-endian uint16 (uint32 for a large vocabulary)
     train.documents    where each document begins, as raw little-endian int64
     valid.tokens       the same for the held-out text
@@ -17,6 +17,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from spectral_window.data.arrays import FileArray, SortedFileArray, broken
 from spectral_window.data.blocks import TokenStream
 from spectral_window.data.formats import ReadReport
 from spectral_window.data.holdout import Part
 from spectral_window.data.tokenizers import HFTokenizer, plain_text, vocabulary_size
-from spectral_window.errors import IntegrityError, ResourceError, UserError
+from spectral_window.errors import ResourceError, UserError
 
 FORMAT, SCHEMA = "spectral-window tokens", 1
 INDEX = "corpus.json"
@@ -36,6 +38,13 @@ SPLITS = ("train", "valid")
 CONTENT = [f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "documents")]
 CONTENT.append("tokenizer/tokenizer.json")
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
+COUNTS = ("documents", "bytes", "tokens")
+FIRST_KEYS = {
+    *("format", "schema", "fingerprint", "dtype", "vocab_size", "separator", "splits", "files"),
+    *("characters_replaced", "records_skipped", "request"),
+}
+TOKENIZER_FILE = re.compile(r"tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*")
+LARGEST_INDEX = 1 << 26  # bytes
 BATCH = 1 << 20  # characters tokenized at a time
 
 
@@ -107,13 +116,29 @@ def _write(
         "splits": {name: writer.counts() for name, writer in writers.items()},
         "characters_replaced": report.replaced,
         "records_skipped": report.skipped,
+        "documents_shared": report.shared,
+        "sources": _source_rows(writers, request),
+        "notes": report.lines(),
         "request": request,
         "files": entries,
     }
-    with open(folder / INDEX, "w", encoding="utf-8") as file:
-        json.dump(index, file, indent=1)
+    with open(folder / INDEX, "w", encoding="utf-8", newline="") as file:
+        file.write(signed_text(index))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _source_rows(
+    writers: dict[str, _StreamWriter], request: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What each source gave to each split that it was to give to, or gave to."""
+    specs = {"train": request["sources"], "valid": request["valid_sources"]}
+    rows = []
+    for split, writer in writers.items():
+        for spec in dict.fromkeys([*specs[split], *writer.sources]):
+            counts = writer.sources.get(spec, dict.fromkeys(COUNTS, 0))
+            rows.append({"split": split, "source": spec, **counts})
+    return rows
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -151,16 +176,20 @@ class _StreamWriter:
         self.names = (f"{split}.tokens", f"{split}.documents")
         self.files = [open(folder / name, "wb") for name in self.names]  # noqa: SIM115 (see close)
         self.hashes = [hashlib.sha256(), hashlib.sha256()]
-        self.tokens = self.documents = self.bytes = 0
+        self.sources: dict[str, dict[str, int]] = {}  # spec -> its COUNTS
+        self.tokens = self.documents = 0
 
     def add(self, part: Part, ids: list[int]) -> None:
+        counts = self.sources.setdefault(part.spec, dict.fromkeys(COUNTS, 0))
         if part.first:
             self._put(1, np.array([self.tokens], dtype="<i8"))
             self.documents += 1
+            counts["documents"] += 1
             ids = [self.separator, *ids]
         self._put(0, np.array(ids, dtype=self.dtype))
         self.tokens += len(ids)
-        self.bytes += len(part.text.encode())
+        counts["tokens"] += len(ids)
+        counts["bytes"] += len(part.text.encode())
 
     def _put(self, which: int, array: np.ndarray) -> None:
         self.hashes[which].update(array.data)
@@ -176,7 +205,7 @@ class _StreamWriter:
         return entries
 
     def counts(self) -> dict[str, int]:
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
+        return {kind: sum(row[kind] for row in self.sources.values()) for kind in COUNTS}
 
     def close(self) -> None:
         for file in self.files:
@@ -189,7 +218,12 @@ def _put_in_place(building: Path, folder: Path) -> None:
     replaced = folder.parent / f".{folder.name}.old-{os.getpid()}"
     if folder.exists():
         folder.rename(replaced)
-    building.rename(folder)
+    try:
+        building.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -223,42 +257,75 @@ def _free_bytes(folder: Path) -> int:
 # ---------------------------------------------------------------------------- reading
 
 
-def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream]:
-    """(index, train, valid), with every size checked."""
+def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream, list[str]]:
+    """(index, train, valid, lines worth telling), with every byte verified."""
     index = _read_index(folder)
     if index is None:
         raise UserError(f"no prepared text ({folder}): prepare it first")
-    streams = []
+    streams, notes = [], []
+    if not index.pop("signed"):
+        notes.append(f"prepared by an older version ({folder}): its counts of text are not signed")
     try:
-        for name, entry in {**dict.fromkeys(CONTENT), **index["files"]}.items():
-            size = (folder / name).stat().st_size
-            if size != entry["size"]:
-                raise _broken(folder / name, f"{size} bytes instead of {entry['size']}")
-        if index["dtype"] == "uint16" and index["vocab_size"] > 1 << 16:
-            raise _broken(folder / INDEX, f"uint16 cannot hold {index['vocab_size']} ids")
+        files = _check_files(folder, index)
+        dtype, vocab_size, separator = (index[k] for k in ("dtype", "vocab_size", "separator"))
+        if not 0 <= separator < vocab_size:
+            raise TypeError(f"separator {separator} of {vocab_size} ids")
+        if dtype == "uint16" and vocab_size > 1 << 16:
+            raise broken(folder / INDEX, f"uint16 cannot hold {vocab_size} ids")
         for split in SPLITS:
-            counts = index["splits"][split]
-            tokens = np.memmap(folder / f"{split}.tokens", dtype=DTYPES[index["dtype"]], mode="r")
-            documents = np.memmap(folder / f"{split}.documents", dtype="<i8", mode="r")
+            tokens_file, documents_file = (f"{split}.{kind}" for kind in ("tokens", "documents"))
+            tokens = FileArray(folder / tokens_file, DTYPES[dtype], files[tokens_file])
+            documents = SortedFileArray(folder / documents_file, "<i8", files[documents_file])
+            files |= {tokens_file: tokens.sha256, documents_file: documents.sha256}
+            counts = {kind: index["splits"][split][kind] for kind in COUNTS}
+            if not all(type(count) is int and count > 0 for count in counts.values()):
+                raise TypeError(f"{split}: {counts}")
             if (len(tokens), len(documents)) != (counts["tokens"], counts["documents"]):
-                raise _broken(folder / f"{split}.tokens", f"not {counts['tokens']} tokens")
+                raise broken(folder / tokens_file, f"not {counts['tokens']} tokens")
+            if tokens.largest >= vocab_size:
+                what = f"token {tokens.largest} of a vocabulary of {vocab_size}"
+                raise broken(folder / tokens_file, what)
+            if documents[0] != 0 or not documents.rising or documents.largest >= len(tokens):
+                raise broken(folder / documents_file, "no places where documents begin")
             streams.append(TokenStream(tokens, documents, counts["bytes"], f"{split} of {folder}"))
-        if not isinstance(index["fingerprint"], str):
-            raise TypeError("fingerprint")
+        verify(folder, files, [name for name in files if name.startswith("tokenizer/")])
+        if index["fingerprint"] != digest([dtype, [files[name] for name in CONTENT]]):
+            raise broken(folder / INDEX, "its files are not those of its fingerprint")
     except OSError as error:
-        raise _broken(Path(error.filename or folder), error.strerror or str(error)) from None
+        raise broken(Path(error.filename or folder), error.strerror or str(error)) from None
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _broken(folder / INDEX, f"not an index of tokens, {error!r}") from None
-    return index, streams[0], streams[1]
+        raise broken(folder / INDEX, f"not an index of tokens, {error!r}") from None
+    return index, streams[0], streams[1], notes
 
 
-def verify(folder: Path, index: dict[str, Any], names: Iterable[str]) -> None:
-    """Compare the sha256 of the named files with the index; IntegrityError at the first wrong."""
+def _check_files(folder: Path, index: dict[str, Any]) -> dict[str, str | None]:
+    """Name -> sha256 (None where an old index has none) of the files, whose sizes are right."""
+    files: dict[str, str | None] = {}
+    for name, entry in {**dict.fromkeys(CONTENT), **index["files"]}.items():
+        if name not in CONTENT and not TOKENIZER_FILE.fullmatch(name):
+            raise ValueError(f"a file {name!r}")
+        size = (folder / name).stat().st_size
+        if size != entry["size"]:
+            raise broken(folder / name, f"{size} bytes instead of {entry['size']}")
+        files[name] = entry.get("sha256")
+    for path in sorted((folder / "tokenizer").iterdir()):
+        if f"tokenizer/{path.name}" not in files and not path.name.startswith("."):
+            raise broken(path, "a file that is not listed in corpus.json")
+    return files
+
+
+def verify(folder: Path, files: dict[str, str | None], names: Iterable[str]) -> None:
+    """Compare the named files with their sha256, which is filled in where `files` has None.
+
+    Raises IntegrityError at the first that differs.
+    """
     for name in names:
-        if sha256(folder / name) != index["files"][name]["sha256"]:
-            raise _broken(folder / name, "its content changed (sha256)")
+        found = sha256(folder / name)
+        if found != (files[name] or found):
+            raise broken(folder / name, "its content changed (sha256)")
+        files[name] = found
 
 
 def reusable(folder: Path, request: dict[str, Any], overwrite: bool) -> bool:
@@ -284,22 +351,33 @@ def reusable(folder: Path, request: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
+    """The index, and in it whether it is `signed`; None if there is none."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_INDEX:
+            raise broken(path, f"larger than {LARGEST_INDEX >> 20} MiB")
+        text = path.read_bytes().decode()
+        index = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, OSError) as error:
-        raise _broken(path, f"unreadable, {error}") from None
+    except UserError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        raise broken(path, f"unreadable, {error}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise _broken(path, f"the mark '{FORMAT}' is missing")
+        raise broken(path, f"the mark '{FORMAT}' is missing")
     if index.get("schema") != SCHEMA:
-        raise _broken(path, f"schema {index.get('schema')!r}, this version reads {SCHEMA}")
-    return index
+        raise broken(path, f"schema {index.get('schema')!r}, this version reads {SCHEMA}")
+    signed = index.pop("sha256", None) is not None
+    # The first version of this format did not sign its index, and knew these keys alone.
+    if text != signed_text(index) if signed else not index.keys() <= FIRST_KEYS:
+        raise broken(path, "it was changed (sha256)")
+    return index | {"signed": signed}
 
 
-def _broken(path: Path, what: str) -> IntegrityError:
-    return IntegrityError(f"{what} ({path}): remove the folder and prepare the text again")
+def signed_text(index: dict[str, Any]) -> str:
+    """What corpus.json holds: the index and the sha256 of it, spelled in one way only."""
+    return json.dumps(index | {"sha256": digest(index)}, indent=1)
 
 
 def tokenizer_identity(spec: str) -> str:

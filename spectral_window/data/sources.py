@@ -4,16 +4,19 @@ A source is a string: a file, a folder, a glob, `stdlib` (the sources and docstr
 Python's standard library) or `hub:NAME[:CONFIG[:SPLIT]]` (a data set streamed by the `datasets`
 library). What is a document:
 
-    .py .md            the file
-    .txt and others    the file, or with `txt_documents="paragraph"` each block between blank lines
-    .jsonl .parquet    each record's `text`
-    hub:               each row's `text`
+    .py .md                   the file
+    .txt and others           the file, or with `txt_documents="paragraph"` each block between blank
+                              lines
+    .jsonl .ndjson .json      each record's `text`, a record a line; a .json may be one array
+    .csv .tsv .parquet        each row's `text`
+    hub:                      each row's `text`
 
-Text files may be compressed (.gz, .zst). A document can be longer than memory, so it travels as
-pieces of at most `PIECE` characters. A piece ends just before white space that follows a visible
-character: a byte-level tokenizer splits there anyway, so the tokens of the pieces together are the
-tokens of the document. Only a run of more than `PIECE` characters without white space is cut
-inside. Where a document is cut depends on its text alone.
+All but Parquet may be compressed (.gz, .zst). A file that is known to be something else, by its
+suffix (kinds.py), is refused. A document can be longer than memory, so it travels as pieces of at
+most `PIECE` characters. A piece ends just before white space that follows a visible character: a
+byte-level tokenizer splits there anyway, so the tokens of the pieces together are the tokens of the
+document. Only a run of more than `PIECE` characters without white space is cut inside. Where a
+document is cut depends on its text alone.
 
 Text is strict UTF-8. A byte order mark at the start of a file is dropped and CRLF is read as LF;
 nothing else changes.
@@ -26,24 +29,24 @@ import os
 import re
 import stat
 import sysconfig
+from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from spectral_window.data.formats import (
-    COMPRESSION,
     ReadOptions,
     ReadReport,
-    hub_rows,
-    json_rows,
-    parquet_rows,
-    texts_of,
+    UnreadableFile,
+    byte_blocks,
+    some,
     utf8_blocks,
 )
+from spectral_window.data.kinds import IN_FOLDERS, RECORDS, kind_in_folder, kind_of, split_suffix
+from spectral_window.data.records import parquet_rows, rows_of, texts_of
 from spectral_window.errors import IntegrityError, UserError
 
 PIECE = 1 << 16  # characters; a first piece also identifies its document when text is held out
-KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
-ARCHIVES = re.compile(r"\.(tar|tgz|zip|7z|rar|bz2|xz)(\.|$)")
 # Left out of `stdlib`: tests, tables of code points, old copies, packages of others.
 STDLIB_SKIP = {"test", "tests", "idle_test", "encodings", "lib2to3"}
 STDLIB_SKIP |= {"site-packages", "dist-packages"}
@@ -53,43 +56,55 @@ PARAGRAPH_END = re.compile(r"\n[ \t]*\n")
 
 
 class Source(NamedTuple):
-    """One thing to read: `kind` is one of KINDS or "hub", `name` the path or the hub reference."""
+    """One thing to read: `kind` is one of kinds.KINDS or "hub", `name` the path or the hub
+    reference, `spec` what the user wrote."""
 
     kind: str
     name: str
+    spec: str = ""
 
 
 class Piece(NamedTuple):
-    """Some text of a document, whether it is the document's first, and its place for messages."""
+    """Some text of a document, whether it is the document's first, its place for messages, and the
+    `spec` of its source."""
 
     text: str
     first: bool
     where: str
+    spec: str = ""
 
 
 # ---------------------------------------------------------------------------- which files
 
 
-def find_sources(specs: Iterable[str]) -> list[Source]:
+def find_sources(specs: Iterable[str], notes: list[str] | None = None) -> list[Source]:
     """The files and data sets that `specs` name, in order, each once. Reads nothing but folders.
 
-    A folder stands for its files of the KINDS, sorted, without hidden ones; a file that is named,
-    or matched by a glob, is read whatever its suffix. Raises UserError for a source that is
-    missing, empty, or no regular file (a pipe, a device).
+    A folder stands for its files of the kinds IN_FOLDERS, sorted, without hidden ones; links to
+    folders are not followed. A file that is named, or matched by a glob, is read as its suffix
+    says, and as text if that says nothing. To `notes` is added a line for everything that was left
+    out. Raises UserError for a source that is missing, empty, unreadable, of a kind that is not
+    read, or no regular file (a pipe, a device).
     """
     if isinstance(specs, (str, os.PathLike)):
         raise TypeError(f"sources is {specs!r}: pass a list of strings")
+    notes = [] if notes is None else notes
     found: dict[str, Source] = {}
-    for spec in specs:
-        for source in _find(os.fspath(spec)):
-            place = source.name if source.kind == "hub" else os.path.realpath(source.name)
-            found.setdefault(place, source)
+    twice: list[str] = []
+    for spec in map(os.fspath, specs):
+        for kind, name, *_ in _find(spec, notes):
+            place = name if kind == "hub" else os.path.realpath(name)
+            if place in found:
+                twice.append(name)
+            found.setdefault(place, Source(kind, name, spec))
     if not found:
         raise UserError("no data: name a file, a folder, a glob, 'stdlib' or 'hub:NAME'")
+    if twice:
+        notes.append(f"named more than once, read once: {some(twice)}")
     return list(found.values())
 
 
-def _find(spec: str) -> list[Source]:
+def _find(spec: str, notes: list[str]) -> list[Source]:
     if spec == "stdlib":
         return _stdlib()
     if spec.startswith("hub:"):
@@ -104,43 +119,68 @@ def _find(spec: str) -> list[Source]:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        matches = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
-        if matches:
-            return [_file(name) for name in sorted(matches)]
+        names = sorted(glob.glob(path, recursive=True))
+        files = [Source(kind_of(name), name) for name in names if os.path.isfile(name)]
+        others = [name for name in names if not os.path.isfile(name)]
+        if "**" not in path and others and files:  # ** matches every folder that it goes through
+            notes.append(f"matched by {spec} but no files, left out: {some(others)}")
+        if files:
+            return files
         what = "no file matches" if glob.has_magic(path) else error.strerror
         raise UserError(f"{what} ({spec[:200]}): check the path") from None
     if stat.S_ISREG(mode):
-        return [_file(path)]
+        return [Source(kind_of(path), path)]
     if not stat.S_ISDIR(mode):
         raise UserError(f"not a regular file ({spec}): save the text to a file first")
-    files = [Source(kind, name) for name in _walk(path) if (kind := _kind(name))]
+    return _folder(path, spec, notes)
+
+
+def _folder(path: str, spec: str, notes: list[str]) -> list[Source]:
+    """The files that a folder stands for; what else it holds is noted."""
+    files: list[Source] = []
+    left_out: dict[str, list[str]] = {}  # why -> which
+    for name in _walk(path):
+        kind, mode = kind_in_folder(name), _mode(name)
+        if stat.S_ISREG(mode):
+            if kind:
+                files.append(Source(kind, name))
+                continue
+            why = "files of other kinds, which must be named"
+        elif stat.S_ISDIR(mode):
+            why = "links to folders"
+        else:
+            why = "broken links" if stat.S_ISLNK(mode) else "pipes or devices"
+        left_out.setdefault(why, []).append(os.path.relpath(name, path))
+    lines = [f"{why}: {some(names)}" for why, names in left_out.items()]
     if not files:
-        raise UserError(f"no text in the folder ({spec}): looked for {' '.join(KINDS)}, .gz, .zst")
+        holds = "".join(f"; it holds {line}" for line in lines)
+        raise UserError(f"no text in the folder ({spec}): looked for {' '.join(IN_FOLDERS)}{holds}")
+    notes += [f"left out of {spec}: {line}" for line in lines]
     return files
 
 
+def _mode(path: str) -> int:
+    """What `path` is, or what it links to; of a link to nothing, that it is a link."""
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return os.lstat(path).st_mode
+
+
 def _walk(folder: str, skip: Iterable[str] = ()) -> Iterator[str]:
-    """The regular files below `folder`, sorted; hidden files and folders are left out."""
-    for root, folders, files in os.walk(folder):
+    """What lies below `folder`, sorted, but for folders; hidden files and folders are left out, and
+    a link to a folder is not entered. Raises UserError at a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        what = f"cannot read a folder, {error.strerror} ({error.filename})"
+        raise UserError(f"{what}: allow it, or name what is to be read in {folder}")
+
+    for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in skip)
-        for name in sorted(files):
-            path = os.path.join(root, name)
-            if name[0] != "." and os.path.isfile(path):
-                yield path
-
-
-def _kind(path: str) -> str:
-    """The suffix that says how to read `path`, without compression; "" if it says nothing."""
-    stem, suffix = os.path.splitext(path.lower())
-    if suffix in COMPRESSION:
-        suffix = os.path.splitext(stem)[1]
-    return suffix if suffix in KINDS else ""
-
-
-def _file(path: str) -> Source:
-    if ARCHIVES.search(os.path.basename(path).lower()):
-        raise UserError(f"archives are not read ({path}): unpack it and name the folder")
-    return Source(_kind(path) or ".txt", path)
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        for name in sorted([*files, *links]):
+            if name[0] != ".":
+                yield os.path.join(root, name)
 
 
 def _stdlib() -> list[Source]:
@@ -148,7 +188,9 @@ def _stdlib() -> list[Source]:
     files = [
         Source(".py", path)
         for path in _walk(root, STDLIB_SKIP)
-        if path.endswith(".py") and not STDLIB_LOCAL.fullmatch(os.path.basename(path))
+        if path.endswith(".py")
+        and os.path.isfile(path)
+        and not STDLIB_LOCAL.fullmatch(os.path.basename(path))
     ]
     if not files:
         raise UserError(f"this Python has no library sources ({root}): name your own text")
@@ -158,13 +200,37 @@ def _stdlib() -> list[Source]:
 def file_identity(sources: Iterable[Source]) -> list[list[str | int]]:
     """Path, size and time of every file: equal as long as nothing changed."""
     rows: list[list[str | int]] = []
-    for kind, name in sources:
+    for kind, name, _ in sources:
         if kind == "hub":
             rows.append([name])
-        else:
+            continue
+        try:
             info = os.stat(name)
-            rows.append([os.path.abspath(name), info.st_size, info.st_mtime_ns])
+        except OSError as error:
+            raise UserError(f"cannot read ({name}): {error.strerror}") from None
+        rows.append([os.path.abspath(name), info.st_size, info.st_mtime_ns])
     return rows
+
+
+def without_damaged(sources: Iterable[Source], report: ReadReport) -> list[Source]:
+    """The sources whose files can be read to their end; the others are noted in `report`.
+
+    Compressed files and Parquet are read to know it, all others opened.
+    """
+    good = []
+    for source in sources:
+        try:
+            if source.kind == ".parquet":
+                deque(parquet_rows(source.name), 0)
+            elif source.kind != "hub":
+                blocks = byte_blocks(source.name)
+                deque(blocks if split_suffix(source.name)[1] else islice(blocks, 1), 0)
+                blocks.close()
+        except UnreadableFile as error:
+            report.damaged.append(str(error))
+        else:
+            good.append(source)
+    return good
 
 
 # ---------------------------------------------------------------------------- the stream
@@ -173,35 +239,41 @@ def file_identity(sources: Iterable[Source]) -> list[list[str | int]]:
 def read(sources: Iterable[Source], options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
     """The documents of `sources` as pieces; a document without a visible character is left out.
 
-    Adds to `report` what was forgiven. Raises UserError with the file and the byte, line or row at
-    fault, and IntegrityError when more than 1 % of the records had to be skipped.
+    Adds to `report` what was forgiven or left out. Raises UserError with the file and the byte,
+    line or row at fault, and IntegrityError when more than 1 % of the records had to be skipped.
     """
-    yield from _pieces(_texts(sources, options, report))
+    for source in sources:
+        documents = 0
+        for piece in _pieces(_texts(source, options, report)):
+            documents += piece.first
+            yield piece._replace(spec=source.spec)
+        if not documents and source.spec != "stdlib":  # many of its modules are empty
+            report.without.append(source.name)
     if report.skipped > 0.01 * report.records:
         raise IntegrityError(
             f"{report.skipped} of {report.records} records are bad, more than 1 %: repair the data"
         )
 
 
-def _texts(sources: Iterable[Source], options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
+def _texts(source: Source, options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
     """Text as it comes, in lengths of any size; an empty first one only opens a document."""
-    for kind, name in sources:
-        if kind in (".jsonl", ".parquet", "hub"):
-            rows = {".jsonl": json_rows, ".parquet": parquet_rows, "hub": hub_rows}[kind](name)
-            for text, where in texts_of(rows, options, report):
-                yield Piece(text, True, where)
-        elif kind == ".txt" and options.txt_documents == "paragraph":
-            yield from _paragraphs(utf8_blocks(name, options, report), name)
-        else:
-            yield Piece("", True, name)
-            for block in utf8_blocks(name, options, report):
-                yield Piece(block, False, name)
+    kind, name, _ = source
+    if kind == "hub" or kind in RECORDS:
+        for text, where in texts_of(rows_of(kind, name, options, report), options, report):
+            report.blank += not text or text.isspace()
+            yield Piece(text, True, where)
+    elif kind == ".txt" and options.txt_documents == "paragraph":
+        yield from _paragraphs(utf8_blocks(name, options, report), name)
+    else:
+        yield Piece("", True, name)
+        for block in utf8_blocks(name, options, report):
+            yield Piece(block, False, name)
 
 
 def _pieces(texts: Iterable[Piece]) -> Iterator[Piece]:
     """The same text in pieces of at most PIECE characters."""
     buffer, first, where = "", True, ""
-    for text, begins, place in texts:
+    for text, begins, place, _ in texts:
         if begins:
             yield from _last_piece(buffer, first, where)
             buffer, first, where = "", True, place

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Text:
         """Make the tokens, once and before any training starts; raises as `prepare_text`."""
         prepare_text(self.given_to(recipe), self.tokens)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Names the tokens, wherever the text lies; known after `prepare`."""
         return open_corpus(self.tokens).fingerprint

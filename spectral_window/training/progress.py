@@ -101,7 +101,7 @@ class RichProgress:
             )
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False)
 
     def stop(self) -> None:
         if self._bar is not None:

@@ -54,6 +54,7 @@ class Recipe:
     max_bytes: int | None = None
     errors: str = "strict"
     skip_bad: bool = False
+    drop_shared: bool = False  # leave out of training what `valid` holds too
     # Model: the fields of SWHConfig. None = the architecture's own default.
     mixer: str = "spectral_window"
     hidden_size: int = 256

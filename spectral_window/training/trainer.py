@@ -258,7 +258,7 @@ class _Run:
                 "recipe": self.recipe.to_dict(),
                 "model": model,
                 "parameters": self.parameters,
-                "data": {"fingerprint": self.corpus.fingerprint, **_sizes(self.corpus)},
+                "data": {"fingerprint": self.corpus.fingerprint, **self.corpus.sizes()},
                 "command": self.command,
                 "environment": self._environment(),
             },
@@ -344,6 +344,7 @@ def prepare_text(
         txt_documents=recipe.txt_documents,
         errors=recipe.errors,
         skip_bad=recipe.skip_bad,
+        drop_shared=recipe.drop_shared,
         max_bytes=recipe.max_bytes,
         progress=(progress or Silent()).prepare,
         overwrite=overwrite,
@@ -374,7 +375,11 @@ def _corpus(
             raise
 
     world.first(make)
-    return open_corpus(where)
+    found = open_corpus(where)
+    if world.is_first:
+        for line in found.summary():
+            progress.note(line)
+    return found
 
 
 def _in_its_own_precision(recipe: Recipe, out: Path) -> Recipe:
@@ -398,13 +403,6 @@ def _vocab_size(recipe: Recipe, corpus: Corpus) -> int:
             "leave vocab_size out"
         )
     return size
-
-
-def _sizes(corpus: Corpus) -> dict[str, Any]:
-    return {
-        split: {"tokens": len(stream), "documents": len(stream.documents), "bytes": stream.bytes}
-        for split, stream in (("train", corpus.train), ("valid", corpus.valid))
-    }
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

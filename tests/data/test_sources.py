@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from spectral_window.data import formats, sources
+from spectral_window.data import formats, records, sources
 from spectral_window.data.formats import ReadOptions, ReadReport, byte_blocks
 from spectral_window.data.sources import Piece, find_sources, read
 from spectral_window.data.tokenizers import load_tokenizer, plain_text
@@ -26,7 +26,7 @@ from spectral_window.errors import IntegrityError, NetworkError, UserError
 def documents(*specs, report=None, **options):
     """Every document's whole text."""
     texts: list[str] = []
-    for text, first, _ in read(
+    for text, first, *_ in read(
         find_sources(map(str, specs)), ReadOptions(**options), report or ReadReport()
     ):
         if first:
@@ -386,7 +386,7 @@ def test_json_text_keeps_its_line_ends_and_crlf_files_are_fine(tmp_path):
 
 
 def test_a_json_line_too_long_to_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_LINE", 1 << 20)
+    monkeypatch.setattr(records, "MAX_RECORD", 1 << 20)
     path = write(tmp_path / "a.jsonl", GOOD + '\n{"text": "' + "a" * (8 << 20) + '"}')
     tracemalloc.start()
     assert "more than 1 MiB" in refusal(path)

@@ -1,0 +1,334 @@
+"""Records to text: JSON lines, JSON arrays, CSV, Parquet and the rows of a hub data set.
+
+Every reader is a generator of rows whose memory does not depend on the size of the file: a single
+record of a text file is at most `MAX_RECORD` bytes. A record's text is its `text`, of which there
+must be one. A fault within a record is a row without text, which `skip_bad` may leave out; a file
+that cannot be read on is a UserError.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gc
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from spectral_window.data.formats import (
+    BAD_CHARACTER,
+    BLOCK,
+    ReadOptions,
+    ReadReport,
+    UnreadableFile,
+    byte_blocks,
+    utf8_blocks,
+)
+from spectral_window.data.kinds import split_suffix
+from spectral_window.errors import NetworkError, UserError
+
+MAX_RECORD = 1 << 24  # bytes (of CSV and of arrays: characters): a record has to fit in memory
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Row(NamedTuple):
+    """A record's place and its text, or None and what is wrong with it."""
+
+    where: str
+    text: str | None
+    fault: str = ""
+
+
+def rows_of(kind: str, name: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
+    """The rows of a source, by its kind."""
+    if kind == "hub":
+        return hub_rows(name)
+    if kind == ".parquet":
+        return parquet_rows(name)
+    if kind in (".csv", ".tsv"):
+        return csv_rows(name, "," if kind == ".csv" else "\t", options, report)
+    if kind == ".json" and _first_byte(name) == b"[":
+        return array_rows(name, options, report)
+    return json_rows(name)
+
+
+def texts_of(
+    rows: Iterable[Row], options: ReadOptions, report: ReadReport
+) -> Iterator[tuple[str, str]]:
+    """(text, where) of every row. A bad row is a UserError, or counted with `skip_bad`."""
+    for where, text, fault in rows:
+        report.records += 1
+        if text is None:
+            if not options.skip_bad:
+                raise UserError(f"{fault} ({where}): repair the record, or read with skip_bad")
+            report.skipped += 1
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
+            if options.errors == "strict":
+                fault = f"a lone surrogate \\u{ord(text[error.start]):04x}"
+                raise UserError(
+                    f"{fault} ({where}): repair it, or read with errors=replace"
+                ) from None
+            text, replaced = LONE_SURROGATE.subn(BAD_CHARACTER, text)
+            report.replaced += replaced
+        yield text, where
+
+
+def _row(where: str, record: Any) -> Row:
+    """The row of a dict-like record: its `text`, which must be a string."""
+    if not isinstance(record, dict):
+        return Row(where, None, "not an object with a 'text' field")
+    if "text" not in record:
+        fields = ", ".join(list(record)[:10]) or "none"
+        return Row(where, None, f"no 'text' field, only: {fields}")
+    value = record["text"]
+    if not isinstance(value, str):
+        return Row(where, None, f"'text' is {json.dumps(value, default=str)[:40]}, not a string")
+    return Row(where, value)
+
+
+def _check_columns(columns: list[str], where: str) -> None:
+    """Raise UserError unless one column is called `text`."""
+    names = ", ".join(columns[:20]) or "none"
+    if "text" not in columns:
+        raise UserError(f"no 'text' column ({where}): its columns are {names}"[:500])
+    if columns.count("text") > 1:
+        what = f"{columns.count('text')} columns are called 'text'"
+        raise UserError(f"{what} ({where}): rename all but one"[:500])
+
+
+# ---------------------------------------------------------------------------- JSON
+
+
+def json_rows(path: str) -> Iterator[Row]:
+    """A row for every line that is not blank."""
+    bad = "bad JSON"
+    if split_suffix(path)[0] == ".json":
+        bad = "a .json must be a record a line, or one array: bad JSON"
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode(), object_pairs_hook=_no_key_twice)
+        except UnicodeDecodeError as error:
+            yield Row(f"{where}, byte {error.start} of the line", None, "not UTF-8")
+        except json.JSONDecodeError as error:
+            yield Row(f"{where}, column {error.colno}", None, f"{bad}, {error.msg}")
+        except (ValueError, RecursionError) as error:
+            yield Row(where, None, f"{bad}, {str(error).split(':')[0][:80]}")
+        else:
+            yield _row(where, record)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("the same key twice")
+    return record
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines; one longer than MAX_RECORD is an error, found without holding all of it."""
+    number, size = 1, 0
+    parts: list[bytes] = []
+    for block in byte_blocks(path):
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            yield number, b"".join([*parts, end])
+            number, parts, size = number + 1, [], 0
+        parts.append(rest)
+        size += len(rest)
+        if size > MAX_RECORD:
+            limit = f"{MAX_RECORD >> 20} MiB"
+            raise UserError(f"a line of more than {limit} ({path}, line {number}): split it")
+    yield number, b"".join(parts)
+
+
+def _first_byte(path: str) -> bytes:
+    """The first byte of a file that is not white space, nor of a byte order mark."""
+    blocks, begun = byte_blocks(path), b""
+    try:
+        for block in blocks:
+            begun = (begun[-3:] + block).removeprefix(codecs.BOM_UTF8).lstrip()
+            if begun:
+                break
+    finally:
+        blocks.close()
+    return begun[:1]
+
+
+def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
+    """A row for every element of a file that is one JSON array."""
+    texts = utf8_blocks(path, options, report)
+    decode = json.JSONDecoder(object_pairs_hook=_no_key_twice).raw_decode
+    # Of `text`, what is before `at` has been read; `number` elements are behind it.
+    text, at, number, ended = "", 0, 0, False
+
+    def more(wanted: int) -> None:
+        """Read on until `wanted` characters lie ahead, or the end."""
+        nonlocal text, at, ended
+        parts, size, at = [text[at:]], len(text) - at, 0
+        while size < wanted and not ended:
+            block = next(texts, None)
+            ended = block is None
+            parts.append(block or "")
+            size += len(parts[-1])
+        text = "".join(parts)
+
+    def mark() -> str:
+        """The next character that is not white space, "" at the end; it is passed over."""
+        nonlocal at
+        while True:
+            at = SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+            if at < len(text) or ended:
+                at += 1
+                return text[at - 1 : at]
+            more(BLOCK)
+
+    def fault(what: str) -> UserError:
+        return UserError(f"bad JSON, {what} ({path}, record {number + 1}): repair the file")
+
+    mark()  # the bracket that says it is an array
+    following = mark()
+    while following != "]":
+        at -= bool(following)
+        while True:
+            try:
+                record, end = decode(text, at)
+            except RecursionError:
+                raise fault("nested too deeply") from None
+            except json.JSONDecodeError as error:
+                # Where the text only ends too early, the fault is at its end or an open string.
+                late = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated")
+                if ended or not late:
+                    raise fault(error.msg) from None
+            except ValueError as error:  # a key twice, a number of 5000 digits
+                raise fault(str(error).split(":")[0][:80]) from None
+            else:
+                if end < len(text) or ended:  # else the next block may go on with it
+                    break
+            if len(text) - at > MAX_RECORD:
+                raise fault(f"a record of more than {MAX_RECORD >> 20} MiB")
+            more(max(BLOCK, 2 * (len(text) - at)))
+        number, at = number + 1, end
+        yield _row(f"{path}, record {number}", record)
+        following = mark()
+        if following == ",":
+            following = mark()
+            if following == "]":
+                raise fault("a ',' before the end of the array")
+        elif following != "]":
+            raise fault("',' or ']' is missing")
+    if mark():
+        raise UserError(f"text after the array ({path}): keep one array, or one record a line")
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def csv_rows(path: str, delimiter: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
+    """A row for every record after the first, which names the columns, of which one is `text`."""
+    # The module's own limit is of the process, and smaller than a document may be.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD))
+    size = 0  # characters of the record that is being read
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        buffer = ""
+        for block in utf8_blocks(path, options, report):
+            *whole, buffer = (buffer + block).split("\n")
+            for line in whole:
+                size += len(line) + 1
+                yield line + "\n"
+                if size > MAX_RECORD:
+                    raise too_long()
+            if size + len(buffer) > MAX_RECORD:
+                raise too_long()
+        yield buffer
+
+    def too_long() -> UserError:
+        limit, where = f"{MAX_RECORD >> 20} MiB", f"{path}, from line {begins}"
+        return UserError(f"a record of more than {limit} ({where}): close its quote, or split it")
+
+    begins, columns = 1, None
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    try:
+        for fields in reader:
+            where, begins, size = f"{path}, line {begins}", reader.line_num + 1, 0
+            if columns is None:
+                columns = fields
+                _check_columns(columns, path)
+            elif len(fields) == len(columns):
+                yield Row(where, fields[columns.index("text")])
+            elif fields:  # not a blank line
+                yield Row(where, None, f"{len(fields)} fields instead of {len(columns)}")
+    except csv.Error as error:
+        raise UserError(f"bad CSV, {error} ({path}, line {begins}): repair the file") from None
+
+
+def parquet_rows(path: str) -> Iterator[Row]:
+    """A row for every row of the string column `text`; other columns are not read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if split_suffix(path)[1]:
+        raise UserError(f"Parquet compresses inside ({path}): unpack the file first")
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            _check_columns(schema.names, path)
+            kind = schema.field("text").type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise UserError(f"column 'text' is {kind} ({path}): store it as a string column")
+            number = 0
+            for batch in file.iter_batches(batch_size=64, columns=["text"]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _row(f"{path}, row {number}", {"text": value})
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UnreadableFile(f"not a readable Parquet file ({path}): {_one_line(error)}") from None
+
+
+def hub_rows(spec: str) -> Iterator[Row]:
+    """The rows of `hub:NAME[:CONFIG[:SPLIT]]`; NAME may be a local folder of data files too."""
+    try:
+        import datasets
+    except ImportError:
+        hint = "pip install 'spectral-window[hub]'"
+        raise UserError(f"the hub needs the datasets library ({spec}): {hint}") from None
+    name, config, split = [*spec.removeprefix("hub:").split(":"), "", ""][:3]
+    records: Any = None
+    number = 0
+    try:
+        records = iter(
+            datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        )
+        for record in records:
+            number += 1
+            if number == 1 and "text" not in record:
+                columns = ", ".join(list(record)[:20])
+                raise UserError(f"no 'text' column ({spec}): its columns are {columns}")
+            yield _row(f"{spec}, row {number}", record)
+    except UserError:
+        raise
+    except (FileNotFoundError, ValueError) as error:  # no such data set, configuration or split
+        raise UserError(f"cannot read the data set ({spec}): {_one_line(error)}") from None
+    except OSError as error:  # no connection, a timeout, HF_HUB_OFFLINE
+        where = f"{spec}, row {number + 1}" if number else spec
+        raise NetworkError(f"the hub did not answer ({where}): {_one_line(error)}") from None
+    finally:
+        # Stopping early leaves Arrow's reader half-way, and it aborts the process if it is still
+        # there when Python ends (apache/arrow issue 45214): let it go now.
+        del records
+        gc.collect()
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
