@@ -28,7 +28,8 @@ from spectral_window.data.formats import (
 from spectral_window.data.kinds import split_suffix
 from spectral_window.errors import NetworkError, UserError
 
-MAX_RECORD = 1 << 24  # bytes (of CSV and of arrays: characters): a record has to fit in memory
+MAX_RECORD = 1 << 24  # bytes of a JSON line, characters of an array's: it has to fit in memory
+CSV_BYTES = 4  # that the csv module takes for a character: a CSV record may be so much shorter
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -236,7 +237,8 @@ def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
 def csv_rows(path: str, delimiter: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
     """A row for every record after the first, which names the columns, of which one is `text`."""
     # The module's own limit is of the process, and smaller than a document may be.
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD))
+    longest = MAX_RECORD // CSV_BYTES
+    csv.field_size_limit(max(csv.field_size_limit(), longest))
     size = 0  # characters of the record that is being read
 
     def lines() -> Iterator[str]:
@@ -247,15 +249,15 @@ def csv_rows(path: str, delimiter: str, options: ReadOptions, report: ReadReport
             for line in whole:
                 size += len(line) + 1
                 yield line + "\n"
-                if size > MAX_RECORD:
+                if size > longest:
                     raise too_long()
-            if size + len(buffer) > MAX_RECORD:
+            if size + len(buffer) > longest:
                 raise too_long()
         yield buffer
 
     def too_long() -> UserError:
-        limit, where = f"{MAX_RECORD >> 20} MiB", f"{path}, from line {begins}"
-        return UserError(f"a record of more than {limit} ({where}): close its quote, or split it")
+        what = f"a record of more than {longest:,} characters ({path}, from line {begins})"
+        return UserError(f"{what}: close its quote, or split it")
 
     begins, columns = 1, None
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
