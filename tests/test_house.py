@@ -24,6 +24,7 @@ FLOORS = [
     {"hf", "data"},
     {"nn"},
     {"ops"},
+    {"files"},
     {"errors"},
 ]
 # who alone may import an outside package at all

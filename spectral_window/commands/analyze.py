@@ -19,8 +19,8 @@ from spectral_window.commands.show import print_json, print_table, tell
 from spectral_window.data.blocks import TokenStream
 from spectral_window.data.sources import find_sources
 from spectral_window.data.text import open_corpus
+from spectral_window.files import write_json
 from spectral_window.lab.analyze import analyze, initial_model, read_kernels
-from spectral_window.training.files import write_json
 from spectral_window.training.loading import Loaded, load, read_json
 
 TOKENS, QUICK_TOKENS = 16_384, 2_048

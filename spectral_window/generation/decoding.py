@@ -116,6 +116,10 @@ class TextStream:
         text = self.tokenizer.decode(self.window, clean_up_tokenization_spaces=False)
         return text, len(text) - min(len(text) - len(text.rstrip("\ufffd")), 3)
 
+    def peek(self) -> str:
+        """The window's text, shown or not."""
+        return self._decode()[0]
+
     def push(self, token: int) -> str:
         """The text that `token` makes final; sometimes "" (special tokens have no text)."""
         if token in self.special:

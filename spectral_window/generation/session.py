@@ -33,6 +33,7 @@ from torch import Tensor
 from spectral_window.errors import DivergedError, IntegrityError, UserError
 from spectral_window.generation import session_file
 from spectral_window.generation.decoding import (
+    MAX_STOP_LENGTH,
     Sampling,
     StopFilter,
     TextStream,
@@ -316,24 +317,52 @@ class Session:
             raise IntegrityError(
                 f"the session belongs to another tokenizer ({path}): use its model's own"
             )
-        session = cls(model, tokenizer, seed=facts["seed"], segment=segment)
+        session = cls(model, tokenizer, seed=0, segment=segment)
         try:
+            session.seed = facts["seed"]
             session.generator.set_state(tensors["generator"])
             session._restore(tensors, facts["state_seen"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            session.tokens_seen, session.waiting = facts["tokens_seen"], facts["waiting"]
+            session.logits, session.ended = tensors.get("logits"), facts["ended"]
+            session.held, session.text = (
+                facts["held"],
+                TextStream(tokenizer, facts["window"], facts["shown"]),
+            )
+            session._check()
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise IntegrityError(
-                f"the session does not fit the model, {error} ({path}): begin a new one"
+                f"the session does not fit the model, {' '.join(str(error).split())[:300]} "
+                f"({path}): begin a new one"
             ) from None
-        session.tokens_seen, session.waiting = facts["tokens_seen"], facts["waiting"]
-        session.logits, session.ended = tensors.get("logits"), facts["ended"]
-        session.held, session.text = (
-            facts["held"],
-            TextStream(tokenizer, facts["window"], facts["shown"]),
-        )
         return session
+
+    def _check(self) -> None:
+        """ValueError for facts that contradict each other: their hash proves no sense."""
+        seen = self.layers[0].seen
+        unseen = self.waiting is not None
+        known = range(self.vocab_size)
+        right = {
+            "seed": 0 <= self.seed < 2**63,
+            "tokens_seen": 0 <= seen == self.tokens_seen - unseen,
+            "waiting": not unseen or (type(self.waiting) is int and self.waiting in known),
+            "logits": self.logits is None if unseen or not seen else self.logits is not None,
+            "window": all(type(token) is int and token in known for token in self.text.window),
+        }
+        if self.logits is not None:
+            expected = (torch.float32, (len(self.tokenizer),))
+            right["logits"] &= (self.logits.dtype, tuple(self.logits.shape)) == expected
+        right["window"] &= len(self.text.window) <= 2 * TextStream.WINDOW
+        if right["window"]:
+            right["shown"] = 0 <= self.text.shown <= len(self.text.peek())
+        right["held"] = len(self.held) < MAX_STOP_LENGTH
+        wrong = [name for name, good in right.items() if not good]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} cannot be")
 
     def _restore(self, tensors: dict[str, Tensor], seen: int) -> None:
         """Fill the layers' states; KeyError or ValueError for a missing or misshapen tensor."""
+        if seen < 0:
+            raise ValueError(f"state_seen is {seen}")
         if not seen:
             return
         model, config = self.model.model, self.model.config
@@ -341,17 +370,20 @@ class Session:
         for index, (block, layer) in enumerate(zip(model.layers, self.layers, strict=True)):
             empty = block.mixer.init_state(1, dtype=dtype, device=device)
             names = iter([name for name, _ in session_file.leaves(f"layers.{index}", empty)])
+            kept = 0 if block.mixer.constant_state else seen  # attention's state is empty at first
 
-            def stored(like: Tensor, names: Iterator[str] = names) -> Tensor:
+            def stored(like: Tensor, names: Iterator[str] = names, kept: int = kept) -> Tensor:
                 name = next(names)
                 tensor = tensors[name]
-                # Attention's keys and values have a free length, 0 in the empty state.
-                fits = tensor.dim() == like.dim() and all(
-                    size == want or want == 0
-                    for size, want in zip(tensor.shape, like.shape, strict=True)
-                )
-                if not fits or tensor.dtype != like.dtype:
+                shape = [size or kept for size in like.shape]
+                if list(tensor.shape) != shape or tensor.dtype != like.dtype:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+                if name.endswith(".position"):  # of one text without padding
+                    expected = torch.arange(seen) if tensor.dim() == 2 else torch.tensor(seen)
+                    if not bool((tensor == expected).all()):
+                        raise ValueError(f"{name} is not what {seen} tokens leave")
+                elif not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} is not finite")
                 return tensor.to(like.device)
 
             layer.state, layer.seen = map_state(empty, stored), seen

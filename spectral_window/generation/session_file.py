@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from spectral_window.errors import IntegrityError, ResourceError, UserError
+from spectral_window.errors import IntegrityError, UserError
+from spectral_window.files import check_name, remove_leftovers, write_bytes
 
 SCHEMA, HEADER = 1, "spectral-window session"
 # What a config says beside the function it computes: two models that differ only here share their
@@ -72,6 +72,7 @@ _FACTS: dict[str, Any] = {
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(facts, tensors) of a session file. UserError when there is none, IntegrityError when it is
     not intact."""
+    check_name(path, "the session file")
     if not path.is_file():
         raise UserError(f"no session file ({path}): make one with save (--save-session)")
     try:
@@ -90,7 +91,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     stated = facts.pop("sha256", None)
     right = facts.keys() == _FACTS.keys() and all(
-        isinstance(facts[key], kind) for key, kind in _FACTS.items()
+        isinstance(facts[key], kind) and (kind is not int or not isinstance(facts[key], bool))
+        for key, kind in _FACTS.items()
     )
     if not right or stated != digest(facts, tensors):
         raise IntegrityError(
@@ -100,11 +102,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def check_place(path: Path) -> None:
-    """UserError unless a file can stand at `path`: a device or a folder is not replaced by one."""
+    """UserError unless a file can stand at `path`: a device or a folder is not replaced by one.
+
+    What a killed process left beside it is removed.
+    """
+    check_name(path, "the session file")
     if path.exists() and not path.is_file():
         raise UserError(f"not a regular file ({path}): choose another name for the session")
     if not path.parent.is_dir():
         raise UserError(f"no such folder ({path.parent}): make it, or save the session elsewhere")
+    remove_leftovers(path.parent, path.name)
 
 
 def write(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -112,17 +119,4 @@ def write(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None
     check_place(path)
     facts = {"schema": SCHEMA, **facts}
     header = {HEADER: json.dumps({**facts, "sha256": digest(facts, tensors)})}
-    content = safetensors.torch.save(tensors, header)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write the session: {error.strerror} ({path}): choose another file or make room"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, safetensors.torch.save(tensors, header))

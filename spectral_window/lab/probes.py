@@ -27,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spectral_window.data.tasks import IGNORED, Batch, Task, generator, make
 from spectral_window.errors import DivergedError
+from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
 from spectral_window.lab.jobs import Job
-from spectral_window.training.files import write_json
 from spectral_window.training.machine import environment, keep_memory, matmul_precision
 from spectral_window.training.optimizer import parameter_groups
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from spectral_window.errors import UserError
-from spectral_window.training.files import write_json
+from spectral_window.files import write_json
 
 Z = 1.959964  # of a normal distribution, two-sided 95 %
 # Student's t, two-sided 95 %, by degrees of freedom

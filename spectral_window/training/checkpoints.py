@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.errors import IntegrityError
+from spectral_window.files import cannot_write, discard, write_folder
 from spectral_window.training import manifest
-from spectral_window.training.files import discard, write_folder
 
 _NAME = re.compile(r"step-\d+")
 
@@ -49,6 +49,10 @@ def save(
         manifest.seal(folder, step=step, about=about)
 
     final = root / f"step-{step}"
+    try:
+        root.mkdir(exist_ok=True)  # and never the run's folder: one that was removed stays so
+    except OSError as error:
+        raise cannot_write(error, root, needs) from error
     write_folder(final, write_and_seal, needs=needs)
     verify(final)
     _prune(root, max(keep, 2), newest_step=step)

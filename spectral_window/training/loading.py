@@ -2,9 +2,9 @@
 
 A path may be a run folder (its final `model/`, else its newest checkpoint whose every byte agrees
 with its manifest) or any folder that `save_pretrained` wrote. A folder that has a manifest must
-agree with it, so a single flipped bit is noticed. Nothing is fetched and nothing is
-unpickled; the weights must be safetensors files inside the folder, hold exactly the tensors that
-the config asks for, and be finite.
+agree with it, so a single flipped bit is noticed, and inside a run folder there must be one.
+Nothing is fetched and nothing is unpickled; the weights must be safetensors files inside the
+folder, hold exactly the tensors that the config asks for, and be finite.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from spectral_window.data.tokenizers import load_tokenizer
-from spectral_window.errors import IntegrityError, UserError
+from spectral_window.errors import IntegrityError, ResourceError, UserError
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.training import checkpoints, manifest
 
@@ -48,9 +49,10 @@ def find_model(path: str | os.PathLike[str]) -> tuple[Path, list[str]]:
     if "://" in text:
         raise UserError(f"a URL is not a model ({text[:80]}): download it, then give its folder")
     try:
+        text.encode("utf-8")
         folder = Path(text).expanduser()
         exists, is_folder = folder.exists(), folder.is_dir()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, no home
+    except (OSError, ValueError, RuntimeError):  # not UTF-8, too long, a NUL, no home
         raise UserError(f"not a usable path ({text[:80]}): give a model's folder") from None
     if not is_folder:
         what = "a file, not a folder" if exists else "no such folder"
@@ -84,10 +86,21 @@ def load(path: str | os.PathLike[str], *, device: str = "auto") -> Loaded:
     _check_manifest(folder)
     config = load_config(folder)
     tensors = _read_tensors(folder)
+    if config.num_hidden_layers > len(tensors):  # before a layer is made, for each takes memory
+        raise IntegrityError(
+            f"the weights do not fit config.json ({folder}): {config.num_hidden_layers:,} layers "
+            f"and {len(tensors)} tensors; copy the model again"
+        )
     # Built without memory and given the stored tensors themselves: nothing is initialised in vain.
     with torch.device("meta"):
         model = SWHForCausalLM(config)
     _check_names(folder, tensors, model)
+    state, free = model.state_bytes(1), psutil.virtual_memory().available
+    if state > free:
+        raise ResourceError(
+            f"the state of one text takes {state / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free "
+            f"({folder}): window={config.window:,} is too large here"
+        )
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise IntegrityError(
@@ -106,15 +119,28 @@ def load(path: str | os.PathLike[str], *, device: str = "auto") -> Loaded:
 
 
 def _check_manifest(folder: Path) -> None:
-    """IntegrityError if a file differs from what the folder's manifest says, if it has one."""
-    if not (folder / manifest.MANIFEST).is_file():
+    """IntegrityError if a file differs from what the folder's manifest says, or if a run made the
+    folder and the manifest is gone."""
+    if not _made_by_a_run(folder) and not (folder / manifest.MANIFEST).is_file():
         return
     try:
         manifest.verify(folder)
     except IntegrityError as error:
         raise IntegrityError(
-            f"{error}, or delete its {manifest.MANIFEST} if the change was yours"
+            f"{error}; if the change was yours, copy the folder elsewhere without "
+            f"{manifest.MANIFEST}"
         ) from None
+
+
+def _made_by_a_run(folder: Path) -> bool:
+    """Whether `folder` is the model or a checkpoint of a run folder: those are always sealed."""
+    place = folder.resolve()
+    if place.parent.name == "checkpoints":
+        place = place.parent
+    elif place.name != "model":
+        return False
+    record = place.parent / "config.json"
+    return record.is_file() and "recipe" in read_json(record)
 
 
 def load_config(folder: Path) -> SWHConfig:
@@ -171,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weights' files, all inside `folder`."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -207,7 +233,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             tensors |= load_file(path)
         except (SafetensorError, OSError) as error:

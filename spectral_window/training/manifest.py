@@ -3,6 +3,9 @@
 It is written last and holds the size and SHA-256 of every other file, facts about the folder (a
 checkpoint's step, say), and a hash of itself. So a folder whose manifest agrees is whole, bit by
 bit; one without it was not finished.
+
+Only what is listed counts. Libraries read whatever of a known name lies in a folder (an index
+beside the weights, say, leads to other weights), so an unlisted file of such a kind is refused.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.errors import IntegrityError
-from spectral_window.training.files import sync_file, write_text
+from spectral_window.files import sync_file, write_text
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# what transformers and safetensors look for in a model's folder; a note or a picture harms nobody
+_READ_BY_LIBRARIES = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".bin", ".pt"}
 
 
 def seal(folder: Path, **facts: Any) -> None:
@@ -35,13 +41,19 @@ def seal(folder: Path, **facts: Any) -> None:
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of `folder`, after every file was read and agreed with it.
 
-    Raises IntegrityError naming the first file that does not. Files that the manifest does not list
-    are not looked at.
+    Raises IntegrityError naming the first file that does not, or that is not listed and would be
+    read by a library.
     """
     manifest = _read(folder)
+    for path in sorted(folder.iterdir()):
+        known = path.name == MANIFEST or path.name in manifest["files"]
+        if not known and path.suffix in _READ_BY_LIBRARIES:
+            raise IntegrityError(
+                f"{path.name} is not listed in {MANIFEST} ({folder}): it came later; remove it"
+            )
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not _PLAIN_NAME.fullmatch(name) or path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.is_file():
             raise IntegrityError(f"{name} is missing ({folder}): use another checkpoint or copy")
         size = path.stat().st_size
         if size != entry["bytes"]:
@@ -74,7 +86,21 @@ def _read(folder: Path) -> dict[str, Any]:
     stated = manifest.pop("sha256", None)
     if stated != _own_hash(manifest) or schema != SCHEMA:
         raise IntegrityError(f"{MANIFEST} does not match its own hash ({folder}): it was damaged")
+    if not _is_list_of_files(manifest.get("files")):
+        raise IntegrityError(f"{MANIFEST} lists no files ({folder}): it is not one of ours")
     return manifest
+
+
+def _is_list_of_files(files: Any) -> bool:
+    """Whether `files` maps plain names to sizes and SHA-256: a right hash proves no sense."""
+    return isinstance(files, dict) and all(
+        _PLAIN_NAME.fullmatch(name)
+        and isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256"), str)
+        and _SHA256.fullmatch(entry["sha256"])
+        for name, entry in files.items()
+    )
 
 
 def _own_hash(manifest: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.errors import ResourceError
-from spectral_window.training.files import write_text
+from spectral_window.files import write_text
 
 
 class MetricsLog:

@@ -14,6 +14,7 @@ checkpoint runs no code of his. A checkpoint folder is also a model folder:
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def load_model(folder: Path, model: nn.Module) -> None:
         if name in stored or tensor.data_ptr() not in held
     }
     _check_same(folder, "model.safetensors", stored, needed)
+    _check_finite_numbers(folder, "model.safetensors", stored)
     with torch.no_grad():
         for name, tensor in stored.items():
             wanted[name].copy_(tensor)
@@ -111,6 +113,14 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             for key in ("exp_avg", "exp_avg_sq"):
                 wanted[f"{key}:{names[parameter]}"] = parameter
     _check_same(folder, "optimizer.safetensors", stored, wanted)
+    _check_finite_numbers(folder, "optimizer.safetensors", stored)
+    negative = [
+        n for n, x in stored.items() if not n.startswith("exp_avg:") and bool((x < 0).any())
+    ]
+    if negative:
+        raise IntegrityError(
+            f"optimizer.safetensors holds numbers below 0 ({folder}): {', '.join(negative[:10])}"
+        )
     state = optimizer.state_dict()
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state["state"] = {
@@ -138,14 +148,21 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`. A generator this machine lacks is passed over."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    """Inverse of `random_state`. A generator this machine lacks is passed over. IntegrityError for
+    what no generator can take."""
+    try:
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise IntegrityError(
+            f"no state of a random generator ({_JSON}, rng.safetensors): "
+            f"{' '.join(str(error).split())[:100]}; resume from another checkpoint"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------- the rest
@@ -167,7 +184,7 @@ def save_rest(folder: Path, counters: dict[str, Any], generators: list[dict[str,
 
 
 def load_rest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Inverse of `save_rest`. Raises IntegrityError if a part is missing."""
+    """Inverse of `save_rest`. Raises IntegrityError if a part is missing or makes no sense."""
     tensors = _read_tensors(folder / "rng.safetensors")
     try:
         values = json.loads((folder / _JSON).read_bytes())
@@ -176,11 +193,30 @@ def load_rest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             state["torch"] = tensors[f"torch.{rank}"]
             if f"cuda.{rank}" in tensors:
                 state["cuda"] = tensors[f"cuda.{rank}"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check_counters(counters)
+        if not generators:
+            raise ValueError("no random generator")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{_JSON} cannot be used ({folder}): {error!r}; resume from another checkpoint"
         ) from None
     return counters, generators
+
+
+def _check_counters(counters: dict[str, Any]) -> None:
+    """ValueError, KeyError or TypeError for counters that no training has."""
+    step, logged, schedule = counters["step"], counters["logged_step"], counters["schedule"]
+    rates = schedule["_last_lr"]
+    for name, value in (("step", step), ("logged_step", logged)):
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} is {value!r}")
+    if logged > step or schedule["last_epoch"] != step or len(rates) != 2:
+        raise ValueError("step, logged_step and schedule contradict each other")
+    for value in (counters["seconds"], *rates):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{value!r} among seconds and rates")
+    if not math.isfinite(counters["loss_sum"]):
+        raise ValueError(f"loss_sum is {counters['loss_sum']!r}")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -188,6 +224,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path.name} cannot be read ({path.parent}): {error}") from None
+
+
+def _check_finite_numbers(folder: Path, file: str, stored: dict[str, Tensor]) -> None:
+    """Raise IntegrityError for NaN or Inf: no checkpoint is saved with them."""
+    bad = sorted(name for name, tensor in stored.items() if not bool(tensor.isfinite().all()))
+    if bad:
+        raise IntegrityError(
+            f"{file} holds numbers that are not finite ({folder}): {', '.join(bad[:10])}; "
+            "resume from another checkpoint"
+        )
 
 
 def _check_same(

@@ -27,12 +27,12 @@ import transformers
 
 from spectral_window.data.text import Corpus, open_corpus, prepare
 from spectral_window.errors import IntegrityError, UserError
+from spectral_window.files import remove_leftovers, write_folder, write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
 from spectral_window.training import checkpoints, machine, manifest, state
 from spectral_window.training import folder as run_folder
 from spectral_window.training.evaluate import evaluate
-from spectral_window.training.files import remove_leftovers, write_folder, write_json
 from spectral_window.training.interrupt import Interrupted, catch_signals
 from spectral_window.training.knobs import MATMUL_PRECISIONS
 from spectral_window.training.loop import RecipeTrainer, accumulation

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from spectral_window import files
 from spectral_window.errors import UserError
-from spectral_window.training import checkpoints, files, train
+from spectral_window.training import checkpoints, train
 from spectral_window.training.recipes import Recipe
 from tests.processes import THREADS
 

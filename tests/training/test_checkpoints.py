@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectral_window import files
 from spectral_window.errors import IntegrityError, ResourceError
-from spectral_window.training import checkpoints, files
+from spectral_window.training import checkpoints
 from tests.training.children import KILLED, save_child, write_numbers
 
 

@@ -36,7 +36,7 @@ import psutil
 import torch
 
 from spectral_window.errors import ResourceError, UserError, unknown
-from spectral_window.training.files import write_json
+from spectral_window.files import write_json
 from spectral_window.training.machine import (
     environment,
     folder_name,

@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
 from spectral_window.lab.bench.race import reason
 from spectral_window.nn.mixers import MIXERS, set_methods
-from spectral_window.training.files import write_json
 from spectral_window.training.machine import environment
 
 Row = dict[str, Any]

@@ -33,12 +33,12 @@ from typing import Any, cast
 import numpy as np
 
 from spectral_window.errors import ResourceError, UserError
+from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.lab.bench import PRECISION, child_environment, thread_counts
 from spectral_window.lab.bench.pictures import Panel, arrange, tokens
 from spectral_window.lab.reproduce.passes import CONTESTANTS, DOES_NOT_FIT, Job, Row
 from spectral_window.lab.results import load
-from spectral_window.training.files import write_json
 from spectral_window.training.machine import precision
 
 FORMS = {"published": "as published", "posed": "well-posed"}
