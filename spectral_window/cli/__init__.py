@@ -11,60 +11,90 @@ import contextlib
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 import typer
 
 from spectral_window.cli import lab, models  # noqa: F401 - they fill the table
 from spectral_window.cli.app import app
 from spectral_window.commands.failures import PROGRAM, explain, say
+from spectral_window.errors import UserError
+from spectral_window.training.interrupt import asked, raise_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _prepare_streams()
+    _forget_senseless_sizes()
+    with raise_on_signals():
+        try:
+            code = _run(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has gone (`| head`)
+            code = 141
+        except (Exception, KeyboardInterrupt) as error:
+            if "--debug" in arguments:
+                import traceback
+
+                traceback.print_exc()
+            signum = asked()
+            if signum and not isinstance(error, (UserError, KeyboardInterrupt)):
+                # an import turned what the signal raised into an error of its own
+                line, code = "interrupted", 128 + signum
+            else:
+                line, code = explain(error)
+            say(line)
+    _give_up_unwritable_stdout()
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    words = _spread(arguments)
+    try:
+        with command.make_context(PROGRAM, words, obj=shlex.join([PROGRAM, *arguments])) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return 0
+
+
+def _prepare_streams() -> None:
+    """Streams that can be used, whatever the shell gave: a closed one (`<&-`) reads as empty and
+    takes what is written, so that no file opened later comes to stand in its place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets its escape, never a UnicodeEncodeError.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    # A plain SIGTERM ends a process on the spot; an exception lets temporary files be removed.
-    with contextlib.suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _forget_senseless_sizes() -> None:
+    """What the environment says of the terminal's size, where no table fits, is not passed on to
+    libraries."""
+    for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
+        if name in os.environ and not re.fullmatch("[2-9][0-9]|[1-9][0-9]{2,3}", os.environ[name]):
+            del os.environ[name]
+
+
+def _give_up_unwritable_stdout() -> None:
+    """Python would complain once more when it flushes at its end what cannot be written."""
     try:
-        command = typer.main.get_command(app)
-        words = _spread(arguments)
-        with command.make_context(PROGRAM, words, obj=shlex.join([PROGRAM, *arguments])) as context:
-            command.invoke(context)
         sys.stdout.flush()
-    except typer.Exit as done:
-        return done.exit_code
-    except BrokenPipeError:
-        # The reader has gone (`| head`). Python would complain again when it flushes at exit.
+    except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in arguments:
-            import traceback
-
-            traceback.print_exc()
-        line, code = explain(error)
-        say(line)
-        return code
-    return 0
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
-
-    exit_code = 143
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated("terminated")
 
 
 def _spread(arguments: list[str]) -> list[str]:
