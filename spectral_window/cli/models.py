@@ -55,9 +55,21 @@ def train(
             "Default: in the run folder.",
         ),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Begin from the weights of this model, a run folder or what save_pretrained "
+            "wrote: it gives the architecture and the tokenizer. Default: random weights.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on, exactly, from the newest intact checkpoint in DIR."),
+        typer.Option(
+            "--resume",
+            help="Go on, exactly, from the newest intact checkpoint in DIR. With "
+            "schedule=constant, steps=MORE trains a finished run further.",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove an earlier run in DIR first.")
@@ -77,6 +89,7 @@ def train(
         corpus=corpus,
         resume=resume,
         overwrite=overwrite,
+        init=init,
         command=context.obj,
     )
 

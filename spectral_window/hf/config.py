@@ -22,6 +22,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from spectral_window.errors import UserError, unknown
+from spectral_window.hf.limits import check_size
 
 MODEL_TYPE = "swh"
 STATE_LAYER_TYPE = "spectral_window_state"  # how transformers finds our cache layer
@@ -226,6 +227,7 @@ class SWHConfig(PreTrainedConfig):
             "training_length",
         ):
             _positive_int(field, getattr(self, field))
+        check_size(self)
         for field in ("tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, field), bool):
                 raise UserError(f"{field} is {getattr(self, field)!r} (config): use true or false")
@@ -255,8 +257,11 @@ class SWHConfig(PreTrainedConfig):
     def _check_heads(self) -> None:
         size, heads = self.hidden_size, self.num_attention_heads
         if size % heads:
-            near = min(
-                (n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - heads)
+            near = next(  # outwards from `heads`, for there may be two thousand million below
+                n
+                for distance in range(1, max(heads, size))
+                for n in (heads - distance, heads + distance)
+                if 0 < n <= size and size % n == 0
             )
             raise UserError(
                 f"hidden_size {size} does not divide into num_attention_heads {heads} (config): "

@@ -408,11 +408,18 @@ def spared_from_decay(model: nn.Module) -> set[str]:
 
 
 def count_parameters(config: SWHConfig) -> int:
-    """Parameters of a model of this config, without allocating one."""
-    with torch.device("meta"):
-        model = SWHForCausalLM(config)
-    model.tie_weights()
-    return model.count_parameters()
+    """Parameters of a model of this config, without allocating one: layers are all alike."""
+
+    def of(layers: int) -> int:
+        changed = copy.deepcopy(config)
+        changed.num_hidden_layers = layers
+        with torch.device("meta"):
+            model = SWHForCausalLM(changed)
+        model.tie_weights()
+        return model.count_parameters()
+
+    one = of(1)
+    return one + (config.num_hidden_layers - 1) * (of(2) - one)
 
 
 def match_parameters(config: SWHConfig, target: int) -> SWHConfig:

@@ -19,7 +19,7 @@ from spectral_window.errors import IntegrityError
 from spectral_window.lab import runs
 from spectral_window.lab.jobs import Job
 from spectral_window.training.recipes import FREE_ON_RESUME, Recipe, resolve
-from spectral_window.training.trainer import prepare_text
+from spectral_window.training.text import prepare_text
 
 FREE = FREE_ON_RESUME | {"data", "valid"}  # the text is known by its tokens
 CURVE = 100  # points that are kept of a training curve

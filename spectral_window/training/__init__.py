@@ -8,12 +8,14 @@ result = train(resolve("tiny"), "runs/tiny")
 recipes.py      every knob of a run, and the named recipes; knobs.py reads and checks the values
 trainer.py      train(): from a recipe to a finished run folder
 folder.py       whether that folder may be used, and by this run alone
-machine.py      device, memory, and what is recorded about them
+text.py         its text, prepared or found
+initial.py      a model to begin from, instead of random weights
+machine.py      the device and what is recorded about it; memory.py: whether the run fits
 loop.py         transformers' Trainer with our rules; optimizer.py: its groups and learning rate
 parallel.py     the little that several processes need
 interrupt.py    Ctrl-C and SIGTERM
 checkpoints.py  saving that survives a kill; state.py: what a checkpoint holds;
-                manifest.py: how damage is noticed; files.py: writing all or nothing
+                manifest.py: how damage is noticed
 evaluate.py     loss on held-out text;  metrics.py, progress.py: what is told on the way
 loading.py      from a path to a model that can be trusted
 """

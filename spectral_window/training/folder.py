@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,20 +11,25 @@ from pathlib import Path
 from typing import IO
 
 from spectral_window.errors import ResourceError, UserError
+from spectral_window.files import cannot_write, check_name, remove_leftovers
 from spectral_window.training.parallel import World
 
 # What a run writes, besides the prepared text in data/ (which is checked and reused).
 RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "samples.json", "report.html")
 RUN_FOLDERS = ("checkpoints", "model")
+DATA, LOCK = "data", ".lock"
 
 
 def check(out: Path, resume: bool | str, overwrite: bool) -> None:
     """Raise UserError if `out` may not be used so. Changes nothing."""
     if resume not in (True, False, "auto"):
         raise UserError(f"resume={resume!r} (train): use True, False or 'auto'")
+    check_name(out, "the output folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"the output is a file ({out}): choose a folder")
-    if resume is True and not (out / "checkpoints").is_dir():
+    if resume is True and not any(
+        (out / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS, LOCK)
+    ):
         raise UserError(f"no checkpoint to resume ({out}): leave --resume out to begin")
     if not resume and not overwrite and out.is_dir() and any(out.iterdir()):
         raise UserError(
@@ -43,45 +49,85 @@ def remove_run(out: Path) -> None:
 class Claim:
     """A folder held by a lock that the system lets go when the process ends, however it ends.
 
-    Until `began` is set, a folder that the claim itself made is removed on release.
+    Until `began` is set, what the claim or its run made is removed on release: the folder, those
+    above it, or what is new in it.
     """
 
     def __init__(self, out: Path) -> None:
         self.out, self.began = out, False
-        self._created = False
+        self._made: list[Path] = []  # folders, the innermost first
+        self._before: set[str] = set()
         self._file: IO[str] | None = None
+        self._folder = -1  # a descriptor: while it is open no other folder has its number
 
     def take(self) -> None:
-        """Raises UserError if another run holds the folder, ResourceError if it is not writable."""
-        self._created = not self.out.exists()
+        """Raises UserError if another run holds the folder, ResourceError if it is not writable.
+
+        What killed runs left in it is removed.
+        """
+        self._made = [path for path in (self.out, *self.out.parents) if not path.exists()]
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._file = (self.out / ".lock").open("w")
-            free = _lock(self._file, self.out / ".lock")
+            self._before = set(os.listdir(self.out))
+            self._file = (self.out / LOCK).open("w")
+            free = _lock(self._file, self.out / LOCK)
+            if os.name != "nt":
+                self._folder = os.open(self.out, os.O_RDONLY)
         except OSError as error:
-            raise ResourceError(
-                f"cannot write: {error.strerror} ({self.out}): choose another folder"
-            ) from None
+            raise cannot_write(error, self.out) from None
         if not free:
             self._file.close()
+            self._file = None
             raise UserError(
                 f"another run is using this folder ({self.out}): wait for it or choose another"
             )
+        remove_leftovers(self.out)
+        remove_leftovers(self.out / "checkpoints")
+
+    def confirm(self) -> None:
+        """ResourceError if the folder was removed or replaced since: half a run must not return."""
+        if not self._is_ours():
+            raise ResourceError(
+                f"the run's folder was removed or replaced ({self.out}): restore the folder, then "
+                "--resume; or train again"
+            )
+
+    def _is_ours(self) -> bool:
+        if self._folder < 0:  # of another process's claim, or Windows, where it cannot be removed
+            return True
+        try:
+            return os.path.samestat(os.fstat(self._folder), self.out.stat())
+        except OSError:
+            return False
 
     def release(self) -> None:
+        ours = self._is_ours()
         if self._file is not None:
-            (self.out / ".lock").unlink(missing_ok=True)
+            if ours:
+                (self.out / LOCK).unlink(missing_ok=True)
             self._file.close()
-        if self._created and not self.began:
+            if not self.began and ours:
+                self._undo()
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
+
+    def _undo(self) -> None:
+        if self._made:
             shutil.rmtree(self.out, ignore_errors=True)
+            for path in self._made[1:]:
+                with contextlib.suppress(OSError):  # something else is in it by now
+                    path.rmdir()
+        elif DATA not in self._before:
+            shutil.rmtree(self.out / DATA, ignore_errors=True)
 
 
 @contextmanager
 def claim(out: Path, world: World) -> Iterator[Claim]:
     """Hold `out` for this run alone within the block: one claim for all processes of `world`."""
     held = Claim(out)
-    world.first(held.take)
     try:
+        world.first(held.take)
         yield held
     finally:
         if world.is_first:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from spectral_window.data.blocks import IGNORED, PackedBlocks, ShuffledBlocks
 from spectral_window.data.text import Corpus
@@ -102,7 +102,9 @@ class RecipeTrainer(Trainer):
         stop: StopRequest,
         metrics: MetricsLog,
         progress: Progress,
+        confirm: Callable[[], None],
     ) -> None:
+        self.confirm_folder = confirm
         self.recipe, self.corpus, self.folder, self.about = recipe, corpus, folder, about
         self.world, self.stop, self.log_file, self.progress = world, stop, metrics, progress
         self.blocks = PackedBlocks(corpus.train, recipe.sequence_length)
@@ -260,6 +262,7 @@ class RecipeTrainer(Trainer):
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
         def save() -> Path:
+            self.confirm_folder()
             return checkpoints.save(
                 self.folder / "checkpoints",
                 step,
@@ -274,9 +277,33 @@ class RecipeTrainer(Trainer):
     def resume(self, folder: Path) -> None:
         """Train on from a checkpoint that `checkpoints.verify` accepted."""
         self._counters, self._generators = state.load_rest(folder)
+        self._check_progress(folder)
         self.order.first_step = self._counters["step"]
         self.saved = folder
         self.train(resume_from_checkpoint=str(folder))
+
+    def _check_progress(self, folder: Path) -> None:
+        """IntegrityError unless the files of `folder` agree on how far the training was."""
+        step, recipe = checkpoints.step_of(folder), self.recipe
+        schedule, factor = self._counters["schedule"], learning_rate_factor(recipe)
+        wrong = []
+        if (self._counters["step"], self._counters.get("samples")) != (
+            step,
+            step * recipe.batch_size,
+        ):
+            wrong.append("training.json is of another step")
+        rates = [*schedule.get("base_lrs", []), *schedule["_last_lr"]]
+        expected = [recipe.lr] * 2 + [recipe.lr * factor(step)] * 2
+        if len(rates) != 4 or not all(map(math.isclose, rates, expected)):
+            wrong.append("training.json has another learning rate")
+        try:
+            told = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+            if told.global_step != step or not math.isfinite(told.epoch or 0.0):
+                wrong.append(f"trainer_state.json is of step {told.global_step!r}")
+        except Exception as error:  # the library raises whatever senseless values make it raise
+            wrong.append(f"trainer_state.json cannot be used, {' '.join(str(error).split())[:100]}")
+        if wrong:
+            raise IntegrityError(f"{'; '.join(wrong)} ({folder}): resume another checkpoint")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state.load_model(Path(resume_from_checkpoint), self.model)
@@ -286,7 +313,10 @@ class RecipeTrainer(Trainer):
             return
         optimizer, schedule = _unwrapped(self.optimizer), self._counters["schedule"]
         state.load_optimizer(Path(checkpoint), self.model, optimizer)
-        self.lr_scheduler.load_state_dict(schedule | {"lr_lambdas": [None] * 2})
+        own = self.lr_scheduler.state_dict() | {"lr_lambdas": [None] * 2}
+        self.lr_scheduler.load_state_dict(
+            own | {key: schedule[key] for key in own.keys() & schedule.keys()}
+        )
         # The groups keep the rate of the moment; the schedule's state alone does not set it.
         for group, rate in zip(optimizer.param_groups, schedule["_last_lr"], strict=True):
             group["lr"] = rate
@@ -302,11 +332,6 @@ class RecipeTrainer(Trainer):
     def restore_sums(self) -> None:
         """The loss summed since the last logged step, which Trainer keeps to itself and forgets."""
         if self._counters:
-            if self._counters["step"] != self.state.global_step:
-                raise IntegrityError(
-                    f"trainer_state.json is of step {self.state.global_step} ({self.saved}): "
-                    "resume another checkpoint"
-                )
             self._tr_loss += self._counters["loss_sum"]
             self._globalstep_last_logged = self._counters["logged_step"]
 

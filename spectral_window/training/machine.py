@@ -1,5 +1,4 @@
-"""The machine: which device trains, whether the model fits, how exact its float32 is, and what is
-recorded about all of them."""
+"""The machine: which device trains, how exact its float32 is, and what is recorded about both."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ import transformers
 from torch import Tensor
 
 import spectral_window
-from spectral_window.errors import ResourceError, UserError
+from spectral_window.errors import UserError
 from spectral_window.training.knobs import MATMUL_SETTINGS as SETTINGS
 from spectral_window.training.recipes import Recipe
 
@@ -33,18 +32,6 @@ def pick_device(recipe: Recipe) -> str:
     if recipe.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return recipe.device
-
-
-def check_memory(parameters: int, device: str) -> None:
-    """ResourceError before anything large is allocated: weights, gradients and Adam's two moments
-    take 16 bytes a parameter."""
-    needed = 16 * parameters
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise ResourceError(
-            f"{parameters:,} parameters need at least {needed / 1e9:,.1f} GB to train and "
-            f"{free / 1e9:,.1f} GB are free ({device}): use a smaller model"
-        )
 
 
 def peak_memory(device: str) -> int:

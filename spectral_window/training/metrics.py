@@ -17,32 +17,32 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spectral_window.errors import ResourceError
-from spectral_window.files import write_text
+from spectral_window.files import cannot_write, write_text
 
 
 class MetricsLog:
-    """Appends to `path`. With None (a process that is not the first) no call does anything."""
+    """Appends to `path`, after `confirm()` found its folder in place. With None (a process that is
+    not the first) no call does anything."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, confirm: Callable[[], None] = lambda: None) -> None:
+        self.path, self._confirm = path, confirm
 
     def write(self, row: dict[str, Any]) -> None:
         """One line; a number that is not finite becomes null, which JSON can say."""
         if self.path is None:
             return
+        self._confirm()
         row = {key: _plain(value) for key, value in row.items()}
+        line = json.dumps(row, allow_nan=False) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.write(line)
         except OSError as error:
-            raise ResourceError(
-                f"cannot write: {error.strerror} ({self.path}): "
-                "make room or restore the folder, then --resume"
-            ) from error
+            raise cannot_write(error, self.path, len(line)) from error
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line; one cut short by a kill is passed over."""

@@ -295,6 +295,11 @@ def resolve(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]().replace(**read_overrides(overrides))
+
+
+def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`key=value` texts as values by key; raises as `resolve` does."""
     changes: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -307,4 +312,4 @@ def resolve(name: str, overrides: Iterable[str] = ()) -> Recipe:
                 "name (recipe override): a recipe keeps its name; choose the folder with --out"
             )
         changes[key] = parse(key, value, FIELDS[key])
-    return RECIPES[name]().replace(**changes)
+    return changes

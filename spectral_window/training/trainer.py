@@ -11,35 +11,46 @@
 A run that was interrupted goes on with `resume=True` and ends with the very same bits as one that
 was not: the weights, Adam's moments, the schedule, the random generators and the place in the data
 are all restored (on the same machine with the same number of threads and processes).
+
+`steps` may grow on a resume where the schedule does not depend on it, which is the constant one:
+the longer run is then exactly the one that asked for so many steps at once. A cosine is drawn out
+over its steps, so another number of them is another run from the first step on: begin a new one
+from the finished model (`init`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import shlex
+import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from spectral_window.data.text import Corpus, open_corpus, prepare
+from spectral_window.data.text import Corpus
+from spectral_window.data.tokenizers import SMALLEST
 from spectral_window.errors import IntegrityError, UserError
-from spectral_window.files import remove_leftovers, write_folder, write_json
+from spectral_window.files import write_folder, write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
-from spectral_window.training import checkpoints, machine, manifest, state
+from spectral_window.training import checkpoints, loading, machine, manifest, state
 from spectral_window.training import folder as run_folder
 from spectral_window.training.evaluate import evaluate
-from spectral_window.training.interrupt import Interrupted, catch_signals
+from spectral_window.training.initial import Initial
+from spectral_window.training.interrupt import Interrupted, StopRequest, catch_signals
 from spectral_window.training.knobs import MATMUL_PRECISIONS
 from spectral_window.training.loop import RecipeTrainer, accumulation
+from spectral_window.training.memory import check_memory
 from spectral_window.training.metrics import MetricsLog
 from spectral_window.training.parallel import World
 from spectral_window.training.progress import Progress, Silent
 from spectral_window.training.recipes import FREE_ON_RESUME, Recipe
+from spectral_window.training.text import corpus_of, vocabulary_size
 
 _MODEL_FIELDS = (
     "hidden_size",
@@ -72,14 +83,17 @@ def train(
     corpus: Path | str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    init: Initial | Path | str | None = None,
 ) -> dict[str, Any]:
     """Train as `recipe` says, write everything to the folder `out`; returns what result.json holds.
 
-    resume: True goes on from the newest checkpoint that verifies; "auto" does so if there is one
-    and else begins. overwrite: remove an earlier run in `out` first. corpus: where the prepared
-    tokens are kept or found (default `out`/data); several runs may share it. progress: who is told
-    how it goes (`RichProgress()`; None: nobody). command: what to record as the command that made
-    this run (default: this process's own).
+    resume: True goes on from the newest checkpoint that verifies, or begins where the run in `out`
+    was stopped before its first; "auto" does so in any folder. overwrite: remove an earlier run in
+    `out`, once all else is found good. corpus: where the prepared tokens are kept or found (default
+    `out`/data); several runs may share it. progress: who is told how it goes (`RichProgress()`;
+    None: nobody). command: what to record as the command that made this run (default: this
+    process's own). init: a model to begin from (see `initial.py`); it decides the architecture and
+    the tokenizer, whatever the recipe says of them.
 
     Under torchrun every process calls this with the same arguments; each sees its own part of every
     batch.
@@ -97,20 +111,31 @@ def train(
     world = World.join(device)
     try:
         accumulation(recipe, world)
-        # A bad model is refused before the text is read, which can take long.
-        model_config(recipe, vocab_size=recipe.vocab_size or 50304)
         world.first(lambda: run_folder.check(out, resume, overwrite))
+        if init is not None and not isinstance(init, Initial):
+            init = Initial.read(init)
+        recipe = recipe if init is None else init.adopt(recipe)
+        # A bad model is refused before the text is read, which can take long.
+        config = model_config(recipe, vocab_size=recipe.vocab_size or 50304)
+        if recipe.vocab_size is None:
+            config.vocab_size = SMALLEST
+        check_memory(recipe, config, device, world.size)
         with (
             run_folder.claim(out, world) as claim,
             machine.matmul_precision(recipe.matmul_precision, device),
         ):
-            if overwrite:
-                world.first(lambda: run_folder.remove_run(out))
-            data = _corpus(recipe, out, corpus, world, teller, bool(resume), overwrite)
-            config = model_config(recipe, _vocab_size(recipe, data), data.tokenizer)
-            run = _Run(recipe, out, world, data, config, device, teller, command)
+            data = corpus_of(recipe, out, corpus, world, teller, bool(resume), overwrite)
+            vocab_size = vocabulary_size(recipe, data)
+            if init is None:
+                config = model_config(recipe, vocab_size, data.tokenizer)
+            else:
+                config = init.config_for(recipe)
+            check_memory(recipe, config, device, world.size)
+            run = _Run(recipe, out, world, data, config, device, teller, command, init, claim)
             start = world.first(lambda: run.find_start(resume))
             claim.began = True
+            if overwrite:
+                world.first(lambda: run_folder.remove_run(out))
             return run.go(start)
     finally:
         teller.stop()
@@ -154,65 +179,78 @@ class _Run:
         device: str,
         progress: Progress,
         command: str | None,
+        init: Initial | None,
+        claim: run_folder.Claim,
     ) -> None:
         self.recipe, self.out, self.world = recipe, out, world
-        self.corpus, self.config = corpus, config
-        self.device, self.progress = device, progress
+        self.corpus, self.config, self.init = corpus, config, init
+        self.device, self.progress, self.claim = device, progress, claim
         self.command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         self.parameters = count_parameters(config)
-        self.metrics = MetricsLog(out / "metrics.jsonl" if world.is_first else None)
+        self.metrics = MetricsLog(out / "metrics.jsonl" if world.is_first else None, claim.confirm)
         # What a checkpoint must agree with to be resumed by this run.
         self.about = {
             "recipe": {k: v for k, v in recipe.to_dict().items() if k not in FREE_ON_RESUME},
             "data": corpus.fingerprint,
             "parameters": self.parameters,
         }
+        if init is not None:
+            self.about["init"] = init.sha256
 
     def find_start(self, resume: bool | str) -> Path | None:
         """The checkpoint to go on from, verified and of this very run, or None to begin."""
-        machine.check_memory(self.parameters, self.device)
         if not resume:
             return None
         root = self.out / "checkpoints"
-        remove_leftovers(self.out)
-        remove_leftovers(root)
         newest, refused = checkpoints.newest(root)
         for line in refused:
             self._warn(line)
-        if newest is None:
-            if refused:
-                raise IntegrityError(
-                    f"no checkpoint is whole ({root}): start again with --overwrite"
-                )
-            if resume == "auto":
-                return None
-            raise UserError(f"no checkpoint to resume ({root}): leave --resume out to begin")
-        self._check_same_run(newest)
-        return newest
+        if newest is not None:
+            self._check_same_run(newest)
+            return newest
+        if refused:
+            raise IntegrityError(f"no checkpoint is whole ({root}): start again with --overwrite")
+        if (self.out / "model").exists():
+            raise UserError(
+                f"the run has ended and its checkpoints are gone ({root}): train its model further "
+                f"with --init {self.out} and another --out"
+            )
+        if resume is True:
+            self.progress.note("no checkpoint yet: the run begins")
+        return None
 
     def _check_same_run(self, checkpoint: Path) -> None:
-        about = checkpoints.verify(checkpoint)["about"]
+        about = checkpoints.verify(checkpoint).get("about")
+        about = about if isinstance(about, dict) else {}
         differences = _differences(about, self.about)
         if differences:
             raise IntegrityError(
                 f"this run is another one ({checkpoint}): {'; '.join(differences)}; "
                 "use its own settings or another folder"
             )
-        if about["processes"] != self.world.size:
+        step = checkpoints.step_of(checkpoint)
+        if step > self.recipe.steps:
+            raise IntegrityError(
+                f"steps={self.recipe.steps} (recipe): {checkpoint} is past them; use {step} or more"
+            )
+        processes = about.get("processes")
+        if processes != self.world.size:
             self._warn(
-                f"{about['processes']} processes saved {checkpoint.name} and {self.world.size} "
+                f"{processes} processes saved {checkpoint.name} and {self.world.size} "
                 "resume it: sums may round differently"
             )
 
     def go(self, start: Path | None) -> dict[str, Any]:
         """Train from the checkpoint `start` (None: from the beginning) to the end."""
         step = checkpoints.step_of(start) if start else 0
-        done = self._result_of_finished_run() if step >= self.recipe.steps else None
+        done = self.world.first(lambda: self._finished(start)) if start else None
         if done is not None:
             return done
         transformers.set_seed(self.recipe.seed)
         model = SWHForCausalLM(self.config)
-        with catch_signals() as stop:
+        if start is None and self.init is not None:
+            model.load_state_dict(self.init.weights)
+        with self._on_signals() as stop:
             trainer = RecipeTrainer(
                 recipe=self.recipe,
                 model=model,
@@ -223,6 +261,7 @@ class _Run:
                 stop=stop,
                 metrics=self.metrics,
                 progress=self.progress,
+                confirm=self.claim.confirm,
             )
             self.world.first(lambda: self._record(step))
             self.progress.note(str(machine.precision(self.recipe.matmul_precision, self.device)))
@@ -239,14 +278,52 @@ class _Run:
             # A signal in the very last step is noted only after the loop has looked.
             signum = trainer.stopping or stop.signum
         if signum:
-            raise Interrupted(signum, trainer.saved)
+            raise Interrupted(signum, trainer.saved, self._go_on())
         return self._finish(trainer)
 
-    def _result_of_finished_run(self) -> dict[str, Any] | None:
-        result = self.out / "result.json"
-        if result.exists() and (self.out / "model").is_dir():
-            return json.loads(result.read_text(encoding="utf-8"))
+    @contextlib.contextmanager
+    def _on_signals(self) -> Iterator[StopRequest]:
+        """`catch_signals`; a second signal's error also says how to go on."""
+        try:
+            with catch_signals() as stop:
+                yield stop
+        except Interrupted as stopped:
+            raise Interrupted(stopped.signum, None, self._go_on()) from None
+
+    def _go_on(self) -> str:
+        """How to go on after a signal, in words: the command itself where it is known."""
+        words = shlex.split(self.command)
+        if words[:2] != ["spectral-window", "train"] or self.world.size > 1:
+            return "continue with --resume"
+        kept = [word for word in words[2:] if word not in ("--resume", "--overwrite")]
+        return f"continue with: {shlex.join([*words[:2], '--resume', *kept])}"
+
+    def _finished(self, checkpoint: Path) -> dict[str, Any] | None:
+        """The result, where the run has ended with `checkpoint` and all agrees; else None, and what
+        is there of an end is removed: it is made again."""
+        if checkpoints.step_of(checkpoint) == self.recipe.steps:
+            try:
+                return self._verified_result(checkpoint)
+            except (OSError, ValueError, KeyError) as error:  # an IntegrityError is a ValueError
+                if (self.out / "result.json").exists():
+                    self._warn(f"the result is made again: {error}")
+        (self.out / "result.json").unlink(missing_ok=True)
+        shutil.rmtree(self.out / "model", ignore_errors=True)
         return None
+
+    def _verified_result(self, checkpoint: Path) -> dict[str, Any]:
+        """result.json, if it is the one of the model beside it, and that is the checkpoint's.
+        Raises IntegrityError, OSError, ValueError or KeyError."""
+        result = loading.read_json(self.out / "result.json")
+        model = manifest.verify(self.out / "model")
+        weights = "model.safetensors"
+        same = model["files"][weights] == checkpoints.verify(checkpoint)["files"][weights]
+        # A model older than this rule does not name its result.
+        if not same or model.get("result", result) != result:
+            raise IntegrityError(f"result.json and model are of another run ({self.out})")
+        if (result["steps"], result["parameters"]) != (self.recipe.steps, self.parameters):
+            raise IntegrityError(f"result.json is of another run ({self.out})")
+        return result
 
     def _record(self, step: int) -> None:
         """Write config.json, and drop from the metrics what is about to be run again."""
@@ -259,6 +336,7 @@ class _Run:
                 "model": model,
                 "parameters": self.parameters,
                 "data": {"fingerprint": self.corpus.fingerprint, **self.corpus.sizes()},
+                "init": self.init and {"model": str(self.init.folder), "sha256": self.init.sha256},
                 "command": self.command,
                 "environment": self._environment(),
             },
@@ -300,10 +378,11 @@ class _Run:
 
         def write_model(folder: Path) -> None:
             state.save_model(folder, model, self.corpus.tokenizer)
-            manifest.seal(folder)
+            manifest.seal(folder, result=result)
 
         def write() -> dict[str, Any]:
-            write_folder(self.out / "model", write_model)
+            self.claim.confirm()
+            write_folder(self.out / "model", write_model, needs=4 * self.parameters)
             write_json(self.out / "result.json", result)
             return result
 
@@ -329,64 +408,11 @@ class _Run:
             self.progress.note(f"warning: {line}")
 
 
-def prepare_text(
-    recipe: Recipe, folder: Path, progress: Progress | None = None, *, overwrite: bool = False
-) -> None:
-    """Make the tokens of the recipe's text in `folder`, unless they are there; raises as
-    `data.text.prepare` does."""
-    prepare(
-        list(recipe.data),
-        recipe.tokenizer,
-        folder,
-        valid_fraction=recipe.valid_fraction,
-        valid_sources=list(recipe.valid) or None,
-        seed=recipe.split_seed,
-        txt_documents=recipe.txt_documents,
-        errors=recipe.errors,
-        skip_bad=recipe.skip_bad,
-        drop_shared=recipe.drop_shared,
-        max_bytes=recipe.max_bytes,
-        progress=(progress or Silent()).prepare,
-        overwrite=overwrite,
-    )
-
-
-def _corpus(
-    recipe: Recipe,
-    out: Path,
-    folder: Path | str | None,
-    world: World,
-    progress: Progress,
-    resume: bool,
-    overwrite: bool,
-) -> Corpus:
-    """The prepared text: made or found by the first process, opened by all."""
-    where = Path(folder) if folder is not None else out / "data"
-    resuming = resume and (out / "checkpoints").is_dir()
-
-    def make() -> None:
-        try:
-            prepare_text(recipe, where, progress, overwrite=overwrite and folder is None)
-        except UserError as error:
-            if resuming and error.exit_code == 2 and where.is_dir():
-                raise IntegrityError(
-                    f"the run's text or tokenizer changed, so it cannot be resumed: {error}"
-                ) from None
-            raise
-
-    world.first(make)
-    found = open_corpus(where)
-    if world.is_first:
-        for line in found.summary():
-            progress.note(line)
-    return found
-
-
 def _in_its_own_precision(recipe: Recipe, out: Path) -> Recipe:
     """`recipe` for going on with the run in `out`: where it names no precision of its own, in the
     one that the run began with (runs older than "auto" began with another)."""
     try:
-        begun = json.loads((out / "config.json").read_text(encoding="utf-8"))["recipe"]
+        begun = loading.read_json(out / "config.json")["recipe"]
         own = begun["matmul_precision"]
     except (OSError, ValueError, LookupError, TypeError):  # what is wrong there is found later
         return recipe
@@ -395,27 +421,23 @@ def _in_its_own_precision(recipe: Recipe, out: Path) -> Recipe:
     return recipe.replace(matmul_precision=own)
 
 
-def _vocab_size(recipe: Recipe, corpus: Corpus) -> int:
-    size = recipe.vocab_size or corpus.vocab_size
-    if size < corpus.vocab_size:
-        raise UserError(
-            f"vocab_size={size} (recipe): the tokenizer has {corpus.vocab_size} entries; "
-            "leave vocab_size out"
-        )
-    return size
-
-
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What a checkpoint was made with that this run does not have, in words."""
     want = wanted["recipe"]
     # a checkpoint older than a knob was made with the knob's default
     have = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name in want}
-    have |= stored.get("recipe", {})
+    have |= stored.get("recipe") or {}
+    if have.get("schedule") == want["schedule"] == "constant":  # the rate does not depend on it
+        have["steps"] = want["steps"]
     lines = [
         f"{key} was {have.get(key)!r} and is {want.get(key)!r}"
         for key in sorted(have | want)
         if have.get(key) != want.get(key)
     ]
+    if have.get("steps") != want["steps"]:
+        lines.append("a cosine ends with its steps, so begin a new run from the model with --init")
+    if stored.get("init") != wanted.get("init"):
+        lines.append("the model to begin from (--init) is another")
     if stored.get("data") != wanted["data"]:
         lines.append("the text or its tokenizer is another (data fingerprint)")
     elif not lines and stored.get("parameters") != wanted["parameters"]:

@@ -1,0 +1,85 @@
+"""A run that begins from the weights of a model instead of random ones: `train --init`.
+
+The model gives its architecture, its tokenizer and its weights; the recipe gives the text, the
+schedule and everything else. So it trains a finished run further, or tunes a model to other text.
+What it began from is a part of the run: its SHA-256 is in the record and in every checkpoint, and a
+resume needs the same model again.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from spectral_window.errors import UserError
+from spectral_window.hf import SWHConfig
+from spectral_window.training.loading import load, weight_files
+from spectral_window.training.recipes import Recipe
+
+# The knobs of a recipe that the model decides, beside `tokenizer`.
+ARCHITECTURE = (
+    "mixer",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "window",
+    "kernel",
+    "fusion",
+    "branches",
+    "mlp",
+    "rope_theta",
+    "initializer_range",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The model to begin from: where it was found, its config, its weights by name (float32, on
+    the CPU) and the SHA-256 of their files."""
+
+    folder: Path
+    config: SWHConfig
+    weights: Mapping[str, Tensor]
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Initial:
+        """The model at `path`, a run folder or of save_pretrained; raises as `load` does."""
+        loaded = load(path, device="cpu")
+        sha = hashlib.sha256()
+        for file in weight_files(loaded.folder):
+            with file.open("rb") as opened:
+                sha.update(hashlib.file_digest(opened, "sha256").digest())
+        weights = {name: value.float() for name, value in loaded.model.state_dict().items()}
+        return cls(loaded.folder, loaded.model.config, weights, sha.hexdigest())
+
+    def adopt(self, recipe: Recipe, named: Mapping[str, object] | None = None) -> Recipe:
+        """`recipe` with this model's architecture and tokenizer.
+
+        named: the knobs that the user set himself. UserError for one that the model contradicts.
+        """
+        own = {name: getattr(self.config, name) for name in ARCHITECTURE}
+        own |= {"tokenizer": str(self.folder), "match": None, "parameters": None}
+        for name, value in (named or {}).items():
+            if name in own and value != own[name]:
+                raise UserError(
+                    f"{name}={value} (recipe): {self.folder} is to begin from and has "
+                    f"{own[name]!r}; leave {name} out"
+                )
+        return recipe.replace(**own)
+
+    def config_for(self, recipe: Recipe) -> SWHConfig:
+        """The model's config, trained at the recipe's length."""
+        config = copy.deepcopy(self.config)
+        config.max_position_embeddings = max(config.max_position_embeddings, recipe.sequence_length)
+        config.dtype = None  # it trains in float32, whatever it was saved in
+        return config

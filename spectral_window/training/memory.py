@@ -1,0 +1,43 @@
+"""Whether a training fits the memory, told before anything large is allocated."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from spectral_window.errors import ResourceError
+from spectral_window.hf.config import SWHConfig
+from spectral_window.hf.model import count_parameters
+from spectral_window.training.recipes import Recipe
+
+
+def check_memory(recipe: Recipe, config: SWHConfig, device: str, processes: int = 1) -> None:
+    """ResourceError where a training of `config` as `recipe` says cannot fit the free memory.
+
+    It counts what no implementation can do without, so that what passes may still be too large and
+    what fails never fits:
+
+    - 16 bytes a parameter: the weight, its gradient, Adam's two moments;
+    - 8 bytes a logit of a micro-batch, in float32: itself and its gradient; 4 in an evaluation;
+    - what the backward pass needs of each layer, at least 4 rows of channels and 2 of the
+      feed-forward layer a token (with gradient checkpointing 1 row of channels);
+    - 24 bytes a token of the batch: id, label and position.
+    """
+    parameters, vocabulary = count_parameters(config), config.vocab_size
+    tokens = recipe.micro_batch_size * recipe.sequence_length
+    kept = config.hidden_size
+    if not recipe.gradient_checkpointing:
+        kept = 4 * config.hidden_size + 2 * (config.intermediate_size or 0)
+    kept *= (2 if recipe.dtype == "bfloat16" else 4) * config.num_hidden_layers
+    evaluated = 4 * recipe.eval_batch_size * recipe.sequence_length * vocabulary
+    batch = 24 * recipe.batch_size // processes * recipe.sequence_length
+    work = max(tokens * (kept + 8 * vocabulary), evaluated) + batch
+    needed = 16 * parameters + work
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            f"it takes at least {needed / 1e9:,.1f} GB to train and {free / 1e9:,.1f} GB are free "
+            f"({device}): {16 * parameters / 1e9:,.1f} GB for {parameters:,} parameters, "
+            f"{work / 1e9:,.1f} GB for batches of {recipe.micro_batch_size:,} x "
+            f"{recipe.sequence_length:,} tokens; use a smaller model, batch or length"
+        )

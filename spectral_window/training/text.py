@@ -1,0 +1,76 @@
+"""The text of a run: prepared once, opened by every process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spectral_window.data.text import Corpus, open_corpus, prepare
+from spectral_window.errors import IntegrityError, UserError
+from spectral_window.training.folder import DATA
+from spectral_window.training.parallel import World
+from spectral_window.training.progress import Progress, Silent
+from spectral_window.training.recipes import Recipe
+
+
+def prepare_text(
+    recipe: Recipe, folder: Path, progress: Progress | None = None, *, overwrite: bool = False
+) -> None:
+    """Make the tokens of the recipe's text in `folder`, unless they are there; raises as
+    `data.text.prepare` does."""
+    prepare(
+        list(recipe.data),
+        recipe.tokenizer,
+        folder,
+        valid_fraction=recipe.valid_fraction,
+        valid_sources=list(recipe.valid) or None,
+        seed=recipe.split_seed,
+        txt_documents=recipe.txt_documents,
+        errors=recipe.errors,
+        skip_bad=recipe.skip_bad,
+        drop_shared=recipe.drop_shared,
+        max_bytes=recipe.max_bytes,
+        progress=(progress or Silent()).prepare,
+        overwrite=overwrite,
+    )
+
+
+def corpus_of(
+    recipe: Recipe,
+    out: Path,
+    folder: Path | str | None,
+    world: World,
+    progress: Progress,
+    resume: bool,
+    overwrite: bool,
+) -> Corpus:
+    """The prepared text: made or found by the first process, opened by all."""
+    where = Path(folder) if folder is not None else out / DATA
+    resuming = resume and (out / "checkpoints").is_dir()
+
+    def make() -> None:
+        try:
+            prepare_text(recipe, where, progress, overwrite=overwrite and folder is None)
+        except UserError as error:
+            if resuming and error.exit_code == 2 and where.is_dir():
+                raise IntegrityError(
+                    f"the run's text or tokenizer changed, so it cannot be resumed: {error}"
+                ) from None
+            raise
+
+    world.first(make)
+    corpus = open_corpus(where)
+    if world.is_first:
+        for line in corpus.summary():
+            progress.note(line)
+    return corpus
+
+
+def vocabulary_size(recipe: Recipe, corpus: Corpus) -> int:
+    """The model's: the recipe's if it says one, else the tokenizer's. UserError if too small."""
+    size = recipe.vocab_size or corpus.vocab_size
+    if size < corpus.vocab_size:
+        raise UserError(
+            f"vocab_size={size} (recipe): the tokenizer has {corpus.vocab_size} entries; "
+            "leave vocab_size out"
+        )
+    return size
