@@ -111,7 +111,10 @@ def evaluate(
     length: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="T", help="Tokens a sequence. Default: what the run was trained with."
+            min=1,
+            max=2**31 - 1,
+            metavar="T",
+            help="Tokens a sequence. Default: what the run was trained with.",
         ),
     ] = None,
     json: Json = False,

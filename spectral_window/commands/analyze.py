@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,7 +18,7 @@ from spectral_window.commands.show import print_json, print_table, tell
 from spectral_window.data.blocks import TokenStream
 from spectral_window.data.sources import find_sources
 from spectral_window.data.text import open_corpus
-from spectral_window.files import write_json
+from spectral_window.files import scratch_folder, write_json
 from spectral_window.lab.analyze import analyze, initial_model, read_kernels
 from spectral_window.training.loading import Loaded, load, read_json
 
@@ -48,12 +47,12 @@ def run(
     recipe = trained.get("recipe", {})
     seed = recipe.get("seed")
     begun = None if seed is None else read_kernels(initial_model(loaded.model, seed))
-    with tempfile.TemporaryDirectory(prefix="spectral-window-") as folder:
+    with scratch_folder() as folder:
         if sources:
             text = " ".join(data)
-            stream = tokenize(sources, loaded.tokenizer, Path(folder), text)
+            stream = tokenize(sources, loaded.tokenizer, folder, text)
         else:
-            text, stream = _known_text(loaded, trained, Path(folder))
+            text, stream = _known_text(loaded, trained, folder)
         with _bar() as progress:
             facts = analyze(
                 loaded.model,

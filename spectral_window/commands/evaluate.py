@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from spectral_window.data.sources import find_sources, read
 from spectral_window.data.text import open_corpus
 from spectral_window.data.tokenizers import plain_text
 from spectral_window.errors import IntegrityError, UserError
+from spectral_window.files import scratch_folder
 from spectral_window.training.evaluate import evaluate
 from spectral_window.training.loading import load, read_json
 
@@ -40,9 +40,9 @@ def run(
         raise UserError(f"no text to measure on ({model}): name some with --data")
     loaded = load(model, device=device)
     tell([*notes, *loaded.notes])
-    with tempfile.TemporaryDirectory(prefix="spectral-window-") as folder:
+    with scratch_folder() as folder:
         if sources:
-            stream = tokenize(sources, loaded.tokenizer, Path(folder), " ".join(data))
+            stream = tokenize(sources, loaded.tokenizer, folder, " ".join(data))
         else:
             assert trained is not None
             corpus = open_corpus(trained / "data")

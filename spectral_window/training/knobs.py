@@ -121,6 +121,11 @@ def check(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
         "micro_batch_size",
         f"must divide batch_size ({values['batch_size']})",
     )
+    require(
+        values["steps"] * values["batch_size"] < 2**62,
+        "steps",
+        f"times batch_size ({values['batch_size']}) must be less than 2**62",
+    )
     if not values["data"]:
         raise UserError("data= (recipe): name at least one source, for example data=book.txt")
 

@@ -20,6 +20,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -177,14 +178,32 @@ class RecipeTrainer(Trainer):
         numbers that are not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not (math.isfinite(float(norm)) and math.isfinite(float(self._tr_loss))):
-            step = self.state.global_step + 1
-            self.log_file.write(self._row({"event": "diverged"}, step=step))
-            last = f"resume from {self.saved.name}" if self.saved else "start again"
-            raise DivergedError(
-                f"the loss or its gradient is not finite (step {step}): nothing of it was kept; "
-                f"{last} with a lower lr (it is {self.recipe.lr:g}) or more warmup_steps"
-            )
+            raise self._diverged(self.state.global_step + 1)
         return norm
+
+    def _diverged(self, step: int) -> DivergedError:
+        self.log_file.write(self._row({"event": "diverged"}, step=step))
+        last = f"resume from {self.saved.name}" if self.saved else "start again"
+        return DivergedError(
+            f"the loss, its gradient or a weight is not finite (step {step}): nothing of it was "
+            f"kept; {last} with a lower lr (it is {self.recipe.lr:g}) or more warmup_steps"
+        )
+
+    @contextmanager
+    def _naming_the_rate(self, step: int) -> Iterator[None]:
+        """Whatever a weight that is not finite leads to within the block becomes DivergedError: the
+        optimiser itself overflows without a word, and an operator or a save refuses it later."""
+        try:
+            yield
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+            if isinstance(error, DivergedError) or not finite:
+                raise self._diverged(step) from error
+            raise
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._naming_the_rate(self.state.global_step + 1):
+            return super().training_step(*args, **kwargs)
 
     # ------------------------------------------------------------------ what is written down
 
@@ -220,15 +239,16 @@ class RecipeTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.control.should_evaluate = False
         recipe = self.recipe
-        scores = evaluate(
-            self.model,
-            self.corpus.valid,
-            length=recipe.sequence_length,
-            batch=recipe.eval_batch_size,
-            max_tokens=recipe.eval_tokens,
-            dtype=recipe.dtype,
-            world=self.world,
-        )
+        with self._naming_the_rate(self.state.global_step):
+            scores = evaluate(
+                self.model,
+                self.corpus.valid,
+                length=recipe.sequence_length,
+                batch=recipe.eval_batch_size,
+                max_tokens=recipe.eval_tokens,
+                dtype=recipe.dtype,
+                world=self.world,
+            )
         found = {key: scores[key] for key in ("perplexity", "bits_per_byte")}
         self.log_file.write(
             self._row({"eval_loss": scores["loss"], **found, "eval_tokens": scores["tokens"]})
@@ -272,7 +292,8 @@ class RecipeTrainer(Trainer):
                 needs=3 * sum(parameter.nbytes for parameter in parameters),  # and two moments
             )
 
-        self.saved = self.world.first(save)
+        with self._naming_the_rate(step):
+            self.saved = self.world.first(save)
 
     def resume(self, folder: Path) -> None:
         """Train on from a checkpoint that `checkpoints.verify` accepted."""

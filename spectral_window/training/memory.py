@@ -38,6 +38,7 @@ def check_memory(recipe: Recipe, config: SWHConfig, device: str, processes: int 
         raise ResourceError(
             f"it takes at least {needed / 1e9:,.1f} GB to train and {free / 1e9:,.1f} GB are free "
             f"({device}): {16 * parameters / 1e9:,.1f} GB for {parameters:,} parameters, "
-            f"{work / 1e9:,.1f} GB for batches of {recipe.micro_batch_size:,} x "
-            f"{recipe.sequence_length:,} tokens; use a smaller model, batch or length"
+            f"{work / 1e9:,.1f} GB for batch_size={recipe.batch_size:,}, micro_batch_size="
+            f"{recipe.micro_batch_size:,}, sequence_length={recipe.sequence_length:,}; use a "
+            "smaller model, batch or length"
         )

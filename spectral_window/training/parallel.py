@@ -9,6 +9,7 @@ the others.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -34,26 +35,39 @@ class World:
     def join(cls, device: str) -> World:
         """Read torchrun's environment and meet the other processes (gloo on a CPU, nccl on a GPU).
 
-        Raises UserError if only part of that environment is set.
+        Raises UserError if only part of that environment is set, or makes no sense.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size <= 1:
-            return cls()
+        # Checked for one process too: transformers reads them as well.
+        size = _number("WORLD_SIZE", 1, 1 << 20) or 1
+        rank = _number("RANK", 0, size - 1)
+        local = _number("LOCAL_RANK", -1, size - 1)  # -1: not distributed, to transformers
+        _number("LOCAL_WORLD_SIZE", 1, size)
+        _number("MASTER_PORT", 0, 65_535)
+        launched = size > 1 or (local is not None and local >= 0)
         missing = [
             name
-            for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+            for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
             if name not in os.environ
         ]
-        if missing:
+        if launched and missing:
             raise UserError(
                 f"{missing[0]} is not set (WORLD_SIZE is {size}): "
                 "start several processes with torchrun"
             )
-        world = cls(int(os.environ["RANK"]), size)
+        if size == 1:
+            return cls()
+        world = cls(rank or 0, size)
         if not dist.is_initialized():
-            if device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+            try:
+                if device == "cuda":
+                    torch.cuda.set_device(local or 0)
+                dist.init_process_group("gloo" if device == "cpu" else "nccl")
+            except (RuntimeError, ValueError) as error:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise UserError(
+                    f"the {size} processes do not meet ({where}): "
+                    f"{' '.join(str(error).split())[:200]}; start all of them with torchrun"
+                ) from None
             world._started = True
         return world
 
@@ -107,3 +121,16 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total.tolist()
+
+
+def _number(name: str, least: int, most: int) -> int | None:
+    """The environment's `name`, or None where it is not set; UserError outside the range."""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch("-?[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise UserError(
+            f"{name} is {text[:40]!r} (environment): a whole number from {least} to {most} is "
+            "needed; unset it, or start several processes with torchrun"
+        )
+    return int(text)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spectral_window.data.text import Corpus, open_corpus, prepare
 from spectral_window.errors import IntegrityError, UserError
+from spectral_window.files import check_name
 from spectral_window.training.folder import DATA
 from spectral_window.training.parallel import World
 from spectral_window.training.progress import Progress, Silent
@@ -45,6 +46,7 @@ def corpus_of(
 ) -> Corpus:
     """The prepared text: made or found by the first process, opened by all."""
     where = Path(folder) if folder is not None else out / DATA
+    check_name(where, "the folder of tokens")
     resuming = resume and (out / "checkpoints").is_dir()
 
     def make() -> None:
