@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +34,14 @@ from torch import nn
 from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
+from spectral_window.lab.bench import gpu_spectral, gpu_window
 from spectral_window.lab.bench.race import reason
 from spectral_window.nn.mixers import MIXERS, set_methods
 from spectral_window.training.machine import environment
 
 Row = dict[str, Any]
-# part -> (where its rows come from, share of the time)
-PARTS: dict[str, tuple[str, float]] = {
-    "ceilings": ("spectral_window.lab.bench.gpu:ceilings", 0.08),
-    "spectral": ("spectral_window.lab.bench.gpu_spectral:rows", 0.34),
-    "window": ("spectral_window.lab.bench.gpu_window:rows", 0.34),
-    "train": ("spectral_window.lab.bench.gpu:train", 0.24),
-}
+# part -> its share of the time; the function of that name below gives its rows
+PARTS = {"ceilings": 0.08, "spectral": 0.34, "window": 0.34, "train": 0.24}
 ROUNDS = 5
 
 
@@ -63,7 +58,7 @@ def run(
     unfinished = []
     for part in parts or PARTS:
         begin = time.perf_counter()
-        allowed = 60 * minutes * PARTS[part][1] / sum(PARTS[p][1] for p in parts or PARTS)
+        allowed = 60 * minutes * PARTS[part] / sum(PARTS[p] for p in parts or PARTS)
         path = out / f"{part}.json"
         out.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -89,15 +84,14 @@ def _in_child(part: str, path: Path, seconds: float, dry_run: bool) -> str:
 
 def child(part: str, path: Path, seconds: float, dry_run: bool) -> None:
     """What the process of a part does: write rows as they come, until the time is up."""
-    module, _, name = PARTS[part][0].partition(":")
-    source: Callable[..., Iterator[Row]] = getattr(import_module(module), name)
+    source: Callable[..., Iterator[Row]] = globals()[part]
     device = "cpu" if dry_run else "cuda"
     torch.set_float32_matmul_precision("highest")
     about = {"part": part, "dry_run": dry_run, "environment": environment(device, asked="highest")}
     rows: list[Row] = []
     begin = time.perf_counter()
     write_json(path, about | {"rows": rows})
-    for row in source(torch.device(device), quick=dry_run):
+    for row in source(torch.device(device), dry_run, seconds):
         rows.append(row)
         write_json(path, about | {"rows": rows})
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -169,7 +163,7 @@ def _spread(key: str, values: list[float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------- parts
 
 
-def ceilings(device: torch.device, quick: bool) -> Iterator[Row]:
+def ceilings(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
     """What the card reaches: GB/s of a copy (read and written), TFLOP/s of products."""
     x = torch.randn(1 << (10 if quick else 28), device=device)  # 1 GiB
     y = torch.empty_like(x)
@@ -187,7 +181,19 @@ def ceilings(device: torch.device, quick: bool) -> Iterator[Row]:
         yield row
 
 
-def train(device: torch.device, quick: bool) -> Iterator[Row]:
+def spectral(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
+    """The convolution, see `gpu_spectral`."""
+    yield from gpu_spectral.check(0.4 * seconds / 60, device.type)
+    yield from gpu_spectral.bench(0.6 * seconds / 60, device.type)
+
+
+def window(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
+    """The window, see `gpu_window`."""
+    yield from gpu_window.check(device.type, quick)
+    yield from gpu_window.bench(device.type, quick)
+
+
+def train(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
     """A step (forward, backward, AdamW; bfloat16 autocast over float32 weights) at the paper's
     shape and equal parameters: SWH, its plain methods, a Transformer, and with a memory."""
     config = SWHConfig()
