@@ -21,7 +21,8 @@ from spectral_window.lab.jobs import Job
 from spectral_window.training.recipes import FREE_ON_RESUME, Recipe, resolve
 from spectral_window.training.text import prepare_text
 
-FREE = FREE_ON_RESUME | {"data", "valid"}  # the text is known by its tokens
+TEXT = {"data", "valid", "drop_shared"}  # known by the tokens that they make
+FREE = FREE_ON_RESUME | TEXT
 CURVE = 100  # points that are kept of a training curve
 KEPT = (
     "parameters", "steps", "tokens", "train_loss", "eval_loss", "perplexity", "bits_per_byte",
@@ -73,7 +74,7 @@ class Training:
 
     def key(self, text: Text) -> str:
         """Names the run: the same recipe and the same tokens, the same key."""
-        recipe = {k: v for k, v in self.resolved().to_dict().items() if k not in ("data", "valid")}
+        recipe = {k: v for k, v in self.resolved().to_dict().items() if k not in TEXT}
         if recipe["matmul_precision"] == "auto":  # keys are older: float32 was called so in them
             recipe["matmul_precision"] = "medium"
         named = json.dumps([recipe, text.fingerprint], sort_keys=True)
