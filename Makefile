@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 SUITE_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 SUITE := $(BIN)/python -m pytest -n 2 --dist worksteal
 PYTEST := $(SUITE_ENV) $(SUITE)
+# A CUDA build of torch brings its own; beside the CPU build it interprets and compiles kernels for tests.
+TRITON := triton==3.6.0
 
 .PHONY: setup demo test test-machines test-slow lint bench clean
 
@@ -16,6 +18,8 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps $(TRITON) \
+		|| echo "no wheel of $(TRITON) for this machine: the tests of the GPU kernels will skip"
 	touch $@
 
 demo: setup

@@ -130,8 +130,8 @@ class _Call:
         self, x: Tensor, decay: Tensor, frequency: Tensor, gain: Tensor | None, positions
     ) -> None:
         self.plan = PLANS[x.dtype]
-        self.cut = layout(*x.shape, decay.shape[1], x.dtype)
         self.batch, self.time, self.channels = x.shape
+        self.cut = layout(self.batch, self.time, self.channels, decay.shape[1], x.dtype)
         self.gain = None if gain is None else gain.contiguous()
         self.positions = None if positions is None else positions.contiguous()
         self.z = torch.empty((*decay.shape, 2), dtype=torch.float64, device=x.device)

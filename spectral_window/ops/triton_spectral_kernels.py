@@ -38,7 +38,7 @@ def advance(h, z, x, PAIR: tl.constexpr):
     """z h + x for a real x; with PAIR, by z as it was before rounding."""
     re, im = h[0], h[1]
     if PAIR:
-        new_re = z[0] * re + ((x + (z[2] * re - z[3] * im)) - z[1] * im)
+        new_re = z[0] * re + ((z[2] * re + (x - z[3] * im)) - z[1] * im)
         new_im = z[0] * im + (z[1] * re + (z[2] * im + z[3] * re))
     else:
         new_re = z[0] * re + (x - z[1] * im)
