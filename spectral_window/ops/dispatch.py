@@ -79,9 +79,10 @@ def resolve(op: str, method: str, tensor: Tensor, *, taps: int = 0) -> tuple[str
                 return "scan", "one pass over memory, compiled by numba for this CPU"
             return "chunked", "numba is not installed: linear time in plain torch"
         if op == "spectral" and tensor.device.type == "cuda":
-            if runs_triton(op, tensor):
+            # torch.func's transformations and forward-mode derivatives know plain torch alone
+            if runs_triton(op, tensor) and (torch.compiler.is_compiling() or not _transformed()):
                 return "triton", "few passes over memory, in Triton kernels for this GPU"
-            return "chunked", "no Triton kernel for this dtype, or no Triton: plain torch"
+            return "chunked", "linear time in plain torch: no Triton, or transformed by torch.func"
         if op == "window" and runs_tiled(tensor):
             return "tiled", "only what is seen, in compiled code (numba) for this CPU"
         if op == "window" and runs_triton(op, tensor) and tensor.is_cuda:

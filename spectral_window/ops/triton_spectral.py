@@ -108,6 +108,11 @@ def layout(batch: int, time: int, channels: int, modes: int, dtype: torch.dtype)
     return Layout(modes, padded, block, blocks, chunk, -(-time // chunk))
 
 
+def _in_memory(x: Tensor) -> Tensor:
+    """x as it stands in memory, which kernels read: contiguous, no sign put off."""
+    return x.resolve_neg().contiguous()
+
+
 def constants(plan: Plan, cut: Layout, channels: int, dtype: Any, rows: int) -> dict[str, Any]:
     """What the streaming kernels are compiled for, beside what they are to do."""
     return {
@@ -132,13 +137,13 @@ class _Call:
         self.plan = PLANS[x.dtype]
         self.batch, self.time, self.channels = x.shape
         self.cut = layout(self.batch, self.time, self.channels, decay.shape[1], x.dtype)
-        self.gain = None if gain is None else gain.contiguous()
-        self.positions = None if positions is None else positions.contiguous()
+        self.gain = None if gain is None else _in_memory(gain)
+        self.positions = None if positions is None else _in_memory(positions)
         self.z = torch.empty((*decay.shape, 2), dtype=torch.float64, device=x.device)
         self.bits = self.cut.chunk.bit_length()
         count = decay.numel()
         forwards.dynamics[(triton.cdiv(count, 128),)](
-            decay.contiguous(), frequency.contiguous(), self.z, count, BLOCK=128
+            _in_memory(decay), _in_memory(frequency), self.z, count, BLOCK=128
         )
 
     def borders(self, parts: int = 2) -> Tensor:
@@ -206,9 +211,9 @@ def run(
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`scan` as a plain call, without autograd and dispatch."""
-    x = u.contiguous()
+    x = _in_memory(u)
     y = torch.empty_like(x)
-    before = None if state is None else state.contiguous()
+    before = None if state is None else _in_memory(state)
     with _on(u.device):
         call = _Call(x, decay, frequency, gain, positions)
         starts, final = call.carried(x, before, False, tl.float64)
@@ -262,9 +267,9 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, decay, frequency, gain and the initial state, given those of y and the
     final state."""
-    x, g = u.contiguous(), grad.to(u.dtype).contiguous()
+    x, g = _in_memory(u), _in_memory(grad.to(u.dtype))
     du = torch.empty_like(x)
-    end = None if grad_state is None else grad_state.contiguous()
+    end = None if grad_state is None else _in_memory(grad_state)
     found = [
         torch.empty_like(p, memory_format=torch.contiguous_format)
         for p in (decay, frequency, decay if gain is None else gain)

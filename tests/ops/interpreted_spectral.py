@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 
+from spectral_window.lab.bench import gpu_spectral
 from spectral_window.ops import Modes, spectral_conv, triton_spectral
 from tests.contracts import operators
 from tests.contracts.measure import block_error, relative
@@ -190,6 +191,30 @@ def test_channels_in_several_blocks_and_strided_inputs():
     (du,) = torch.autograd.grad(y.sum(), leaf)  # its gradient is one number, expanded
     (exact,) = torch.autograd.grad(REFERENCE(leaf, modes)[0].sum(), leaf)
     assert relative(du, exact) <= 2e-6
+
+
+def test_a_sign_that_is_put_off_is_seen():
+    modes, u = draw_modes(2, dtype=torch.float32), torch.randn(1, 3, 2)
+    assert torch.equal(TRITON(torch._neg_view(-u), modes)[0], TRITON(u, modes)[0])
+
+
+def test_the_commands_for_a_gpu_walk_every_step_on_a_cpu():
+    checked = gpu_spectral.check(5, "cpu")
+    assert len(checked) >= 10
+    assert [row for row in checked if row["good"] is not True] == []
+    timed = gpu_spectral.bench(5, "cpu") + gpu_spectral.sweep(5, "cpu")
+    assert [row for row in timed if row["status"] != "ok"] == []
+    assert {row["contestant"] for row in timed} >= {"device copy", "triton", "fft as published"}
+
+
+def test_a_step_that_fails_has_a_row_and_the_next_one_runs(monkeypatch):
+    def fail(*inputs, **more):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_spectral, "spectral_conv", fail)
+    rows = gpu_spectral.check(5, "cpu")
+    assert all(row["good"] is False and "no kernel image" in row["why"] for row in rows)
+    assert all("no time left" in row["why"] for row in gpu_spectral.check(0, "cpu"))
 
 
 def test_registered_operators_pass_opcheck_and_compile_without_a_break():
