@@ -1,15 +1,12 @@
-"""Window attention on a GPU, as Triton kernels: launching them, and what documents and states mean
-to them.
+"""Window attention on a GPU: what documents and states mean to the kernels.
 
-The kernels (`triton_window_kernels`) know a stream of keys in which every query sees one interval.
-Here positions and the ring of the state become such a stream, by tensor operations of fixed shapes:
-the host never waits for the device.
+`triton_window_stream` attends to a stream of keys in which every query sees one interval. Here
+positions and the ring of the state become such a stream, by tensor operations of fixed shapes: the
+host never waits for the device.
 """
 
 from __future__ import annotations
 
-import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,269 +17,25 @@ from torch import Tensor
 from spectral_window.ops import triton_window_kernels as kernels
 from spectral_window.ops.documents import find_documents
 from spectral_window.ops.rotary import rotate
-
-FLOAT32_PRODUCTS = "ieee"  # of tl.dot; "tf32" would miss the bar of 2e-6 by far
-
-
-class Tiles(NamedTuple):
-    """How a kernel cuts its work: a program's own rows, the rows that it meets at once, warps and
-    loads in flight."""
-
-    own: int
-    met: int
-    warps: int
-    stages: int
-
-
-def tiles(
-    kernel: str, window: int, key_dim: int, value_dim: int, dtype: torch.dtype, groups: bool
-) -> Tiles:
-    """For "attend", "attend_queries" or "attend_keys"; the head sizes padded to powers of two.
-
-    groups: does the card multiply by whole warp groups (64 rows at once), from NVIDIA's Hopper on?
-    Others hold the operands in registers, where less fits. Small windows want small tiles: what
-    a tile holds beyond the window is computed in vain. The tests hold all of it to no spilling.
-    """
-    wide = max(key_dim, value_dim)
-    if dtype == torch.float32:
-        return Tiles(32, 32, 8, 1) if wide <= 64 else Tiles(16, 16, 8, 1)
-    if kernel == "attend":
-        return Tiles(64, 64 if groups and wide <= 64 <= window else 32, 4, 2)
-    if not groups or wide > 64:
-        return Tiles(32, 32, 4 if wide <= 64 else 8, 1)
-    return Tiles(64, 64 if window >= 64 else 32, 4, 1)
-
-
-def _multiplies_by_groups(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
-
-
-# ---------------------------------------------------------------- operators
-
-
-@torch.library.custom_op("spectral_window::triton_window", mutates_args=())
-def stream_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    theta: float | None,
-    low: Tensor | None,
-    order: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of T queries to a stream of S = P + T keys, of which they are the last T.
-
-    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V], not turned; T >= 1; float32, bfloat16, float16.
-    low, order: [B, T] int32: query number i of a row is the token in column order[i], and sees the
-        places low[i] ... P + i; more than 2W - 1 places back are never seen. Places P ... S - 1 of
-        the stream are the tokens in this order, too. Both None: P = 0, one document from place 0.
-
-    Returns (out [B, T, H, V], 0 where nothing is seen; [B, H, T], log2 of the softmax's sums).
-    """
-    q, k, v = map(_rows, (q, k, v))
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    call = _Call(q, k, v, window, theta, low, order, lse)
-    with call.on_device():
-        call.launch("attend", (q, k, v, out, lse, *call.tables), (q, k, v), (call.scale,))
-    return out, lse
-
-
-@torch.library.custom_op("spectral_window::triton_window_backward", mutates_args=())
-def stream_attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    theta: float | None,
-    low: Tensor | None,
-    order: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, given that of `out`."""
-    q, k, v, grad = map(_rows, (q, k, v, grad))
-    out = out.contiguous()
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    call = _Call(q, k, v, window, theta, low, order, lse)
-    rows, scales = (q, k, v, grad), (call.scale, q.shape[3] ** -0.5)
-    with call.on_device():
-        tensors = (q, k, v, out, grad, lse, delta, *call.tables, dq)
-        call.launch("attend_queries", tensors, rows, scales)
-        tensors = (q, k, v, grad, lse, delta, *call.tables, dk, dv)
-        call.launch("attend_keys", tensors, rows, scales)
-    return dq, dk, dv
-
-
-class _Call:
-    """What the kernels of one call share."""
-
-    def __init__(self, q, k, v, window, theta, low, order, lse):
-        self.q, self.k, self.v, self.window, self.theta = q, k, v, window, theta
-        self.documents = low is not None
-        self.key = max(16, triton.next_power_of_2(q.shape[3]))
-        self.value = max(16, triton.next_power_of_2(v.shape[3]))
-        names = ("attend", "attend_queries", "attend_keys")
-        about = (window, self.key, self.value, q.dtype, _multiplies_by_groups(q.device))
-        self.cut = {name: tiles(name, *about) for name in names}
-        sizes = [size for cut in self.cut.values() for size in cut[:2]]
-        self.near, self.step = max(sizes), min(sizes)
-        self.rows = self.near + k.shape[1] // self.step + self.near // self.step
-        self.scale = q.shape[3] ** -0.5 * math.log2(math.e)
-        # a pointer that is never followed must be one all the same
-        self.tables = [lse if x is None else x.contiguous() for x in (low, order, self._turns())]
-
-    def on_device(self):
-        return torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext()
-
-    def _turns(self) -> Tensor | None:
-        if self.theta is None:
-            return None
-        half = self.key // 2
-        turns = self.q.new_empty(2, self.rows, half, dtype=torch.float32)
-        with self.on_device():
-            kernels.find_turns[(triton.cdiv(self.rows, 8),)](
-                turns,
-                self.rows,
-                self.near,
-                self.step,
-                LOG_THETA=math.log(self.theta),
-                K=self.q.shape[3],
-                KH=half,
-                R=8,
-            )
-        return turns
-
-    def launch(self, name: str, tensors, strided, scales) -> None:
-        batch, time, heads, key = self.q.shape
-        stream, cut = self.k.shape[1], self.cut[name]
-        before = 0 if name == "attend_keys" else (stream - time) // cut.own
-        parts = triton.cdiv(stream, cut.own) - before
-        strides = [x.stride(i) for x in strided for i in range(3)]
-        sizes = (heads, time, stream, parts, self.window, self.rows, self.near, self.step)
-        getattr(kernels, name)[(batch * heads * parts,)](
-            *tensors,
-            *strides,
-            *sizes,
-            *scales,
-            K=key,
-            KP=self.key,
-            V=self.v.shape[3],
-            VP=self.value,
-            M=cut.own,
-            N=cut.met,
-            ROPE=self.theta is not None,
-            DOCS=self.documents,
-            GUARD=self.documents,
-            PRECISION=FLOAT32_PRODUCTS if self.q.dtype == torch.float32 else "ieee",
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x itself where the elements of a row lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@stream_attention.register_fake
-def _(q, k, v, window, theta, low, order):
-    batch, time, heads, _ = q.shape
-    out = q.new_empty(batch, time, heads, v.shape[3])
-    return out, q.new_empty(batch, heads, time, dtype=torch.float32)
-
-
-@stream_attention_backward.register_fake
-def _(q, k, v, window, theta, low, order, out, lse, grad):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _save(ctx, inputs, output):
-    q, k, v, ctx.window, ctx.theta, low, order = inputs
-    ctx.save_for_backward(q, k, v, low, order, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad, _):
-    if grad is None:
-        return (None,) * 7
-    q, k, v, low, order, out, lse = ctx.saved_tensors
-    call = (q, k, v, ctx.window, ctx.theta, low, order)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        leaves = [x for x in (q, k, v) if x.requires_grad]
-        with torch.enable_grad():
-            found = torch.autograd.grad(stream_products(*call), leaves, grad, create_graph=True)
-        by_id = {id(x): d for x, d in zip(leaves, found, strict=True)}
-        return *(by_id.get(id(x)) for x in (q, k, v)), None, None, None, None
-    return *stream_attention_backward(*call, out, lse, grad), None, None, None, None
-
-
-stream_attention.register_autograd(_differentiate, setup_context=_save)
-
-
-def stream_products(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    theta: float | None,
-    low: Tensor | None,
-    order: Tensor | None,
-    block: int = 128,
-) -> Tensor:
-    """`stream_attention` in plain torch, differentiable any number of times: for second
-    derivatives. In at least float32; a block of queries against the keys in reach at a time."""
-    time, prefix = q.shape[1], k.shape[1] - q.shape[1]
-    exact = torch.promote_types(q.dtype, torch.float32)
-    place = torch.arange(k.shape[1], device=q.device)
-    if low is None or order is None:
-        low, order = ((place // window - 1).clamp(min=0) * window)[None], place[None]
-    order = order.long().expand(q.shape[0], -1)
-
-    def in_order(x: Tensor) -> Tensor:
-        return x.take_along_dim(order[..., None, None], 1)
-
-    def keys(x: Tensor) -> Tensor:
-        return torch.cat((x[:, :prefix], in_order(x[:, prefix:])), 1).to(exact)
-
-    query, key, value = in_order(q).to(exact), keys(k), keys(v)
-    if theta is not None:
-        query, key = rotate(query, place[prefix:], theta), rotate(key, place, theta)
-    parts = []
-    for start in range(0, time, block):
-        own = slice(start, min(start + block, time))
-        reach = slice(max(prefix + start - 2 * window + 1, 0), prefix + own.stop)
-        at, seen = place[reach], low[:, own, None]
-        visible = (at >= seen) & (at <= place[prefix:][own][:, None])
-        scores = torch.einsum("bthk,bshk->bhts", query[:, own], key[:, reach])
-        scores = scores * q.shape[-1] ** -0.5
-        # a query that sees nothing would be NaN; its output is zero
-        empty = ~visible.any(-1, keepdim=True)
-        scores = scores.masked_fill(~(visible | empty)[:, None], -torch.inf)
-        weights = scores.softmax(-1).masked_fill(empty[:, None], 0.0)
-        parts.append(torch.einsum("bhts,bshv->bthv", weights, value[:, reach]))
-    out = torch.cat(parts, 1).to(v.dtype)
-    back = torch.zeros_like(order).scatter(1, order, place[: order.shape[1]].expand_as(order))
-    return out.take_along_dim(back[..., None, None], 1)
-
-
-# ---------------------------------------------------------------- documents and states
+from spectral_window.ops.triton_window_stream import (
+    find_turns,
+    on_device,
+    padded,
+    rows_of,
+    stream_attention,
+)
 
 
 class _Stream(NamedTuple):
     """Tokens in the stream's order, padding last.
 
     order: [B, T] int64 column of each; low: [B, T] the first place that each sees.
-    count: [B] tokens that are not padding; last: [B] position of the last of them, -1 for none.
+    tokens: [B] how many are not padding; last: [B] position of the last of them, -1 for none.
     """
 
     order: Tensor
     low: Tensor
-    count: Tensor
+    tokens: Tensor
     last: Tensor
 
 
@@ -309,7 +62,8 @@ def attention(
     batch, time = q.shape[:2]
     if positions is None and begin is None:
         out, _ = stream_attention(q, k, v, window, theta, None, None)
-        return out, *_last_two_chunks(k, v, window, theta)
+        position = torch.full((batch,), time, dtype=torch.int64, device=q.device)
+        return out, *last_two_chunks(k, v, window, theta), position
     device = q.device
     if begin is None:
         begin = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -347,21 +101,76 @@ def _find_stream(positions: Tensor, window: int, prefix: int) -> _Stream:
     return _Stream(order, low, count, last)
 
 
-def _last_two_chunks(
+@torch.library.custom_op("spectral_window::triton_window_ring", mutates_args=())
+def last_two_chunks(
     k: Tensor, v: Tensor, window: int, theta: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The state of rows that are one document from position 0, without padding."""
-    time, slots = k.shape[1], 2 * window
-    oldest = max(time // window - 1, 0) * window
-    key, value = k[:, oldest:], v[:, oldest:]
-    if theta is not None:
-        key = rotate(key, torch.arange(oldest, time, device=k.device), theta)
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the state [B, 2W, H, *] after rows that are one document from position 0,
+    without padding."""
+    k, v = rows_of(k), rows_of(v)
+    batch, time, heads, size = k.shape
+    slots, oldest = 2 * window, _oldest(time, window)
+    key = k.new_empty(batch, slots, heads, size)
+    value = v.new_empty(batch, slots, heads, v.shape[3])
+    rows, tiles = time - oldest, triton.cdiv(slots, 16)
+    turns = key if theta is None else find_turns(k, theta, size, rows, 0, 1, oldest)
+    strides = [x.stride(i) for x in (k, v) for i in range(3)]
+    sizes = (heads, time, slots, oldest, rows, tiles)
+    with on_device(k):
+        # without fused multiply-adds the keys have the bits of `rotate`
+        kernels.remember[(batch * heads * tiles,)](
+            k,
+            v,
+            key,
+            value,
+            turns,
+            *strides,
+            *sizes,
+            K=size,
+            KP=padded(size),
+            V=v.shape[3],
+            VP=padded(v.shape[3]),
+            R=16,
+            ROPE=theta is not None,
+            enable_fp_fusion=False,
+        )
+    return key, value
 
-    def ring(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, 0, 0, slots - x.shape[1])).roll(oldest % slots, 1)
 
-    position = torch.full((k.shape[0],), time, dtype=torch.int64, device=k.device)
-    return ring(key), ring(value), position
+@last_two_chunks.register_fake
+def _(k, v, window, theta):
+    shapes = [(x.shape[0], 2 * window, *x.shape[2:]) for x in (k, v)]
+    return k.new_empty(shapes[0]), v.new_empty(shapes[1])
+
+
+def _keep_shapes(ctx, inputs, output):
+    k, _, ctx.window, ctx.theta = inputs
+    ctx.times, ctx.device = k.shape[1], k.device
+    ctx.set_materialize_grads(False)
+
+
+def _forget(ctx, d_key, d_value):
+    """Gradients of the tokens that the ring holds; zeros for all others."""
+    time, slots = ctx.times, 2 * ctx.window
+    oldest = _oldest(time, ctx.window)
+
+    def tokens(d: Tensor | None, turned: bool) -> Tensor | None:
+        if d is None:
+            return None
+        d = d.roll(-(oldest % slots), 1)[:, : time - oldest]
+        if turned:
+            d = rotate(d, -torch.arange(oldest, time, device=ctx.device), ctx.theta)
+        return F.pad(d, (0, 0, 0, 0, oldest, 0))
+
+    return tokens(d_key, ctx.theta is not None), tokens(d_value, False), None, None
+
+
+last_two_chunks.register_autograd(_forget, setup_context=_keep_shapes)
+
+
+def _oldest(time: int, window: int) -> int:
+    """The first position that the token at position `time` would see."""
+    return max(time // window - 1, 0) * window
 
 
 def _next_state(
@@ -375,12 +184,12 @@ def _next_state(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The state after each row's last token; rows without a token keep theirs."""
     slots = 2 * window
-    alive = stream.count > 0
+    alive = stream.tokens > 0
     position = torch.where(alive, stream.last + 1, begin)
     slot = torch.arange(slots, device=k.device)
     held = position[:, None] - 1 - (position[:, None] - 1 - slot) % slots
     live = held >= (position // window - 1).clamp(min=0)[:, None] * window
-    index = stream.count[:, None] - (position[:, None] - held)  # among this call's tokens
+    index = stream.tokens[:, None] - (position[:, None] - held)  # among this call's tokens
     fresh = (alive[:, None] & live & (index >= 0))[..., None, None]
     column = stream.order.gather(1, index.clamp(min=0))[..., None, None]
     key, value = k.take_along_dim(column, 1), v.take_along_dim(column, 1)

@@ -13,6 +13,7 @@ that `find_turns` builds in float64, so angles are as exact at place 10^6 as at 
     attend           S = Q K^T, weights by a running softmax, O = P V; saves lse = log2 of the sum
     attend_queries   dQ, and delta = sum of O dO, which the next kernel needs
     attend_keys      dK and dV: a tile of keys against all queries that see it
+    remember         the state after rows that are one document
 
 No kernel adds to memory that another program writes (no atomics), so results have the same bits in
 every call. Without GUARD, 0 * NaN lets a NaN cross to those queries of its tile that do not see it.
@@ -28,13 +29,13 @@ import triton.language as tl
 
 @triton.jit
 def find_turns(
-    turns, rows, near, step, LOG_THETA: tl.constexpr, K: tl.constexpr, KH: tl.constexpr,
+    turns, rows, near, step, start, LOG_THETA: tl.constexpr, K: tl.constexpr, KH: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """cos and sin [2, rows, KH]: of the places 0 ... near - 1, then of the multiples of `step`."""
+    """cos and sin [2, rows, KH]: of the places 0 ... near - 1, then of start, start + step, ..."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     pair = tl.arange(0, KH)
-    place = tl.where(row < near, row, (row - near) * step).to(tl.float64)
+    place = tl.where(row < near, row, start + (row - near) * step).to(tl.float64)
     log_theta = tl.full([KH], LOG_THETA, tl.float64)
     angle = place[:, None] * tl.exp(log_theta * pair.to(tl.float64) * (-2.0 / K))[None, :]
     at = turns + row[:, None] * KH + pair[None, :]
@@ -301,3 +302,31 @@ def attend_keys(
     cos, sin = near_turns(turns, rows, M, KP // 2, ROPE)  # anew: kept, they would fill registers
     d_keys = turn(d_keys * unit, cos, sin, turns, rows, near, step, first, True, M, KP, ROPE)
     store_rows(dk + (b * stream * heads + h) * K, target, exists, heads * K, d_keys, K, KP)
+
+
+@triton.jit
+def remember(
+    k, v, key, value, turns, k_b, k_t, k_h, v_b, v_t, v_h,
+    heads, time, slots, oldest, rows, tiles,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    R: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """key [B, 2W, H, K], turned, and value [B, 2W, H, V]: the places oldest ... time - 1, each in
+    slot place mod 2W, zeros elsewhere. turns: angles of those places."""
+    b, h, first = find_part(slots, 0, heads, tiles, R)
+    slot = first + tl.arange(0, R)
+    exists = slot < slots
+    ahead = (slot + slots - oldest % slots) % slots
+    live = exists & (oldest + ahead < time)
+    place = (oldest + ahead).to(tl.int64)
+    keys = load_rows(k + b * k_b + h * k_h, place, live, k_t, K, KP)
+    if ROPE:
+        at = turns + ahead[:, None] * (KP // 2) + tl.arange(0, KP // 2)[None, :]
+        cos = tl.load(at, mask=live[:, None], other=0.0)
+        sin = tl.load(at + rows * (KP // 2), mask=live[:, None], other=0.0)
+        even, odd = tl.split(tl.reshape(keys.to(tl.float32), [R, KP // 2, 2]))
+        keys = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [R, KP])
+    row = slot.to(tl.int64)
+    store_rows(key + (b * slots * heads + h) * K, row, exists, heads * K, keys, K, KP)
+    values = load_rows(v + b * v_b + h * v_h, place, live, v_t, V, VP)
+    store_rows(value + (b * slots * heads + h) * V, row, exists, heads * V, values, V, VP)

@@ -109,7 +109,7 @@ def build(name, target, dtype=torch.bfloat16, window=128, size=64, documents=Fal
     from triton.compiler import ASTSource
 
     from spectral_window.ops import triton_window_kernels
-    from spectral_window.ops.triton_window import tiles
+    from spectral_window.ops.triton_window_stream import tiles
 
     kernel = getattr(triton_window_kernels, name)
     cut = tiles(name, window, size, size, dtype, target in ("sm_90", "sm_100"))

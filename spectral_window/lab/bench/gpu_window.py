@@ -3,7 +3,7 @@
     check()   against float64, long rows, more than 2^31 elements, repeats bit by bit, no waiting
     bench()   beside full causal attention (flash), FlexAttention with the same mask, plain chunks
               and a copy of the bytes that must move
-    tune()    the same kernels with other tiles
+    tune()    the same kernels with other tiles (tune_window.py)
 
 Each part gives rows that JSON takes; one that fails says why, and the others go on. With
 `quick` all of it runs at toy sizes on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
@@ -61,13 +61,13 @@ def relative(x: Tensor, truth: Tensor) -> float:
 @contextmanager
 def products(how: str) -> Iterator[None]:
     """float32 products by `how` (tl.dot's input_precision)."""
-    from spectral_window.ops import triton_window
+    from spectral_window.ops import triton_window_stream as operators
 
-    before, triton_window.FLOAT32_PRODUCTS = triton_window.FLOAT32_PRODUCTS, how
+    before, operators.FLOAT32_PRODUCTS = operators.FLOAT32_PRODUCTS, how
     try:
         yield
     finally:
-        triton_window.FLOAT32_PRODUCTS = before
+        operators.FLOAT32_PRODUCTS = before
 
 
 # ---------------------------------------------------------------- check
@@ -80,25 +80,25 @@ def check(device: str = "cuda", quick: bool = False) -> list[Row]:
     for dtype in (torch.float32, *HALVES):
         for window in windows:
             about = {"dtype": str(dtype)[6:], "window": window, "length": time_}
-            rows.append(_row("float64", about, _errors, device, dtype, window, time_))
+            rows.append(measured("float64", about, _errors, device, dtype, window, time_))
     about = {"dtype": "float32", "products": "tf32x3"}
-    rows.append(_row("float64", about, _errors_tf32, device, windows[-1], time_))
+    rows.append(measured("float64", about, _errors_tf32, device, windows[-1], time_))
     small = 16 if quick else 64
     for size in (6,) if quick else (32, 80, 128):
         about = {"dtype": "bfloat16", "head size": size}
-        rows.append(_row("float64", about, _errors, device, torch.bfloat16, small, time_, size))
+        rows.append(measured("float64", about, _errors, device, torch.bfloat16, small, time_, size))
     long = 70 if quick else 65_537
-    rows.append(_row("long", {"length": long}, _errors, device, torch.bfloat16, small, long))
-    rows.append(_row("documents and state", {}, _documents, device, quick))
-    rows.append(_row("more than 2^31 elements", {}, _huge, device, quick))
-    rows.append(_row("repeats", {}, _repeats, device, quick))
-    rows.append(_row("causality", {}, _causality, device, quick))
-    rows.append(_row("no waiting", {}, _no_waiting, device, quick))
-    rows.append(_row("torch.compile", {}, _compiled, device, quick))
+    rows.append(measured("long", {"length": long}, _errors, device, torch.bfloat16, small, long))
+    rows.append(measured("documents and state", {}, _documents, device, quick))
+    rows.append(measured("more than 2^31 elements", {}, _huge, device, quick))
+    rows.append(measured("repeats", {}, _repeats, device, quick))
+    rows.append(measured("causality", {}, _causality, device, quick))
+    rows.append(measured("no waiting", {}, _no_waiting, device, quick))
+    rows.append(measured("torch.compile", {}, _compiled, device, quick))
     return rows
 
 
-def _row(part: str, about: Row, measure: Callable[..., Row], *inputs: Any) -> Row:
+def measured(part: str, about: Row, measure: Callable[..., Row], *inputs: Any) -> Row:
     begin = time.perf_counter()
     try:
         found = {"status": "ok", **measure(*inputs)}
@@ -284,7 +284,7 @@ def compare(
     else:
         rows = []
     for backward in (False, True):
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             name: partial(_call, name, operator, qkv, grad if backward else None)
             for name, operator in contestants.items()
         }
@@ -363,8 +363,8 @@ def _race(
     for name, call in calls.items():
         try:
             call()  # compiles
-            _clock(device, call, 1)
-            repeats[name] = max(1, math.ceil(1.0 / max(_clock(device, call, 1), 1e-3)))
+            clock(device, call, 1)
+            repeats[name] = max(1, math.ceil(1.0 / max(clock(device, call, 1), 1e-3)))
         except Exception as error:
             failed[name] = reason(error)
     rounds: list[dict[str, float]] = []
@@ -373,21 +373,21 @@ def _race(
         if len(rounds) >= 5 and time.perf_counter() - begin > seconds:
             break
         shuffle.shuffle(order)
-        rounds.append({name: _clock(device, calls[name], repeats[name]) for name in order})
+        rounds.append({name: clock(device, calls[name], repeats[name]) for name in order})
     first = next(iter(calls))
     rows = []
     for name in calls:
         row: Row = {**about, "contestant": name, "status": failed.get(name, "ok")}
         if name in repeats:
-            row |= _spread("milliseconds", [one[name] for one in rounds])
+            row |= spread("milliseconds", [one[name] for one in rounds])
             row["rounds"] = len(rounds)
             if first in repeats:
-                row |= _spread("ratio", [one[name] / one[first] for one in rounds])
+                row |= spread("ratio", [one[name] / one[first] for one in rounds])
         rows.append(row)
     return rows
 
 
-def _clock(device: str, call: Callable[[], Any], repeats: int) -> float:
+def clock(device: str, call: Callable[[], Any], repeats: int) -> float:
     """Milliseconds of one call, the mean of `repeats` that follow each other."""
     if device == "cpu":
         begin = time.perf_counter()
@@ -404,68 +404,16 @@ def _clock(device: str, call: Callable[[], Any], repeats: int) -> float:
     return start.elapsed_time(stop) / repeats
 
 
-def _spread(key: str, values: list[float]) -> Row:
+def spread(key: str, values: list[float]) -> Row:
     low, high = np.quantile(values, (0.1, 0.9))
     numbers = {key: median(values), f"{key}_p10": float(low), f"{key}_p90": float(high)}
     return {name: float(f"{value:.4g}") for name, value in numbers.items()}
 
 
-# ---------------------------------------------------------------- tune
-
-TILES = {
-    "attend": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)],
-    "attend_queries": [(64, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1)],
-    "attend_keys": [(64, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1)],
-}
-
-
-def tune(
-    device: str = "cuda", quick: bool = False, windows: tuple[int, ...] = (32, 128, 256)
-) -> list[Row]:
-    """Rows of the kernel alone by tiles (own, met, warps, stages), in bfloat16; each with its error
-    against the tiles in use, since a fast wrong kernel has no time."""
-    from spectral_window.ops import triton_window
-
-    shape = (1, 40, 1, 8) if quick else (8, 4096, 12, 64)
-    *qkv, grad = draw(device, shape, torch.bfloat16)
-    usual, rows = triton_window.tiles, []
-    for window in (4,) if quick else windows:
-        truth = gradients(tuple(qkv), grad, window=window, method="triton")
-        for kernel, candidates in TILES.items():
-            for cut in candidates[:1] if quick else candidates:
-
-                def chosen(name: str, *about: Any, kernel=kernel, cut=cut) -> Any:
-                    return triton_window.Tiles(*cut) if name == kernel else usual(name, *about)
-
-                triton_window.tiles = chosen
-                about = {"kernel": kernel, "tiles": list(cut), "window": window}
-                try:
-                    rows.append(_row("tune", about, _one_kernel, device, kernel, qkv, grad, window))
-                    mine = gradients(tuple(qkv), grad, window=window, method="triton")
-                    off = max(relative(a, b.double()) for a, b in zip(mine, truth, strict=True))
-                    rows[-1]["difference"] = float(f"{off:.2g}")
-                except Exception as error:
-                    rows[-1]["status"] = reason(error)
-                finally:
-                    triton_window.tiles = usual
-    return rows
-
-
-def _one_kernel(device: str, kernel: str, qkv: list[Tensor], grad: Tensor, window: int) -> Row:
-    """Milliseconds of the operator that the kernel belongs to; only this kernel's tiles vary."""
-    from spectral_window.ops.triton_window import stream_attention, stream_attention_backward
-
-    call = (*qkv, window, THETA, None, None)
-    run: Callable[[], Any] = partial(stream_attention, *call)
-    if kernel != "attend":
-        run = partial(stream_attention_backward, *call, *stream_attention(*call), grad)
-    run()
-    times = [_clock(device, run, 5) for _ in range(2 if device == "cpu" else 9)]
-    return _spread("milliseconds", times)
-
-
 def main() -> None:
     """Print each part's rows as they come, one JSON a line."""
+    from spectral_window.lab.bench.tune_window import tune
+
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
