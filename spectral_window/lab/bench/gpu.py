@@ -37,6 +37,7 @@ from spectral_window.hf.model import SWHForCausalLM, match_parameters
 from spectral_window.lab.bench import gpu_spectral, gpu_window
 from spectral_window.lab.bench.race import reason
 from spectral_window.nn.mixers import MIXERS, set_methods
+from spectral_window.ops import triton_interpreter
 from spectral_window.training.machine import environment
 
 Row = dict[str, Any]
@@ -85,6 +86,8 @@ def _in_child(part: str, path: Path, seconds: float, dry_run: bool) -> str:
 def child(part: str, path: Path, seconds: float, dry_run: bool) -> None:
     """What the process of a part does: write rows as they come, until the time is up."""
     source: Callable[..., Iterator[Row]] = globals()[part]
+    if dry_run:
+        triton_interpreter.repair()
     device = "cpu" if dry_run else "cuda"
     torch.set_float32_matmul_precision("highest")
     about = {"part": part, "dry_run": dry_run, "environment": environment(device, asked="highest")}
