@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.lab.bench.race import _spread, reason
@@ -105,14 +106,13 @@ def _error(y: Tensor, truth: Tensor) -> float:
     """The worst relative rms error of a channel in a block of 64 positions, the size of a block
     being no less than a hundredth of its channel's."""
     y, truth = y.detach().double(), truth.detach().double()
-    scale = truth.square().mean(1).sqrt()
-    worst = 0.0
-    for begin in range(0, y.shape[1], 64):
-        part = truth[:, begin : begin + 64]
-        off = (y[:, begin : begin + 64] - part).square().mean(1).sqrt()
-        size = torch.maximum(part.square().mean(1).sqrt(), 0.01 * scale)
-        worst = max(worst, float((off / size.clamp(min=1e-300)).max()))
-    return worst
+    batch, length, channels = truth.shape
+    blocks = [
+        F.pad(x.square(), (0, 0, 0, -length % 64)).view(batch, -1, 64, channels).mean(2).sqrt()
+        for x in (y - truth, truth)
+    ]
+    scale = truth.square().mean(1, keepdim=True).sqrt()
+    return float((blocks[0] / torch.maximum(blocks[1], 0.01 * scale).clamp(min=1e-300)).max())
 
 
 def _relative(x: Tensor, truth: Tensor) -> float:
