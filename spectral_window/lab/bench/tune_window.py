@@ -46,7 +46,7 @@ def tune(
                 def chosen(name: str, *about: Any, kernel: str = kernel, cut: Any = cut) -> Any:
                     return operators.Tiles(*cut) if name == kernel else usual(name, *about)
 
-                operators.tiles = chosen
+                operators.tiles = chosen  # type: ignore[assignment]
                 about = {"kernel": kernel, "tiles": list(cut), "window": window}
                 try:
                     rows.append(
