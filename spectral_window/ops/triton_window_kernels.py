@@ -26,8 +26,10 @@ import triton.language as tl
 
 # mypy: ignore-errors
 
+# do_not_specialize: no kernel is compiled anew for lengths that 16 divides, or that are 1.
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["rows", "near", "step", "start"])
 def find_turns(
     turns, rows, near, step, start, LOG_THETA: tl.constexpr, K: tl.constexpr, KH: tl.constexpr,
     R: tl.constexpr,
@@ -143,7 +145,7 @@ def clean(x, GUARD: tl.constexpr):
     return x, poison
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "stream", "tiles", "window", "rows", "near", "step"])
 def attend(
     q, k, v, out, lse, low, order, turns,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
@@ -199,7 +201,7 @@ def attend(
     tl.store(lse + (b * heads + h) * time + row, level, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "stream", "tiles", "window", "rows", "near", "step"])
 def attend_queries(
     q, k, v, out, grad, lse, delta, low, order, turns, dq,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
@@ -248,7 +250,7 @@ def attend_queries(
     store_rows(dq + (b * time * heads + h) * K, row, here, heads * K, d_queries, K, KP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "stream", "tiles", "window", "rows", "near", "step"])
 def attend_keys(
     q, k, v, grad, lse, delta, low, order, turns, dk, dv,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
@@ -304,7 +306,7 @@ def attend_keys(
     store_rows(dk + (b * stream * heads + h) * K, target, exists, heads * K, d_keys, K, KP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "tiles", "rows", "slots", "oldest"])
 def remember(
     k, v, key, value, turns, k_b, k_t, k_h, v_b, v_t, v_h,
     heads, time, slots, oldest, rows, tiles,

@@ -129,7 +129,7 @@ def build(name, target, dtype=torch.bfloat16, window=128, size=64, documents=Fal
             signature[argument] = "*fp32"
         else:
             signature[argument] = "fp32" if argument in ("scale", "unit") else "i32"
-        if signature[argument][0] == "*" or stride or argument in ("window", "time", "stream"):
+        if signature[argument][0] == "*" or stride:
             aligned[(index,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
