@@ -91,32 +91,33 @@ class MemoryMixer(SpectralWindowMixer):
                 "values; add 'window', or take mixer 'spectral_window'"
             )
         self.memory = Memory(self.hidden_size, self.memory_heads)
-        self.write_proj = nn.Linear(self.hidden_size, self.memory_heads, bias=False)
-        self.read_proj = nn.Linear(self.hidden_size, self.memory_heads, bias=False)
+        # w_write, then w_read: one map, for a product with a single row of weights rounds
+        # differently where a file has put them at another alignment
+        self.gate_proj = nn.Linear(self.hidden_size, 2 * self.memory_heads, bias=False)
 
     def _local_maps(self) -> list[nn.Linear]:
-        return [*super()._local_maps(), self.write_proj, self.read_proj]
+        return [*super()._local_maps(), self.gate_proj]
 
     def _local(
         self, projected: list[Tensor], positions: Tensor | None, state: MemoryState | None
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        q, k, v, write, read = projected
+        q, k, v, gates = projected
+        write, read = gates.to(state_dtype(q.dtype)).chunk(2, -1)
         attended, states = super()._local([q, k, v], positions, state)
         own = self.memory
         lagged, queries = spectral_conv(
             q, own(), state=None if state is None else state.queries, positions=positions
         )
-        dtype = state_dtype(q.dtype)
         found, memory = delta_memory(
             self._unit(q),
             self._unit(lagged),
-            self._heads(v).to(dtype),
-            torch.sigmoid(write.to(dtype) + own.write_bias),
+            self._heads(v).to(write.dtype),
+            torch.sigmoid(write + own.write_bias),
             state=None if state is None else state.memory,
             positions=positions,
             method=self.methods["delta"],
         )
-        gate = torch.sigmoid(read.to(dtype) + own.read_bias)[..., None]
+        gate = torch.sigmoid(read + own.read_bias)[..., None]
         found = (gate * found).flatten(-2) * own.scale
         return (attended + found).to(attended.dtype), (*states, memory, queries)
 

@@ -34,12 +34,9 @@ def memory_by_hand(x: torch.Tensor, p: dict[str, torch.Tensor], heads: int) -> t
                     key += p["memory.lag"][mine, i] * q[b, t - i, mine]
                 key = key / max(float(key.norm()), 1e-4)
                 query = q[b, t, mine] / max(float(q[b, t, mine].norm()), 1e-4)
-                write, read = (
-                    torch.sigmoid(
-                        x[b, t] @ p[f"{name}_proj.weight"][h] + p[f"memory.{name}_bias"][h]
-                    )
-                    for name in ("write", "read")
-                )
+                logit = p["gate_proj.weight"] @ x[b, t]
+                write = torch.sigmoid(logit[h] + p["memory.write_bias"][h])
+                read = torch.sigmoid(logit[heads + h] + p["memory.read_bias"][h])
                 S = S + write * torch.outer(key, v[b, t, mine] - S.T @ key)
                 out[b, t, mine] = read * p["memory.scale"][mine] * (S.T @ query)
     return out
@@ -49,7 +46,7 @@ class Alone(MemoryMixer):
     """A mixer that yields what the memory adds to the window, and nothing else."""
 
     def forward(self, x: torch.Tensor, positions: Any = None, state: Any = None) -> Any:
-        projected = self._project(x)[:5]
+        projected = self._project(x)[:4]
         both, _ = self._local(projected, positions, state)
         window, _ = SpectralWindowMixer._local(self, projected[:3], positions, None)
         return both - window
@@ -104,14 +101,14 @@ class KeyOfThisToken(Alone):
 
 class WriteGateForgotten(Alone):
     def _local(self, projected, positions, state):
-        q, k, v, write, read = projected
-        return super()._local([q, k, v, write + 1e3, read], positions, state)
+        *others, gates = projected
+        return super()._local([*others, gates + torch.tensor([1e3, 0.0])], positions, state)
 
 
 class ReadGateForgotten(Alone):
     def _local(self, projected, positions, state):
-        q, k, v, write, read = projected
-        return super()._local([q, k, v, write, read + 1e3], positions, state)
+        *others, gates = projected
+        return super()._local([*others, gates + torch.tensor([0.0, 1e3])], positions, state)
 
 
 class RotatedQuery(Alone):
@@ -144,17 +141,17 @@ def test_the_memory_starts_as_the_token_before(initializer_range):
     assert not own.write_bias.any()
     assert not own.read_bias.any()
     if initializer_range:
-        assert 0.01 < float(mixer.write_proj.weight.detach().std()) < 0.03
+        assert 0.01 < float(mixer.gate_proj.weight.detach().std()) < 0.03
 
 
-def test_its_parameters_are_few_and_only_the_maps_of_its_gates_are_decayed():
-    """5 D + 2 H (D + 1) beside the paper's, of which the gates' maps alone are decayed."""
+def test_its_parameters_are_few_and_only_the_map_of_its_gates_is_decayed():
+    """5 D + 2 H (D + 1) beside the paper's, of which the gates' map alone is decayed."""
     layer = MemoryMixer(hidden_size=DIM, num_heads=HEADS, window=WINDOW)
     paper = SpectralWindowMixer(hidden_size=DIM, num_heads=HEADS, window=WINDOW)
     more = dict(layer.named_parameters()).keys() - dict(paper.named_parameters()).keys()
     assert sum(layer.get_parameter(name).numel() for name in more) == 5 * DIM + 2 * (DIM + 1)
     decayed = more - no_weight_decay(layer)
-    assert decayed == {"write_proj.weight", "read_proj.weight"}
+    assert decayed == {"gate_proj.weight"}
 
 
 def test_without_a_window_there_is_no_memory():
