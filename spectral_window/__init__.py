@@ -17,12 +17,19 @@ from spectral_window import hf
 from spectral_window.errors import UserError
 
 if TYPE_CHECKING:
-    from spectral_window.hf import SWHConfig, SWHForCausalLM, SWHModel, match_parameters
+    from spectral_window.hf import (
+        SWHConfig,
+        SWHForCausalLM,
+        SWHForSequenceClassification,
+        SWHModel,
+        match_parameters,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "SWHConfig",
     "SWHForCausalLM",
+    "SWHForSequenceClassification",
     "SWHModel",
     "UserError",
     "__version__",
