@@ -28,8 +28,9 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="SRC...",
-            help="Text to learn from: files, folders, globs (.txt .md .py .jsonl .parquet, also "
-            ".gz .zst), 'stdlib' (Python's own library) or hub:NAME:CONFIG. Default: the recipe's.",
+            help="Text to learn from: files, folders, globs (.txt .md .py .jsonl .json .csv .tsv "
+            ".parquet, also .gz .zst), 'stdlib' (Python's own library) or hub:NAME:CONFIG. "
+            "Default: the recipe's.",
         ),
     ] = None,
     valid: Annotated[
