@@ -426,15 +426,16 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     want = wanted["recipe"]
     # a checkpoint older than a knob was made with the knob's default
     have = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name in want}
-    have |= stored.get("recipe") or {}
-    if have.get("schedule") == want["schedule"] == "constant":  # the rate does not depend on it
+    recipe = stored.get("recipe")
+    have |= recipe if isinstance(recipe, dict) else {"recipe": recipe}
+    if have.get("schedule") == want.get("schedule") == "constant":  # the rate does not depend on it
         have["steps"] = want["steps"]
     lines = [
         f"{key} was {have.get(key)!r} and is {want.get(key)!r}"
         for key in sorted(have | want)
         if have.get(key) != want.get(key)
     ]
-    if have.get("steps") != want["steps"]:
+    if have.get("steps") != want.get("steps"):
         lines.append("a cosine ends with its steps, so begin a new run from the model with --init")
     if stored.get("init") != wanted.get("init"):
         lines.append("the model to begin from (--init) is another")
