@@ -34,6 +34,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"out of memory ({message[:120]}): use a smaller batch, length or model", 5
     if isinstance(error, OSError):
         where = "file system" if error.filename is None else error.filename
+        if error.errno == errno.ENAMETOOLONG:
+            return f"{error.strerror} ({str(where)[:80]}...): choose a shorter one", 2
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         todo = "make room" if full else "check the path and its permissions"
         return f"{error.strerror or message} ({where}): {todo}", 5

@@ -32,6 +32,7 @@ from typing import Any
 
 import transformers
 
+from spectral_window.data.blocks import PackedBlocks
 from spectral_window.data.text import Corpus
 from spectral_window.data.tokenizers import SMALLEST
 from spectral_window.errors import IntegrityError, UserError
@@ -131,6 +132,7 @@ def train(
             else:
                 config = init.config_for(recipe)
             check_memory(recipe, config, device, world.size)
+            PackedBlocks(data.train, recipe.sequence_length)  # too little text is refused here
             run = _Run(recipe, out, world, data, config, device, teller, command, init, claim)
             start = world.first(lambda: run.find_start(resume))
             claim.began = True
