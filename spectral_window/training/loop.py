@@ -299,6 +299,7 @@ class RecipeTrainer(Trainer):
         """Train on from a checkpoint that `checkpoints.verify` accepted."""
         self._counters, self._generators = state.load_rest(folder)
         self._check_progress(folder)
+        self._load_rng_state(str(folder))  # tried now: Trainer does so with its first step, if any
         self.order.first_step = self._counters["step"]
         self.saved = folder
         self.train(resume_from_checkpoint=str(folder))
