@@ -20,18 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_window.ops.dispatch import readable
+
 IGNORED_LABEL = -100
-
-
-def readable(*tensors: Tensor | None) -> bool:
-    """True where the values of `tensors` may be read by Python now."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(type(tensor) is not Tensor or tensor.device.type == "meta" for tensor in given):
-        return False
-    on_gpu = any(tensor.is_cuda for tensor in given)
-    return not (on_gpu and torch.cuda.is_current_stream_capturing())
 
 
 def check_integers(name: str, tensor: Any) -> None:

@@ -23,7 +23,7 @@ from spectral_window.errors import UserError, unknown
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
 from spectral_window.nn.layers import project
-from spectral_window.ops.dispatch import resolve
+from spectral_window.ops.dispatch import readable, resolve
 from spectral_window.ops.documents import find_documents
 from spectral_window.ops.rotary import rotate
 from spectral_window.ops.spectral import spectral_conv
@@ -343,7 +343,7 @@ class AttentionMixer(Mixer):
         """Which keys a query sees [B, T, S], and the keys' positions with those of ended documents
         set to -1."""
         continued = None if state is None else self._next(state)
-        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        if positions.device.type == "cpu" and readable(positions):
             find_documents(positions, continued)  # raises where positions do not count on
         past = key_position.shape[1] - positions.shape[1]
         token = key_position >= 0

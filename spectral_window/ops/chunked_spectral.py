@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.ops.documents import chunk_grid, find_documents
+from spectral_window.ops import recorded
+from spectral_window.ops.dispatch import is_exported, is_recorded
+from spectral_window.ops.documents import anywhere, chunk_grid, find_documents, split_finite
 from spectral_window.ops.modes import Modes, exact_dtype, powers, times
 
 CHUNK = 32
@@ -27,6 +29,8 @@ def chunked(
     known: the state is a caller's, so a row's first document may begin at any position.
     """
     batch, time, channels = u.shape
+    if is_recorded() and (is_exported() or positions is not None):
+        return recorded.convolve(u, modes, state, positions)
     if positions is None:
         per_row = -(-time // CHUNK)
         x = (
@@ -35,19 +39,20 @@ def chunked(
             .reshape(-1, channels)
             .T.contiguous()
         )
-        first = torch.arange(batch * per_row, device=u.device) % per_row == 0
-        entry_row = torch.arange(batch, device=u.device)
+        first = torch.arange(batch * per_row, dtype=torch.int64, device=u.device) % per_row == 0
+        entry_row = torch.arange(batch, dtype=torch.int64, device=u.device)
         entry_chunk = entry_row * per_row
         last_chunk = entry_chunk + per_row - 1
-        filled = torch.full((batch,), time - (per_row - 1) * CHUNK, device=u.device)
+        end = time - (per_row - 1) * CHUNK
+        filled = torch.full((batch,), end, dtype=torch.int64, device=u.device)
         y, final = _convolve_chunks(
             x, modes, state, first, entry_chunk, entry_row, last_chunk, filled
         )
         y = y.to(u.dtype).reshape(channels, -1).T.reshape(batch, -1, channels)[:, :time]
         return y.contiguous(), final
 
-    docs = find_documents(positions, torch.full((batch,), -1, device=u.device) if known else None)
-    index = torch.arange(len(docs.token), device=u.device)
+    docs = find_documents(positions, anywhere(positions) if known else None)
+    index = torch.arange(len(docs.token), dtype=torch.int64, device=u.device)
     slot, first = chunk_grid(docs.document, index - docs.head[docs.document], CHUNK)
     continues = docs.head[docs.position[docs.head] != 0]
     alive = docs.last >= 0  # rows with any token
@@ -114,19 +119,24 @@ def _convolve_chunks(
     Returns (y [D, G, C], final [B, D, M, 2]).
     """
     channels, modes_each = modes.decay.shape
-    x = x.view(channels, -1, CHUNK)
-    table = powers(modes, torch.arange(CHUNK + 1, device=x.device))  # z^0 ... z^C
+    x, spoilt = split_finite(x.view(channels, -1, CHUNK))
+    table = powers(
+        modes, torch.arange(CHUNK + 1, dtype=torch.int64, device=x.device)
+    )  # z^0 ... z^C
     weighted = table if modes.gain is None else table * modes.gain.to(table.dtype)[..., None, None]
 
     # inside a chunk: y_t = sum_{s <= t} K[t - s] x_s, a Toeplitz matrix made of shifted views of
     # the padded kernel
     padded = F.pad(weighted[:, :, :CHUNK, 0].sum(1), (CHUNK - 1, 0))
     toeplitz = padded.unfold(-1, CHUNK, 1).flip(1)  # [D, s, t] = K[t - s], 0 for t < s
-    y = torch.bmm(x, toeplitz)
+    # (finite, so that 0 * NaN brings nothing back from the future; the rest is added where it is
+    # seen)
+    y = torch.bmm(x, toeplitz) + spoilt.cumsum(2)
 
     # what a chunk leaves behind, as if nothing came before: sum_s z^(C-1-s) x_s
     leave = table[:, :, :CHUNK].flip(2).permute(0, 2, 1, 3).reshape(channels, CHUNK, -1)
     left = torch.bmm(x, leave).view(channels, -1, modes_each, 2)
+    left = left + spoilt.sum(2)[..., None, None]
 
     # between chunks: the state before each chunk
     entry = torch.zeros_like(left).index_copy(
@@ -146,10 +156,11 @@ def _convolve_chunks(
 
     # the state after each row's last token, which need not end a chunk: z^r h + sum_{s < r}
     # z^(r-1-s) x_s
-    lag = filled[:, None] - 1 - torch.arange(CHUNK, device=x.device)
+    lag = filled[:, None] - 1 - torch.arange(CHUNK, dtype=torch.int64, device=x.device)
     weights = table[:, :, lag.clamp(min=0)] * (lag >= 0)[..., None]  # [D, M, B, C, 2]
     own = torch.einsum("dbc,dmbcr->bdmr", x.index_select(1, last_chunk), weights)
     kept = times(table.index_select(2, filled), before.index_select(1, last_chunk).transpose(1, 2))
+    own = own + spoilt.index_select(1, last_chunk).sum(2).T[..., None, None]
     return y, own + kept.permute(2, 0, 1, 3)
 
 

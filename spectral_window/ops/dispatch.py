@@ -75,12 +75,14 @@ def resolve(op: str, method: str, tensor: Tensor, *, taps: int = 0) -> tuple[str
                 return "shifts", f"{taps} taps: few passes over memory"
             return "fft", f"{taps} taps: too many to add one by one"
         if op == "spectral" and tensor.device.type == "cpu":
+            if is_exported():
+                return "chunked", "in plain torch, because the graph may run elsewhere"
             if HAS_NUMBA:
                 return "scan", "one pass over memory, compiled by numba for this CPU"
             return "chunked", "numba is not installed: linear time in plain torch"
         if op == "spectral" and tensor.device.type == "cuda":
             # torch.func's transformations and forward-mode derivatives know plain torch alone
-            if runs_triton(op, tensor) and (torch.compiler.is_compiling() or not _transformed()):
+            if runs_triton(op, tensor) and (is_recorded() or not is_transformed()):
                 return "triton", "few passes over memory, in Triton kernels for this GPU"
             return "chunked", "linear time in plain torch: no Triton, or transformed by torch.func"
         if op == "window" and runs_tiled(tensor):
@@ -110,7 +112,7 @@ def runs_triton(op: str, x: Tensor) -> bool:
     (TRITON_INTERPRET=1), slowly, for tests."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     there = HAS_TRITON and x.device.type == ("cpu" if interpreted else "cuda")
-    if op == "window" and not torch.compiler.is_compiling() and _transformed():
+    if is_exported() or (op == "window" and is_transformed() and not is_recorded()):
         return False
     return there and x.dtype in TRITON_DTYPES[op]
 
@@ -118,33 +120,60 @@ def runs_triton(op: str, x: Tensor) -> bool:
 def runs_tiled(q: Tensor) -> bool:
     """Is there compiled code for window attention on tensors like q?"""
     kind = HAS_NUMBA and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
-    return kind and (torch.compiler.is_compiling() or not _transformed())
+    return kind and not is_exported() and (is_recorded() or not is_transformed())
 
 
 def may_bypass(*tensors: Tensor | None) -> bool:
     """May compiled code be called on these tensors' memory, past torch's dispatcher? Not where a
     gradient, a graph or a transformation of the call is wanted."""
-    if torch.compiler.is_compiling() or _transformed():
+    if is_recorded() or is_transformed():
         return False
     learns = torch.is_grad_enabled()
     return all(
-        x is None or (type(x) in (Tensor, torch.nn.Parameter) and not (learns and x.requires_grad))
-        for x in tensors
+        x is None or (type(x) in _PLAIN and not (learns and x.requires_grad)) for x in tensors
     )
 
 
-def _transformed() -> bool:
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_recorded() -> bool:
+    """Is the call recorded as a graph, by torch.compile, torch.export or torch.jit.trace? Then
+    values cannot be looked at, and no shape may depend on them."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def is_exported() -> bool:
+    """Is it recorded to be run elsewhere, by torch.export or torch.jit.trace? Then the graph holds
+    PyTorch's own operations alone."""
+    return torch.compiler.is_exporting() or (
+        not torch.compiler.is_compiling() and torch._C._is_tracing()
+    )
+
+
+def is_transformed() -> bool:
     """Is torch.func (vmap, jvp, ...) or forward-mode differentiation at work?"""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def readable(*tensors: Tensor | None) -> bool:
+    """May Python look at the values of `tensors` now? Not while a graph is recorded or captured,
+    and not where there are none."""
+    if is_recorded():
+        return False
+    given = [x for x in tensors if x is not None]
+    if any(type(x) not in _PLAIN or x.device.type == "meta" for x in given):
+        return False
+    return not (any(x.is_cuda for x in given) and torch.cuda.is_current_stream_capturing())
+
+
 def _linear(x: Tensor, wanted: bool) -> tuple[str, str]:
     """`resolve` for linear maps of x [..., K]."""
-    count, size = x.numel(), x.shape[-1]
+    count, size = x.numel(), x.shape[-1] if x.dim() else 0
     if count > FEW * size and not wanted:
         return "matmul", "many vectors"
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return "matmul", "differentiable, compiled or autocast"
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not may_bypass(x):
+        return "matmul", "differentiable, autocast, or in a graph"
     dtype = x.dtype
     if not (HAS_NUMBA and x.is_cpu and (dtype is torch.float32 or dtype is torch.bfloat16)):
         return "matmul", "compiled rows are for float32 and bfloat16 on a CPU with numba"

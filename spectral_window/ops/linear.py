@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from spectral_window.ops.dispatch import resolve
 
@@ -23,7 +24,7 @@ def linear_maps(
     method: "auto", "matmul", or "rows" (no gradients, a CPU, one dtype of float32 or bfloat16;
     anything else takes "matmul"). Raises what PyTorch's `linear` raises.
     """
-    if resolve("linear", method, x)[0] == "rows":
+    if weights and resolve("linear", method, x)[0] == "rows":
         return by_rows(x, weights, biases)
     return _by_products(x, weights, biases)
 
@@ -35,20 +36,28 @@ def by_rows(
     dtype, size = x.dtype, x.shape[-1]
     for weight, bias in zip(weights, biases, strict=True):
         if (
-            weight.dtype is not dtype
+            type(weight) not in (Tensor, Parameter)
+            or weight.dtype is not dtype
             or weight.shape[1:] != (size,)
             or not weight.is_contiguous()
             or not weight.is_cpu
-            or (bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()))
+            or (bias is not None and not _fits(bias, weight))
         ):
             return _by_products(x, weights, biases)
-    from spectral_window.ops.compiled.linear import multiply
+    from spectral_window.ops.compiled.linear import MOST, multiply
 
-    y = multiply(x.reshape(-1, size).contiguous(), weights, biases)
+    if len(weights) > MOST:
+        return _by_products(x, weights, biases)
+    y = multiply(x.reshape(-1, size), weights, biases)
     y = y.view(*x.shape[:-1], y.shape[1])
     if len(weights) == 1:
         return (y,)
     return y.split_with_sizes([weight.shape[0] for weight in weights], -1)
+
+
+def _fits(bias: Tensor, weight: Tensor) -> bool:
+    alike = type(bias) in (Tensor, Parameter) and bias.dtype is weight.dtype and bias.is_cpu
+    return alike and bias.shape == weight.shape[:1] and bias.is_contiguous()
 
 
 def _by_products(

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_window.ops.dispatch import readable
+
 
 class Modes(NamedTuple):
     """Damped oscillators of D channels, M a channel.
@@ -56,7 +58,7 @@ class Modes(NamedTuple):
                     f"{name} has shape {tuple(value.shape)} (modes): expected [{channels}] or "
                     f"[{channels}, M], the same for decay, frequency and gain"
                 )
-            if values and value.device.type == "cpu" and not torch.compiler.is_compiling():
+            if values and value.device.type == "cpu" and readable(value):
                 if not bool(torch.isfinite(value).all()):
                     raise ValueError(
                         f"{name} is not finite (modes): training diverged or a file is corrupt"
@@ -114,7 +116,9 @@ def powers(modes: Modes, steps: Tensor) -> Tensor:
 
 def kernel(modes: Modes, length: int) -> Tensor:
     """The impulse response K[t], t = 0 ... length - 1: [D, length] in float64."""
-    table = powers(modes, torch.arange(length, device=modes.decay.device))[..., 0]
+    table = powers(modes, torch.arange(length, dtype=torch.int64, device=modes.decay.device))[
+        ..., 0
+    ]
     if modes.gain is not None:
         table = table * modes.gain.to(table.dtype)[..., None]
     return table.sum(1)

@@ -6,50 +6,77 @@ everywhere else, and where torch.compile fuses such things itself, it is PyTorch
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.ops.dispatch import HAS_NUMBA
+from spectral_window.ops.dispatch import HAS_NUMBA, is_recorded, is_transformed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [..., D] in x's dtype."""
-    if _in_one_pass(x):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [..., D] in x's dtype.
+
+    weight: [D], any floating dtype. eps: finite, >= 0. Raises TypeError or ValueError before any
+    work.
+    """
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} (rms_norm): "
+            "expected [..., D] and [D]"
+        )
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise TypeError(
+            f"x is {x.dtype}, weight {weight.dtype} (rms_norm): expected floating dtypes"
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"x is on {x.device}, weight on {weight.device} (rms_norm): move them together"
+        )
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps} (rms_norm): expected a finite number >= 0")
+    if _in_one_pass(x, weight):
         return (_RMSNorm.apply if torch.is_grad_enabled() else _norm)(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [..., N] each and of one dtype."""
-    if _in_one_pass(gate) and up.dtype == gate.dtype and up.shape == gate.shape:
+    if up.dtype == gate.dtype and up.shape == gate.shape and _in_one_pass(gate, up):
         return (_SwiGLU.apply if torch.is_grad_enabled() else _gated)(gate, up)
     return F.silu(gate) * up
 
 
-def _in_one_pass(x: Tensor) -> bool:
+def _in_one_pass(x: Tensor, other: Tensor) -> bool:
     dtype = x.dtype
     return (
         HAS_NUMBA
-        and x.is_cpu
         and (dtype is torch.float32 or dtype is torch.bfloat16)
+        and x.is_cpu
+        and other.is_cpu
+        and type(x) in _PLAIN
+        and type(other) in _PLAIN
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
+        and not is_recorded()
+        and not is_transformed()
     )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from spectral_window.ops.compiled import pointwise
 
-    return pointwise.rms_norm(x.contiguous(), weight, eps)
+    return pointwise.rms_norm(x, weight, eps)
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     from spectral_window.ops.compiled import pointwise
 
-    return pointwise.swiglu(gate.contiguous(), up.contiguous())
+    return pointwise.swiglu(gate, up)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -69,7 +96,7 @@ class _RMSNorm(torch.autograd.Function):
             with torch.enable_grad():
                 y = F.rms_norm(x, weight.shape, weight.to(x.dtype), ctx.eps)
                 return *torch.autograd.grad(y, (x, weight), grad, create_graph=True), None
-        found = pointwise.rms_norm_backward(x.contiguous(), weight, ctx.eps, grad.contiguous())
+        found = pointwise.rms_norm_backward(x, weight, ctx.eps, grad)
         return *found, None
 
 
@@ -88,4 +115,4 @@ class _SwiGLU(torch.autograd.Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 return torch.autograd.grad(F.silu(gate) * up, (gate, up), grad, create_graph=True)
-        return pointwise.swiglu_backward(gate.contiguous(), up.contiguous(), grad.contiguous())
+        return pointwise.swiglu_backward(gate, up, grad)

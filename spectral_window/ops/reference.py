@@ -20,7 +20,9 @@ def spectral(u: Tensor, modes: Modes, state: Tensor | None = None) -> tuple[Tens
     """
     time = u.shape[1]
     K = kernel(modes, time).T  # [T, D]
-    table = powers(modes, torch.arange(time + 1, device=u.device))  # z^0 ... z^T: [D, M, T + 1, 2]
+    table = powers(
+        modes, torch.arange(time + 1, dtype=torch.int64, device=u.device)
+    )  # z^0 ... z^T: [D, M, T + 1, 2]
     rows = [(K[: t + 1].flip(0) * u[:, : t + 1]).sum(1) for t in range(time)]
     y = torch.stack(rows, 1) if rows else u.clone()
     final = torch.einsum("btd,dmtc->bdmc", u, table[:, :, :time].flip(2))
@@ -79,12 +81,17 @@ def window(q: Tensor, k: Tensor, v: Tensor, window: int, first: int = 0) -> Tens
     q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] in float64, already rotated; keys are at
     positions first ... first + S - 1 and the queries are the last T of them. Returns [B, T, H, V].
     """
-    key = torch.arange(first, first + k.shape[1], device=k.device)
+    key = torch.arange(first, first + k.shape[1], dtype=torch.int64, device=k.device)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(
-        ~visible(key[k.shape[1] - q.shape[1] :, None], key, window), -torch.inf
-    )
-    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v)
+    seen = visible(key[k.shape[1] - q.shape[1] :, None], key, window)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    finite = torch.isfinite(v)
+    if finite.all():
+        return torch.einsum("bhts,bshv->bthv", weights, v)
+    # 0 * NaN is NaN: a value that is not finite reaches those alone that see it
+    out = torch.einsum("bhts,bshv->bthv", weights, torch.where(finite, v, 0.0))
+    spoilt = torch.einsum("ts,bshv->bthv", seen.to(v.dtype), (~finite).to(v.dtype))
+    return out.masked_fill(spoilt > 0, torch.nan)
 
 
 def delta(

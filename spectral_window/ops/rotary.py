@@ -8,6 +8,8 @@ built in float64 and cast once: in float32 an angle at position 10^6 is off by 3
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,19 @@ def angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tup
     return torch.cos(angle).to(home, dtype), torch.sin(angle).to(home, dtype)
 
 
+def check_theta(theta: float) -> None:
+    """Raise ValueError unless `theta` is a finite number above 0: angles are its powers."""
+    if not 0 < theta < math.inf:
+        raise ValueError(f"rope_theta is {theta} (rotary): expected a finite number above 0")
+
+
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """x [B, T, H, K] turned to `positions` ([T] or [B, T]); computed in at least float32, returned
     in x's dtype.
 
-    Raises ValueError for an odd K.
+    Raises ValueError for an odd K, or a theta that is not above 0.
     """
+    check_theta(theta)
     dim = x.shape[-1]
     if dim % 2:
         raise ValueError(f"head size {dim} is odd (rotary): pairs need an even head size")

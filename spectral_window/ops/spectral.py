@@ -24,8 +24,14 @@ from torch.autograd import forward_ad
 
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_spectral import chunked
-from spectral_window.ops.dispatch import HAS_NUMBA, may_bypass, resolve
-from spectral_window.ops.documents import find_documents, given_positions
+from spectral_window.ops.dispatch import (
+    HAS_NUMBA,
+    is_recorded,
+    may_bypass,
+    readable,
+    resolve,
+)
+from spectral_window.ops.documents import anywhere, find_documents, given_positions
 from spectral_window.ops.modes import Modes, exact_dtype, powers, times
 from spectral_window.ops.modes import kernel as impulse_response
 from spectral_window.ops.taps import Taps, tap_conv
@@ -52,7 +58,7 @@ def spectral_conv(
     method:     one of `dispatch.METHODS`, or "auto"; then a single token takes the
                 recurrence's step. Taps know "fft" and "reference", but no recurrence.
     out:        where y is written (and returned) instead of in fresh memory: [B, T, D] contiguous,
-                u's dtype and device, not overlapping u, with no gradient to record.
+                u's dtype and device, overlapping no input, with no gradient to record.
 
     Returns y [B, T, D] in u's dtype (0 at padding) and the state after each row's last token.
     Differentiable, twice, in u, state, decay, frequency and gain, or weights. Raises ValueError or
@@ -74,13 +80,15 @@ def spectral_conv(
         plain = method in ("scan", "step") and HAS_NUMBA and u.is_cpu
         plain = plain and may_bypass(u, *kernel, state)
         kernel = kernel.validated(u.shape[2], values=not plain)
-    if kernel[0].device != u.device:
-        raise ValueError(
-            f"the kernel is on {kernel[0].device}, u on {u.device} (spectral_conv): move one"
-        )
+    for name, part in (*zip(kernel._fields, kernel, strict=True), ("state", state)):
+        if part is not None and part.device != u.device:
+            raise ValueError(
+                f"{name} is on {part.device}, u on {u.device} (spectral_conv): move one"
+            )
     _check_state(state, kernel, u)
     if out is not None:
-        _check_out(out, u, *kernel, state)
+        inputs = {**kernel._asdict(), "state": state}
+        _check_out(out, u, inputs | {"positions": positions, "cu_seqlens": cu_seqlens})
     # any beginning other than 0 continues the state; the state itself does not know its position
     begin = None
     if cu_seqlens is not None and state is not None:
@@ -106,7 +114,7 @@ def _check_state(state: Tensor | None, kernel: Modes | Taps, u: Tensor) -> None:
         )
 
 
-def _check_out(out: Tensor, u: Tensor, *others: Tensor | None) -> None:
+def _check_out(out: Tensor, u: Tensor, others: dict[str, Tensor | None]) -> None:
     if out.shape != u.shape or out.dtype != u.dtype or out.device != u.device:
         raise ValueError(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device} (spectral_conv): expected "
@@ -114,22 +122,25 @@ def _check_out(out: Tensor, u: Tensor, *others: Tensor | None) -> None:
         )
     if not out.is_contiguous():
         raise ValueError("out is not contiguous (spectral_conv): pass contiguous memory")
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (out, u, *others)
-    ):
+    given = {name: x for name, x in ({"u": u} | others).items() if x is not None}
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *given.values())):
         raise ValueError(
             "out with a gradient to record (spectral_conv): leave it away, or use torch.no_grad()"
         )
-    if out.device.type != "meta" and not torch.compiler.is_compiling():
-        distance = out.data_ptr() - u.data_ptr()
-        span = sum((n - 1) * abs(s) for n, s in zip(u.shape, u.stride(), strict=True)) + 1
-        if u.numel() and -out.nbytes < distance < span * u.element_size():
-            raise ValueError("out overlaps u (spectral_conv): pass other memory")
+    if not readable(out, *given.values()) or not out.numel():
+        return
+    if out.is_neg():
+        raise ValueError("out has its negative bit set (spectral_conv): pass other memory")
+    for name, x in given.items():
+        distance = out.data_ptr() - x.data_ptr()
+        span = sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+        if x.numel() and -out.nbytes < distance < span * x.element_size():
+            raise ValueError(f"out overlaps {name} (spectral_conv): pass other memory")
 
 
 def _forward_mode() -> bool:
     """Whether forward-mode derivatives are being taken."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return not is_recorded() and forward_ad._current_level >= 0
 
 
 def _compiled(
@@ -155,7 +166,7 @@ def _compiled(
 
 def _check_documents(positions: Tensor, known: bool) -> None:
     """Raise ValueError where positions neither begin a document nor count on."""
-    find_documents(positions, torch.full((positions.shape[0],), -1) if known else None)
+    find_documents(positions, anywhere(positions) if known else None)
 
 
 def _by_method(
@@ -190,7 +201,7 @@ def _step(
     before = state
     if positions is not None:
         before = torch.where((positions == 0)[..., None, None], 0.0, state)
-    one = torch.ones(1, device=u.device)
+    one = torch.ones(1, dtype=torch.float64, device=u.device)
     h = times(powers(modes, one)[..., 0, :], before)
     h = torch.stack((h[..., 0] + u[:, 0, :, None].to(h.dtype), h[..., 1]), dim=-1)
     y = _sum_modes(h[..., 0], modes)
@@ -212,7 +223,7 @@ def _scanned(
         raise ValueError(f"method 'scan' needs a CPU, u is on {u.device}: use 'chunked' or 'auto'")
     from spectral_window.ops.compiled.scan import scan
 
-    if positions is not None and not torch.compiler.is_compiling():
+    if positions is not None and readable(positions):
         _check_documents(positions, known)
     keep = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (u, *modes, state)
@@ -237,7 +248,7 @@ def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
     would reach the past."""
     time = u.shape[1]
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(u).all()):
+    if readable(u) and not bool(torch.isfinite(u).all()):
         raise ValueError(
             "u is not finite (spectral_conv, method fft): an FFT would spread it over all positions"
         )
@@ -245,7 +256,7 @@ def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
     K = impulse_response(modes, time).to(dtype)
     size = 2 * time
     y = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(K, size), size)[..., :time]
-    table = powers(modes, torch.arange(time + 1, device=u.device))
+    table = powers(modes, torch.arange(time + 1, dtype=torch.int64, device=u.device))
     seen = times(table[:, :, 1:], state[:, :, :, None])[..., 0]
     seen = seen if modes.gain is None else seen * modes.gain.to(seen.dtype)[..., None]
     y = y.to(seen.dtype) + seen.sum(2)
@@ -263,8 +274,8 @@ def _each_document(
 ) -> tuple[Tensor, Tensor]:
     """Run `whole` on every document alone, in a loop: for the methods that exist to be compared
     with."""
-    batch, time, channels = u.shape
-    docs = find_documents(positions, torch.full((batch,), -1, device=u.device) if known else None)
+    _, time, channels = u.shape
+    docs = find_documents(positions, anywhere(positions) if known else None)
     flat = u.reshape(-1, channels)
     out = torch.zeros_like(flat)
     final = list(state.unbind(0))

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.ops import reference
-from spectral_window.ops.documents import find_documents
+from spectral_window.ops import recorded, reference
+from spectral_window.ops.dispatch import is_recorded, readable
+from spectral_window.ops.documents import anywhere, find_documents
 
 
 class Taps(NamedTuple):
@@ -46,7 +47,7 @@ class Taps(NamedTuple):
             raise ValueError(
                 f"weights have shape {tuple(weights.shape)} (taps): expected [{channels}, L], L > 0"
             )
-        looked_at = values and weights.device.type == "cpu" and not torch.compiler.is_compiling()
+        looked_at = values and weights.device.type == "cpu" and readable(weights)
         if looked_at and not bool(torch.isfinite(weights).all()):
             raise ValueError(
                 "weights are not finite (taps): training diverged or a file is corrupt"
@@ -81,6 +82,9 @@ def tap_conv(
     before = None if state is None else state.to(u.dtype)
     if not u.numel():
         return u.clone(), u.new_zeros(batch, kept, channels) if before is None else before
+    if positions is not None and is_recorded():
+        known = u.new_zeros(batch, kept, channels) if before is None else before
+        return recorded.convolve_taps(u, weights, known, positions)
     if positions is not None:
         return _each_document(u, weights, before, positions, method)
     if before is None:  # of a text shorter than the filter, only the first T taps are of any use
@@ -101,7 +105,7 @@ def _each_document(
     """
     batch, time, channels = u.shape
     kept = weights.shape[1] - 1
-    any_position = None if state is None else torch.full((batch,), -1, device=u.device)
+    any_position = None if state is None else anywhere(positions)
     docs = find_documents(positions, any_position)
     before = u.new_zeros(batch, kept, channels) if state is None else state
     count = len(docs.token)
@@ -130,7 +134,9 @@ def _each_document(
         document = torch.nonzero(like == kind).squeeze(1)
         longest = int(length[document].max())
         reach = kept if kind % 2 else min(kept, longest - 1)
-        offset = torch.arange(-reach, longest, device=u.device).expand(len(document), -1)
+        offset = torch.arange(-reach, longest, dtype=torch.int64, device=u.device).expand(
+            len(document), -1
+        )
         y = _convolve(inputs(document, offset), weights[:, : reach + 1], method)
         filled = offset[:, reach:] < length[document, None]
         places.append(docs.token[(head[document, None] + offset[:, reach:])[filled]])
@@ -139,7 +145,7 @@ def _each_document(
 
     last = docs.last.clamp(min=0)
     document = docs.document[last]
-    back = torch.arange(1 - kept, 1, device=u.device)
+    back = torch.arange(1 - kept, 1, dtype=torch.int64, device=u.device)
     final = inputs(document, (last - head[document])[:, None] + back)
     return out.reshape(u.shape), torch.where((docs.last >= 0)[:, None, None], final, before)
 
@@ -168,8 +174,7 @@ def _fft(x: Tensor, weights: Tensor) -> Tensor:
     """`_convolve` by spectra. A cyclic convolution of as many points as there are inputs wraps into
     the first L - 1 outputs alone, and those are not asked for."""
     count, back = x.shape[1], weights.shape[1] - 1
-    looked_at = x.device.type != "meta" and not torch.compiler.is_compiling()
-    if looked_at and not bool(torch.isfinite(x).all()):
+    if readable(x) and not bool(torch.isfinite(x).all()):
         raise ValueError(
             "u is not finite (spectral_conv, method fft): an FFT would spread it over all positions"
         )

@@ -9,48 +9,28 @@ mod 2W.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.ops import reference
-from spectral_window.ops.dispatch import may_bypass, resolve, runs_tiled
-from spectral_window.ops.documents import Documents, chunk_grid, find_documents, given_positions
-from spectral_window.ops.rotary import rotate
-
-
-class WindowState(NamedTuple):
-    """What the tokens to come may still see.
-
-    key, value: [B, 2W, H, K] and [B, 2W, H, V] in the model's dtype, keys already rotated;
-                position p lies in slot p mod 2W; slots that no later query can see hold zeros.
-    position:   [B] int64, the position of each row's next token.
-    """
-
-    key: Tensor
-    value: Tensor
-    position: Tensor
-
-
-def empty_state(
-    batch: int,
-    window: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> WindowState:
-    """The state before any token."""
-    slots = 2 * window
-    return WindowState(
-        torch.zeros(batch, slots, heads, key_dim, dtype=dtype, device=device),
-        torch.zeros(batch, slots, heads, value_dim, dtype=dtype, device=device),
-        torch.zeros(batch, dtype=torch.int64, device=device),
-    )
+from spectral_window.ops import recorded, reference
+from spectral_window.ops.dispatch import (
+    is_exported,
+    is_recorded,
+    may_bypass,
+    readable,
+    resolve,
+    runs_tiled,
+)
+from spectral_window.ops.documents import (
+    Documents,
+    chunk_grid,
+    find_documents,
+    given_positions,
+    split_finite,
+)
+from spectral_window.ops.rotary import check_theta, rotate
+from spectral_window.ops.window_state import WindowState, empty_state, held_positions
 
 
 def window_attention(
@@ -85,11 +65,12 @@ def window_attention(
     method, _ = resolve("window", method, q)
     batch, time, heads, key_dim = q.shape
     positions = given_positions(positions, cu_seqlens, q, None if state is None else state.position)
+    exported = method == "chunked" and is_exported()
     if method == "tiled" and q.numel():
         return _tiled(q, k, v, window, rope_theta, state, positions)
     if method == "triton" and q.numel():
         return _in_triton(q, k, v, window, rope_theta, state, positions)
-    if state is None and (positions is not None or method == "step" or q.numel() == 0):
+    if state is None and (positions is not None or method == "step" or q.numel() == 0 or exported):
         state = empty_state(
             batch, window, heads, key_dim, v.shape[3], dtype=k.dtype, device=k.device
         )
@@ -102,10 +83,12 @@ def window_attention(
         step = _step_in_compiled_code if bypass else _step
         return step(q, k, v, window, rope_theta, state, positions)
     if state is None:
-        where = torch.arange(time, device=q.device)
+        where = torch.arange(time, dtype=torch.int64, device=q.device)
     else:
         if positions is None:
-            positions = state.position[:, None] + torch.arange(time, device=q.device)
+            positions = state.position[:, None] + torch.arange(
+                time, dtype=torch.int64, device=q.device
+            )
         where = positions
     if rope_theta is not None:
         q, k = rotate(q, where, rope_theta), rotate(k, where, rope_theta)
@@ -114,6 +97,8 @@ def window_attention(
         rows = _reference_rows if exactly else _chunked_rows
         return rows(q, k, v, window), _last_two_chunks(k, v, window)
     assert positions is not None
+    if is_recorded():
+        return _recorded_documents(q, k, v, window, state, positions)
     docs = find_documents(positions, state.position)
     documents = _reference_documents if exactly else _chunked_documents
     return documents(q, k, v, window, state, docs), _next_state(k, v, window, state, docs)
@@ -145,10 +130,12 @@ def _check(
             f"q, k, v are on {q.device}, {k.device}, {v.device} (window_attention): "
             "move them together"
         )
-    if rope_theta is not None and q.shape[-1] % 2:
-        raise ValueError(
-            f"head size {q.shape[-1]} is odd (window_attention): rotary needs an even one"
-        )
+    if rope_theta is not None:
+        check_theta(rope_theta)
+        if q.shape[-1] % 2:
+            raise ValueError(
+                f"head size {q.shape[-1]} is odd (window_attention): rotary needs an even one"
+            )
     if state is not None:
         want = (q.shape[0], 2 * window, *q.shape[2:])
         if state.key.shape != want or state.value.shape != (*want[:3], v.shape[3]):
@@ -156,10 +143,18 @@ def _check(
                 f"state holds keys {tuple(state.key.shape)} (window_attention): expected {want}; "
                 "it belongs to another batch, window or head size"
             )
-        if state.key.dtype != k.dtype or state.key.device != k.device:
+        for name, held, dtype in zip(
+            state._fields, state, (k.dtype, k.dtype, torch.int64), strict=True
+        ):
+            if held.dtype != dtype or held.device != k.device:
+                raise ValueError(
+                    f"{name} of the state is {held.dtype} on {held.device} (window_attention): "
+                    f"expected {dtype} on {k.device}"
+                )
+        if state.position.shape != want[:1]:
             raise ValueError(
-                f"state is {state.key.dtype} on {state.key.device} (window_attention): "
-                f"the keys are {k.dtype} on {k.device}"
+                f"position of the state is {tuple(state.position.shape)} (window_attention): "
+                f"expected {want[:1]}, a row's next position"
             )
 
 
@@ -192,29 +187,33 @@ def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
     """Attention over G chunks laid end to end: [G, W, H, *] each, first [G] marks chunks with
     nothing before."""
     window = q.shape[1]
-    place = torch.arange(2 * window, device=q.device)
+    place = torch.arange(2 * window, dtype=torch.int64, device=q.device)
     mask = reference.visible(
         place[window:, None], place, window
     )  # a query's chunk is the second of its two
     mask = mask & ~(first[:, None, None] & (place < window))
 
-    def with_previous(x: Tensor) -> Tensor:
+    def previous(x: Tensor) -> Tensor:
         # zeros and not the neighbour's values where a document begins: 0 * NaN would let a NaN
         # cross
         before = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
-        return torch.cat((torch.where(first[:, None, None, None], 0.0, before), x), 1)
+        return torch.where(first[:, None, None, None], 0.0, before)
 
-    return _attend(q, with_previous(k), with_previous(v), mask)
+    # nor may 0 * NaN bring one back from the future: what is not finite is added to those that see
+    v, spoilt = split_finite(v)
+    spoilt = spoilt.cumsum(1)
+    out = _attend(q, torch.cat((previous(k), k), 1), torch.cat((previous(v), v), 1), mask)
+    return out + spoilt + previous(spoilt)[:, -1:]
 
 
 def _chunked_rows(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     batch, time = q.shape[:2]
-    per_row = -(-time // window)
+    per_row = (time + window - 1) // window
 
     def grid(x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, 0, 0, per_row * window - time)).reshape(-1, window, *x.shape[2:])
 
-    first = torch.arange(batch * per_row, device=q.device) % per_row == 0
+    first = torch.arange(batch * per_row, dtype=torch.int64, device=q.device) % per_row == 0
     out = _attend_chunks(grid(q), grid(k), grid(v), first)
     return out.reshape(batch, per_row * window, *out.shape[2:])[:, :time]
 
@@ -239,6 +238,16 @@ def _chunked_documents(
     return torch.zeros_like(v).flatten(0, 1).index_copy(0, docs.token, out).view(v.shape)
 
 
+def _recorded_documents(
+    q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState, positions: Tensor
+) -> tuple[Tensor, WindowState]:
+    """`_chunked_documents` and `_next_state` where no shape may depend on positions."""
+    context = recorded.remembered(k, v, window, state, positions)
+    blocks = recorded.reachable(q, context, window)
+    out = _attend(*(x.flatten(0, 1) for x in blocks)).unflatten(0, blocks.mask.shape[:2])
+    return recorded.answered(out, context, window), recorded.next_state(context, window, state)
+
+
 def _with_remembered(
     k: Tensor, v: Tensor, window: int, state: WindowState, docs: Documents
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -250,7 +259,7 @@ def _with_remembered(
     head_position = docs.position[docs.head]
     continued = (head_position > 0).nonzero().squeeze(1)
     row = docs.row[docs.head[continued]]
-    held = _held_positions(state.position[row], window)  # [continued, 2W], -1 where a slot is dead
+    held = held_positions(state.position[row], window)  # [continued, 2W], -1 where a slot is dead
     which, slot = (held >= 0).nonzero(as_tuple=True)
     key = torch.cat((state.key[row[which], slot], k.flatten(0, 1).index_select(0, docs.token)))
     value = torch.cat((state.value[row[which], slot], v.flatten(0, 1).index_select(0, docs.token)))
@@ -258,22 +267,11 @@ def _with_remembered(
     return key, value, document, torch.cat((held[which, slot], docs.position))
 
 
-def _held_positions(position: Tensor, window: int) -> Tensor:
-    """The position that each of the 2W slots holds when `position` [R] comes next; -1 for a slot
-    no later query sees."""
-    slots = 2 * window
-    slot = torch.arange(slots, device=position.device)
-    latest = position[:, None] - 1
-    held = latest - (latest - slot) % slots
-    oldest = (position // window - 1)[:, None] * window
-    return torch.where(held >= oldest.clamp(min=0), held, -1)
-
-
 def _last_two_chunks(k: Tensor, v: Tensor, window: int) -> WindowState:
     """The state of rows that are one document from position 0, without padding."""
     batch, time = k.shape[:2]
     position = torch.full((batch,), time, dtype=torch.int64, device=k.device)
-    held = _held_positions(position[:1], window)[0]
+    held = held_positions(position[:1], window)[0]
     live = (held >= 0)[:, None, None]
     at = held.clamp(min=0)
     key = torch.where(live, k.index_select(1, at), 0.0)
@@ -289,7 +287,7 @@ def _next_state(
     alive = docs.last >= 0
     last = docs.last.clamp(min=0)
     position = torch.where(alive, docs.position[last] + 1, state.position)
-    held = _held_positions(position, window)  # [B, 2W]
+    held = held_positions(position, window)  # [B, 2W]
     begin = docs.position[
         docs.head[docs.document[last]]
     ]  # where this call's part of the last document begins
@@ -313,21 +311,11 @@ def _tiled(
     state: WindowState | None,
     positions: Tensor | None,
 ) -> tuple[Tensor, WindowState]:
-    """In compiled code. It takes documents in one piece: padding between tokens is moved away."""
     from spectral_window.ops.compiled.window import attention
 
     ring, begin = (None, None) if state is None else (state[:2], state.position)
-    if positions is None or not _has_holes(positions, begin):
-        out, *after = attention(q, k, v, window, theta, ring, begin, positions)
-        return out, WindowState(*after)
-    order = (positions < 0).to(torch.int8).argsort(dim=1, stable=True)  # tokens, then padding
-    order = (order + torch.arange(len(order))[:, None] * order.shape[1]).flatten()
-    q, k, v, positions = (
-        x.flatten(0, 1).index_select(0, order).view(x.shape) for x in (q, k, v, positions)
-    )
     out, *after = attention(q, k, v, window, theta, ring, begin, positions)
-    spread = torch.zeros_like(out).flatten(0, 1).index_copy(0, order, out.flatten(0, 1))
-    return spread.view(out.shape), WindowState(*after)
+    return out, WindowState(*after)
 
 
 def _in_triton(
@@ -345,13 +333,6 @@ def _in_triton(
     ring, begin = (None, None) if state is None else (state[:2], state.position)
     out, *after = attention(q, k, v, window, theta, ring, begin, positions)
     return out, WindowState(*after)
-
-
-def _has_holes(positions: Tensor, begin: Tensor | None) -> bool:
-    """Does padding lie inside a document, or before one that goes on? Raises ValueError where
-    positions do not count on."""
-    find_documents(positions, torch.zeros_like(positions[:, 0]) if begin is None else begin)
-    return bool(((positions[:, 1:] > 0) & (positions[:, 1:] != positions[:, :-1] + 1)).any())
 
 
 def _step_in_compiled_code(
@@ -396,13 +377,13 @@ def _step(
     if theta is not None:
         q, k = (rotate(x, position[:, None], theta) for x in (q, k))
     token = position >= 0
-    if position.device.type == "cpu" and not torch.compiler.is_compiling():
+    if position.device.type == "cpu" and readable(position):
         _check_step(position, state)
     at = torch.where(token, position, state.position)
-    slot = torch.arange(2 * window, device=q.device)
+    slot = torch.arange(2 * window, dtype=torch.int64, device=q.device)
     here = (slot == (at % (2 * window))[:, None])[..., None, None]
     # a slot may be seen if it holds one of the last positions of this very document
-    held = _held_positions(at, window)
+    held = held_positions(at, window)
     live = held >= 0
     key = torch.where(here, k, torch.where(live[..., None, None], state.key, 0.0))
     value = torch.where(here, v, torch.where(live[..., None, None], state.value, 0.0))
@@ -410,7 +391,7 @@ def _step(
     out = _attend(q, key, value, mask[:, None])
     out = torch.where(token[:, None, None, None], out, 0.0)
     # then forget what the next query cannot see
-    after = _held_positions(at + 1, window)[..., None, None] >= 0
+    after = held_positions(at + 1, window)[..., None, None] >= 0
     kept = token[:, None, None, None]
     return out, WindowState(
         torch.where(kept, torch.where(after, key, 0.0), state.key),

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("numba")
 
 from spectral_window.ops.compiled import threads as on_threads
+from spectral_window.ops.compiled.addresses import BFLOAT16, FLOAT32, FLOAT64, INT64, address
 from spectral_window.ops.compiled.threads import (
     bfloat16s,
     float32s,
@@ -23,7 +24,7 @@ from spectral_window.ops.compiled.threads import (
 )
 
 
-@kernel
+@kernel(lambda parts, counts: (address(counts, INT64, parts),))
 def count_parts(job):
     part = take(job)
     while part >= 0:
@@ -31,7 +32,7 @@ def count_parts(job):
         part = take(job)
 
 
-@kernel
+@kernel(lambda parts, x, y, n: (address(x, FLOAT32, parts * n), address(y, FLOAT64, parts), n))
 def add_up(job):
     part = take(job)
     while part >= 0:
@@ -44,7 +45,14 @@ def add_up(job):
         part = take(job)
 
 
-@kernel
+@kernel(
+    lambda parts, x, half, y, n: (
+        address(x, FLOAT32, n),
+        address(half, BFLOAT16, n),
+        address(y, FLOAT32, n),
+        n,
+    )
+)
 def round_trip(job):
     part = take(job)
     while part >= 0:
@@ -56,7 +64,7 @@ def round_trip(job):
         part = take(job)
 
 
-@kernel
+@kernel(lambda parts, x: (address(x, INT64, 2),))
 def fail_at_once(job):
     while take(job) >= 0:
         int64s(job[2], 1)[:] = int64s(job[2], 2)

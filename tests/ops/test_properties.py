@@ -152,9 +152,6 @@ def test_the_future_never_reaches_the_past_of_the_convolution(case, method, data
     if method == "fft":
         scale = max(rms(other), rms(y))
         assert rms(other[:, :t] - y[:, :t]) <= 4e-6 * scale
-    elif method == "chunked" and how not in (1.0, 1e6):
-        safe = t // CHUNK * CHUNK
-        assert torch.equal(other[:, :safe], y[:, :safe])
     else:
         assert torch.equal(other[:, :t], y[:, :t])
 
@@ -170,10 +167,7 @@ def test_the_future_never_reaches_the_past_of_attention(case, method, data):
     how = data.draw(st.sampled_from([1.0, 1e6, torch.inf, torch.nan]))
     y, _ = run_window(q, k, v, window, method)
     other, _ = run_window(*(spoil(x, t, how) for x in (q, k, v)), window, method)
-    if method == "reference" and how not in (1.0, 1e6):
-        return  # the dense oracle multiplies masked values by zero, and 0 * NaN is NaN
-    safe = t if method in ("tiled", "step") or how in (1.0, 1e6) else t // window * window
-    assert torch.equal(other[:, :safe], y[:, :safe])
+    assert torch.equal(other[:, :t], y[:, :t])
 
 
 def test_fft_refuses_what_it_would_spread():

@@ -23,7 +23,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from spectral_window.ops.compiled.addresses import (
+    BFLOAT16,
+    FLOAT32,
+    address,
+    dense,
+    optional,
+)
 from spectral_window.ops.compiled.threads import (
+    MOST_WORDS,
     bfloat16s,
     float32s,
     inner,
@@ -37,6 +45,7 @@ from spectral_window.ops.compiled.threads import (
     widen,
 )
 
+MOST = (MOST_WORDS - 9) // 3  # matrices in one call
 _SHARE = 2  # parts a thread, so that one that is held up does not hold up the others
 _PAIRS = 32  # bfloat16 numbers that one instruction multiplies
 _BLOCK = 8  # rows of W that stay in cache for the next vector of a batch
@@ -151,7 +160,22 @@ def _pairwise_rows(w, x, size, sums):
         sums[r] = _dot_pairs(w + 2 * r * size, x, size)
 
 
-@kernel
+def _words(parts, kind, batch, size, x, y, columns, weights, biases):
+    dtype = FLOAT32 if kind == _FLOAT32 else BFLOAT16
+    x_dtype = BFLOAT16 if kind == _NATIVE else FLOAT32
+    words = [kind, batch, size, address(x, x_dtype, batch * size)]
+    words += (address(y, dtype, batch * columns), columns, len(weights))
+    seen = 0
+    for weight, bias in zip(weights, biases, strict=True):
+        rows = weight.shape[0]
+        seen += rows
+        words += (address(weight, dtype, rows * size), rows, optional(bias, dtype, rows))
+    if seen != columns or (size % 2 and kind == _PAIRWISE):
+        raise ValueError(f"{seen} rows of {size} (compiled code): expected {columns}, in pairs")
+    return words
+
+
+@kernel(_words)
 def _multiply(job):
     """job: 2 kind, 3 batch, 4 K, 5 x [batch, K], 6 y [batch, columns], 7 columns, 8 matrices, then
     for each its address, rows and bias (address or 0). Every part takes a run of rows of each."""
@@ -206,16 +230,14 @@ def _add_bfloat16(sums, bias, y):
 
 def multiply(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """x [batch, K] times each of `weights` [rows, K], plus its bias [rows] or None: all side by
-    side, [batch, sum of rows]. Everything contiguous, float32 or bfloat16 (then K is even), sums in
-    float32."""
+    side, [batch, sum of rows]. At most MOST matrices; all float32 or bfloat16 (then K is even),
+    weights and biases contiguous, sums in float32."""
+    x = dense(x)
     columns = sum(weight.shape[0] for weight in weights)
     y = x.new_empty(x.shape[0], columns)
-    words: list[Tensor | int | None] = []
-    for weight, bias in zip(weights, biases, strict=True):
-        words += (weight, weight.shape[0], bias)
     kind = _FLOAT32 if x.dtype == torch.float32 else _NATIVE if NATIVE else _PAIRWISE
     if kind == _PAIRWISE:
         x = x.float().unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
     parts, size = _SHARE * torch.get_num_threads(), weights[0].shape[1]
-    _multiply(parts, kind, y.shape[0], size, x, y, columns, len(weights), *words)
+    _multiply(parts, kind, y.shape[0], size, x, y, columns, weights, biases)
     return y

@@ -22,7 +22,7 @@ _LARGE = 32 << 20  # bytes; smaller tensors get memory that the C library keeps 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """`torch.empty` on a CPU; a large tensor lies in huge pages where the system has them."""
-    x = torch.empty(shape, dtype=dtype)
+    x = torch.empty(shape, dtype=dtype, device="cpu")
     if x.nbytes >= _LARGE and (advise := _madvise()) is not None:
         begin = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (x.data_ptr() + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

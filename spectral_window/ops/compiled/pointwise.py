@@ -18,6 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from spectral_window.ops.compiled.addresses import BFLOAT16, FLOAT32, address, dense
 from spectral_window.ops.compiled.threads import (
     bfloat16s,
     float32s,
@@ -114,7 +115,25 @@ def _norm_gradient(x, g, weighted, factor, slope, dx, dw):
         dw[j] += g[j] * x[j] * factor
 
 
-@kernel
+def _words(parts, half, rows, size, *tensors):
+    """Of a kernel that reads and writes rows alone."""
+    dtype, count = BFLOAT16 if half else FLOAT32, rows * size
+    return half, rows, size, *[address(x, dtype, count) for x in tensors]
+
+
+def _norm_words(parts, half, rows, size, x, weight, eps, y):
+    dtype, count = BFLOAT16 if half else FLOAT32, rows * size
+    inputs = address(x, dtype, count), address(weight, FLOAT32, size)
+    return half, rows, size, *inputs, eps, address(y, dtype, count)
+
+
+def _norm_backward_words(parts, half, rows, size, x, weight, eps, grad, dx, dw):
+    head = _norm_words(parts, half, rows, size, x, weight, eps, grad)
+    dtype = BFLOAT16 if half else FLOAT32
+    return *head, address(dx, dtype, rows * size), address(dw, FLOAT32, parts * size)
+
+
+@kernel(_norm_words)
 def _rms_norm(job):
     """job: 2 bfloat16?, 3 rows, 4 D, 5 x, 6 weight float32 [D], 7 bits of eps, 8 y."""
     half, rows, size = job[2], job[3], job[4]
@@ -131,7 +150,7 @@ def _rms_norm(job):
         part = take(job)
 
 
-@kernel
+@kernel(_norm_backward_words)
 def _rms_norm_backward(job):
     """job: 2 bfloat16?, 3 rows, 4 D, 5 x, 6 weight, 7 bits of eps, 8 gradient of y, 9 dx, 10 dw
     float32 [parts, D]: the sum over the rows of a part."""
@@ -174,7 +193,7 @@ def _gate_gradient(gate, up, g, d_gate, d_up):
         d_up[j] = g[j] * gate[j] * s
 
 
-@kernel
+@kernel(_words)
 def _swiglu(job):
     """job: 2 bfloat16?, 3 rows, 4 size, 5 gate, 6 up, 7 y."""
     half, rows, size = job[2], job[3], job[4]
@@ -190,7 +209,7 @@ def _swiglu(job):
         part = take(job)
 
 
-@kernel
+@kernel(_words)
 def _swiglu_backward(job):
     """job: 2 bfloat16?, 3 rows, 4 size, 5 gate, 6 up, 7 gradient of y, 8 dgate, 9 dup."""
     half, rows, size = job[2], job[3], job[4]
@@ -220,25 +239,28 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D] contiguous, float32 or bfloat16; weight [D]: y like x."""
+    """x [..., D] float32 or bfloat16; weight [D]: y like x."""
+    x = dense(x)
     y, shape = torch.empty_like(x), _shape(x)
-    w = weight.float().contiguous()
+    w = dense(weight.float())
     _rms_norm(-(-shape[1] // _ROWS), *shape, x, w, _bits(eps), y)
     return y
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight, given that of y."""
+    x, grad = dense(x), dense(grad)
     dx, shape = torch.empty_like(x), _shape(x)
     parts = min(4 * torch.get_num_threads(), shape[1])
-    dw = torch.empty(parts, shape[2])
-    w = weight.float().contiguous()
+    dw = torch.empty(parts, shape[2], dtype=torch.float32, device=x.device)
+    w = dense(weight.float())
     _rms_norm_backward(parts, *shape, x, w, _bits(eps), grad, dx, dw)
     return dx, dw.sum(0, dtype=torch.float64).to(weight.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up, all [..., size] contiguous and of one dtype, float32 or bfloat16."""
+    """silu(gate) up, all [..., size] of one dtype, float32 or bfloat16."""
+    gate, up = dense(gate), dense(up)
     y, shape = torch.empty_like(gate), _shape(gate)
     _swiglu(-(-shape[1] // _ROWS), *shape, gate, up, y)
     return y
@@ -246,6 +268,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, given that of the product."""
+    gate, up, grad = dense(gate), dense(up), dense(grad)
     d_gate, d_up, shape = torch.empty_like(gate), torch.empty_like(up), _shape(gate)
     _swiglu_backward(-(-shape[1] // _ROWS), *shape, gate, up, grad, d_gate, d_up)
     return d_gate, d_up

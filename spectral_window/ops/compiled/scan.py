@@ -28,12 +28,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spectral_window.ops.chunked_spectral import differentiate_again
 from spectral_window.ops.compiled import scan_loops
+from spectral_window.ops.compiled.addresses import dense
 from spectral_window.ops.compiled.pages import empty
 from spectral_window.ops.compiled.scan_rooms import BLOCK, LINE
 from spectral_window.ops.modes import Modes
@@ -64,7 +64,7 @@ def _divided(batch: int, time: int, channels: int, threads: int) -> tuple[int, i
     return min(batch, 8 * threads), cuts
 
 
-def _words(
+def _inputs(
     u: Tensor,
     decay: Tensor,
     frequency: Tensor,
@@ -75,12 +75,11 @@ def _words(
     """What both passes begin with; the tensors must live until the call returns."""
     double = any(x is not None and x.dtype != torch.float32 for x in (decay, frequency, gain))
     modes = (
-        None if x is None else (x.double() if double else x).contiguous()
-        for x in (decay, frequency, gain)
+        None if x is None else dense(x.double() if double else x) for x in (decay, frequency, gain)
     )
-    at = None if positions is None else positions.contiguous()
+    at = None if positions is None else dense(positions)
     groups, cuts = parts
-    return [*modes, double, at, *u.shape, decay.shape[1], cuts, groups]
+    return [*modes, at, *u.shape, decay.shape[1], cuts, groups]
 
 
 def _streams(y: Tensor) -> bool:
@@ -110,17 +109,17 @@ def run(
     batch, time, channels = u.shape
     each = modes.decay.shape[1]
     dtype = u.dtype if u.dtype in _FORWARD else torch.float32
-    x = u.to(dtype).contiguous()
+    x = dense(u.to(dtype))
     y = empty(x.shape, dtype) if out is None or out.dtype != dtype else out
-    before = None if state is None else state.contiguous()
-    final = torch.empty((batch, channels, each, 2), dtype=torch.float64)
+    before = None if state is None else dense(state)
+    final = x.new_empty((batch, channels, each, 2), dtype=torch.float64)
     kept = None
     if keep:
-        kept = torch.empty((batch, -(-time // BLOCK), 2, each, channels), dtype=torch.float64)
-    refused = np.zeros(1, np.int64) if refuse else None
+        kept = x.new_empty((batch, -(-time // BLOCK), 2, each, channels), dtype=torch.float64)
+    refused = x.new_zeros(1, dtype=torch.int64) if refuse else None
     groups, cuts = parts = _divided(batch, time, channels, torch.get_num_threads())
-    words = _words(x, *modes, positions, parts)
-    _FORWARD[dtype](groups * cuts, *words, _streams(y), kept, refused, x, y, before, final)
+    inputs = _inputs(x, *modes, positions, parts)
+    _FORWARD[dtype](groups * cuts, inputs, _streams(y), kept, refused, x, y, before, final)
     if refused is not None and refused[0]:
         return None
     if dtype != u.dtype:
@@ -171,14 +170,15 @@ def scan_backward(
     """The gradients of u, decay, frequency, gain and the initial state, given those of y and the
     final state."""
     dtype = u.dtype if u.dtype in _BACKWARD else torch.float32
-    x, g = u.to(dtype).contiguous(), grad.to(dtype).contiguous()
+    x, g = dense(u.to(dtype)), dense(grad.to(dtype))
     du = empty(x.shape, dtype)
-    end, begin = grad_state.contiguous(), torch.empty(grad_state.shape, dtype=torch.float64)
+    end = dense(grad_state)
+    begin = torch.empty_like(end)
     groups, cuts = parts = _divided(*u.shape, torch.get_num_threads())
-    words = _words(x, decay, frequency, gain, positions, parts)
-    sums = torch.empty((groups, 3, *decay.shape), dtype=torch.float64)
-    states = kept.contiguous()
-    _BACKWARD[dtype](groups * cuts, *words, _streams(du), states, None, x, g, du, end, begin, sums)
+    inputs = _inputs(x, decay, frequency, gain, positions, parts)
+    sums = x.new_empty((groups, 3, *decay.shape), dtype=torch.float64)
+    states = dense(kept)
+    _BACKWARD[dtype](groups * cuts, inputs, _streams(du), states, x, g, du, end, begin, sums)
     d_decay, d_frequency, d_gain = (sums[:, i].sum(0) for i in range(3))  # no shared memory
     return (
         du.to(u.dtype),

@@ -8,6 +8,7 @@ writes y at once; several add theirs into rows of float64 first.
 
 from __future__ import annotations
 
+from spectral_window.ops.compiled.addresses import BFLOAT16, FLOAT32, FLOAT64
 from spectral_window.ops.compiled.float64_lanes import LANES, load, prefetch, spread, store, stream
 from spectral_window.ops.compiled.scan_rooms import (
     AT,
@@ -44,7 +45,9 @@ from spectral_window.ops.compiled.scan_rooms import (
     W,
     Y,
     always,
+    backward_words,
     dynamics,
+    forward_words,
     kept_place,
     kept_states,
     new_room,
@@ -356,22 +359,22 @@ def _backward(job, u, g, du):
         part = take(job)
 
 
-@kernel
+@kernel(forward_words(FLOAT32))
 def forward_float32(job):
     _forward(job, float32s(job[U], numbers(job)), float32s(job[Y], numbers(job)))
 
 
-@kernel
+@kernel(forward_words(FLOAT64))
 def forward_float64(job):
     _forward(job, float64s(job[U], numbers(job)), float64s(job[Y], numbers(job)))
 
 
-@kernel
+@kernel(forward_words(BFLOAT16))
 def forward_bfloat16(job):
     _forward(job, bfloat16s(job[U], numbers(job)), bfloat16s(job[Y], numbers(job)))
 
 
-@kernel
+@kernel(backward_words(FLOAT32))
 def backward_float32(job):
     _backward(
         job,
@@ -381,7 +384,7 @@ def backward_float32(job):
     )
 
 
-@kernel
+@kernel(backward_words(FLOAT64))
 def backward_float64(job):
     _backward(
         job,
@@ -391,7 +394,7 @@ def backward_float64(job):
     )
 
 
-@kernel
+@kernel(backward_words(BFLOAT16))
 def backward_bfloat16(job):
     _backward(
         job,

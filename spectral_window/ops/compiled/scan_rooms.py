@@ -9,9 +9,13 @@ room, end in a partial vector.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 
+from spectral_window.ops.compiled.addresses import FLOAT32, FLOAT64, INT64, address, optional
 from spectral_window.ops.compiled.float64_lanes import LANES
 from spectral_window.ops.compiled.scan_modes import exponentiate
 from spectral_window.ops.compiled.threads import float32s, float64s, inner, int64s
@@ -28,6 +32,71 @@ G, DU, END, BEGIN, SUMS = range(17, 22)  # backwards
 # The planes of a part's working memory, each [M, width] float64: z, gain, h; backwards also s,
 # sum g s, sum g Re h, l and sum conj(l) s. Then ROWS rows in which modes are summed.
 ZR, ZI, W, HR, HI, SR, SI, QR, QI, GG, LR, LI, ER, EI = range(14)
+
+
+def _input_words(parts, decay, frequency, gain, at, batch, time, channels, modes, cuts, groups):
+    """The words DECAY ... GROUPS: modes [D, M], all float64 or all float32; positions [B, T]."""
+    dtype, count = (FLOAT64 if decay.dtype is FLOAT64 else FLOAT32), channels * modes
+    kernel = address(decay, dtype, count), address(frequency, dtype, count)
+    if parts != cuts * groups or min(cuts, groups) < 1:
+        raise ValueError(f"{parts} parts (compiled code): expected {groups} groups, {cuts} slices")
+    at = optional(at, INT64, batch * time)
+    double = dtype is FLOAT64
+    return (
+        *kernel,
+        optional(gain, dtype, count),
+        double,
+        at,
+        batch,
+        time,
+        channels,
+        modes,
+        cuts,
+        groups,
+    )
+
+
+def forward_words(dtype: Any) -> Callable[..., tuple[int, ...]]:
+    """The words of a forward pass over u and y in `dtype`; see `scan.run`."""
+
+    def words(parts, inputs, stream, kept, refused, u, y, state, final):
+        *_, batch, time, channels, modes, _, _ = inputs
+        count, numbers = batch * time * channels, batch * channels * modes * 2
+        return (
+            *_input_words(parts, *inputs),
+            stream,
+            optional(kept, FLOAT64, batch * -(-time // BLOCK) * 2 * modes * channels),
+            optional(refused, INT64, 1),
+            address(u, dtype, count),
+            address(y, dtype, count),
+            optional(state, FLOAT64, numbers),
+            address(final, FLOAT64, numbers),
+        )
+
+    return words
+
+
+def backward_words(dtype: Any) -> Callable[..., tuple[int, ...]]:
+    """The words of a backward pass over u, its gradient and that of y in `dtype`."""
+
+    def words(parts, inputs, stream, kept, u, g, du, end, begin, sums):
+        *_, batch, time, channels, modes, _, groups = inputs
+        count, numbers = batch * time * channels, batch * channels * modes * 2
+        return (
+            *_input_words(parts, *inputs),
+            stream,
+            address(kept, FLOAT64, batch * -(-time // BLOCK) * 2 * modes * channels),
+            0,
+            address(u, dtype, count),
+            address(g, dtype, count),
+            address(du, dtype, count),
+            address(end, FLOAT64, numbers),
+            address(begin, FLOAT64, numbers),
+            address(sums, FLOAT64, groups * 3 * channels * modes),
+        )
+
+    return words
+
 
 always = numba.njit(forceinline=True, error_model="numpy")
 
@@ -54,12 +123,12 @@ def dynamics(job, begin, width, room):
     count = job[CHANNELS] * job[MODES]
     right = True
     room[W * size : (W + 1) * size] = 1.0
-    for plane, address in ((ZR, job[DECAY]), (ZI, job[FREQUENCY]), (W, job[GAIN])):
-        if address != 0:
+    for plane, source in ((ZR, job[DECAY]), (ZI, job[FREQUENCY]), (W, job[GAIN])):
+        if source != 0:
             if job[DOUBLE]:
-                right &= _gather(float64s(address, count), job, begin, width, room, plane)
+                right &= _gather(float64s(source, count), job, begin, width, room, plane)
             else:
-                right &= _gather(float32s(address, count), job, begin, width, room, plane)
+                right &= _gather(float32s(source, count), job, begin, width, room, plane)
     for i in range(size):
         right &= room[i] >= 0.0
     if job[REFUSED] != 0 and not right:

@@ -1,17 +1,22 @@
 """Compiled loops on torch's own threads: what every numba kernel of this package stands on.
 
 A kernel is a function of one job: a row of 64-bit words that holds the addresses and sizes it works
-with. Threads take the job's parts one by one, so the last to finish is never far behind:
+with. Threads take the job's parts one by one, so the last to finish is never far behind. Beside it
+stands what its arguments are: a function that turns them into words, in which a tensor becomes an
+address only by the checks of `addresses`:
 
-    @kernel
-    def double(job):                     # words: 0 next part, 1 parts, then the call's arguments
+    def words(parts, count, x):
+        return count, address(x, FLOAT32, parts * count)
+
+    @kernel(words)
+    def double(job):                     # words: 0 next part, 1 parts, then those of `words`
         part = take(job)
         while part >= 0:
-            x = float32s(job[2], job[3])
+            x = float32s(job[3] + 4 * part * job[2], job[2])
             ...
             part = take(job)
 
-    double(parts, x, x.numel())          # tensors and arrays are passed as their addresses
+    double(parts, count, x)
 
 Why not numba's own threads? torch runs its operators on a team of OpenMP threads that go on
 spinning for a while after each of them. A second pool has to fight them for the cores: with two
@@ -33,43 +38,39 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
-from torch import Tensor
 
-_Job = ctypes.c_int64 * 64
+from spectral_window.ops.compiled.cache import compile_function
+
+MOST_WORDS = 64
+_Job = ctypes.c_int64 * MOST_WORDS
 
 
-class kernel:
-    """Compile `function(job)` at its first call, and call it on torch's threads.
+class Kernel:
+    """`function(job)`, compiled at its first call, and called on torch's threads (see `kernel`)."""
 
-    The compiled code is kept beside the source file (or in numba's cache folder), and is compiled
-    again where no folder can be written.
-    """
-
-    def __init__(self, function: Callable[[Any], None]) -> None:
-        self.function = function
+    def __init__(
+        self, function: Callable[[Any], None], words: Callable[..., tuple[int, ...]]
+    ) -> None:
+        self.function, self.words = function, words
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         self._lock = threading.Lock()
         self._compiled: Any = None  # numba's function, kept alive here
         self._alone: Any = None  # the same for the calling thread, without the interpreter's lock
 
-    def __call__(self, parts: int, *arguments: Tensor | np.ndarray | int | None) -> None:
-        """Run parts 0 ... `parts` - 1. A tensor or array must be contiguous and stays alive by the
-        caller's reference; None is passed as address 0."""
+    def __call__(self, parts: int, *arguments: Any) -> None:
+        """Run parts 0 ... `parts` - 1. Tensors stay alive by the caller's reference.
+
+        Raises TypeError or ValueError for arguments that are not as declared, before any work.
+        """
         if parts <= 0:
             return
+        job = _Job(0, parts, *self.words(parts, *arguments))
         if self._compiled is None:
             self._compile()
-        words = [
-            word
-            if type(word) is int
-            else (word.data_ptr() if isinstance(word, Tensor) else _address(word))
-            for word in arguments
-        ]
-        job = _Job(0, parts, *words)
         address = ctypes.addressof(job)
         threads = min(torch.get_num_threads(), parts)
         if threads == 1:
@@ -90,21 +91,28 @@ class kernel:
     def _compile(self) -> None:
         with self._lock:
             if self._compiled is None:
-                try:
-                    compiled = numba.cfunc(_SIGNATURE, cache=True)(self.function)
-                except RuntimeError:  # "no locator available": nowhere to keep it
-                    compiled = numba.cfunc(_SIGNATURE)(self.function)
+                compiled = compile_function(self.function, _SIGNATURE)
                 self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
                 self._compiled = compiled
 
 
+KERNELS: dict[str, Kernel] = {}  # all that were declared, by name
+
+
+def kernel(words: Callable[..., tuple[int, ...]]) -> Callable[[Callable[[Any], None]], Kernel]:
+    """Decorator: make a kernel of a function of one job. `words(parts, *arguments)` gives the words
+    of the job after the first two and says so what the arguments are: it takes addresses of tensors
+    from `addresses` alone."""
+
+    def declare(function: Callable[[Any], None]) -> Kernel:
+        declared = Kernel(function, words)
+        KERNELS[declared.name] = declared
+        return declared
+
+    return declare
+
+
 _SIGNATURE = types.void(types.CPointer(types.int64))
-
-
-def _address(argument: Any) -> int:
-    if isinstance(argument, np.ndarray):
-        return argument.ctypes.data
-    return 0 if argument is None else int(argument)
 
 
 @cache

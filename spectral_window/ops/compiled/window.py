@@ -13,15 +13,14 @@ or prefix.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_window.ops.compiled.float32_lanes import (
-    BYTES,
-    LANES,
-    store,
-)
+from spectral_window.ops.compiled.addresses import INT64, address, dense
+from spectral_window.ops.compiled.float32_lanes import BYTES, LANES, store
 from spectral_window.ops.compiled.threads import float32s, int64s, kernel, take
 from spectral_window.ops.compiled.window_backward import attend_backward
 from spectral_window.ops.compiled.window_rows import (
@@ -38,18 +37,18 @@ from spectral_window.ops.compiled.window_rows import (
     TIME,
     VALUE_DIM,
     WINDOW,
+    Call,
     K,
     V,
     aligned,
-    arguments,
     blocks_of,
     clear,
     copy_row,
+    expect_parts,
     find_turns,
     last_token,
     oldest,
     out_row,
-    padded,
     position,
     put,
     ring_row,
@@ -67,9 +66,25 @@ from spectral_window.ops.compiled.window_tiles import (
     softmax,
 )
 from spectral_window.ops.dispatch import may_bypass
+from spectral_window.ops.documents import find_documents
 
 
-@kernel
+def _attend_words(parts, call, out):
+    batch, time, heads, _ = call.q.shape
+    expect_parts(parts, batch * -(-time // SEGMENT) * heads)
+    dtype, _, outs, _, _ = call.numbers
+    return *call.words(), address(out, dtype, outs)
+
+
+def _remember_words(parts, call, new_key, new_value, new_position):
+    batch, _, heads, _ = call.q.shape
+    expect_parts(parts, batch * heads)
+    dtype, _, _, keys, values = call.numbers
+    new = address(new_key, dtype, keys), address(new_value, dtype, values)
+    return *call.words(), 0, *new, address(new_position, INT64, batch)
+
+
+@kernel(_attend_words)
 def attend(job):
     """Parts: (row, segment, head)."""
     key_blocks, value_blocks = blocks_of(job[KEY_DIM]), blocks_of(job[VALUE_DIM])
@@ -110,7 +125,7 @@ def attend(job):
     room[0] = 0  # alive until here
 
 
-@kernel
+@kernel(_remember_words)
 def remember(job):
     """The ring after each row's last token, and its position. Parts: (row, head)."""
     slots = 2 * job[WINDOW]
@@ -160,8 +175,7 @@ def attention(
     """q, k [B, T, H, K], v [B, T, H, V], not turned yet, T >= 1; float32 or bfloat16 on a CPU.
 
     ring: keys and values of the state [B, 2W, H, *]; begin [B] int64: the position of its next
-    token. positions: [B, T] int64, where tokens of a document lie side by side and a continued one
-    begins in column 0; None where all rows are one document without padding.
+    token. positions: [B, T] int64; None where all rows are one document without padding.
 
     Returns (out [B, T, H, V], key, value [B, 2W, H, *], position [B]): the last three are the state
     after each row's last token.
@@ -172,27 +186,50 @@ def attention(
     return (_forward if may_bypass(q, k, v, key, value) else window_attention)(*call)
 
 
-def _inputs(q, k, v, window, theta, key, value, begin, positions):
-    """The arguments that both passes begin with; RoPE's angles are found here."""
-    rows = 1 if positions is None and begin is None else q.shape[0]
-    turns = None if theta is None else torch.empty(rows, q.shape[1], padded(q.shape[3]))
-    job = arguments(q, k, v, window, theta, turns, (key, value), begin, positions)
-    if turns is not None:
-        find_turns(rows * -(-q.shape[1] // ANCHOR), *job)
-    return job
+def _call(q, k, v, window, theta, key, value, begin, positions):
+    """What both passes begin with; RoPE's angles are found here."""
+    call = Call.of(q, k, v, window, theta, (key, value), begin, positions)
+    if call.turns is not None:
+        find_turns(call.turns.shape[0] * -(-q.shape[1] // ANCHOR), call)
+    return call
+
+
+def _order(positions: Tensor | None, begin: Tensor | None) -> Tensor | None:
+    """The order of the B*T tokens in which those of a document lie side by side and a continued one
+    begins in column 0, as the kernels want it; None where it is so already. Raises ValueError where
+    positions do not count on."""
+    if positions is None:
+        return None
+    find_documents(positions, torch.zeros_like(positions[:, 0]) if begin is None else begin)
+    if not bool(((positions[:, 1:] > 0) & (positions[:, 1:] != positions[:, :-1] + 1)).any()):
+        return None
+    order = (positions < 0).to(torch.int8).argsort(dim=1, stable=True)  # tokens, then padding
+    batch, time = order.shape
+    row = torch.arange(batch, dtype=torch.int64, device=positions.device)
+    return (order + row[:, None] * time).flatten()
+
+
+def _gathered(order: Tensor, *tensors: Any) -> list[Tensor]:
+    return [x.flatten(0, 1).index_select(0, order).view(x.shape) for x in tensors]
+
+
+def _spread(order: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x).flatten(0, 1).index_copy_(0, order, x.flatten(0, 1)).view(x.shape)
 
 
 def _forward(q, k, v, window, theta, ring_key, ring_value, begin, positions):
+    order = _order(positions, begin)
+    if order is not None:
+        q, k, v, positions = _gathered(order, q, k, v, positions)
     batch, time, heads, key_dim = q.shape
     out = q.new_empty(v.shape)
     new_key = q.new_empty(batch, 2 * window, heads, key_dim)
     new_value = q.new_empty(batch, 2 * window, heads, v.shape[3])
-    new_position = torch.zeros(batch, dtype=torch.int64) if begin is None else begin.clone()
-    job = _inputs(q, k, v, window, theta, ring_key, ring_value, begin, positions)
-    job = (*job, out, new_key, new_value, new_position)
-    attend(batch * -(-time // SEGMENT) * heads, *job)
-    remember(batch * heads, *job)
-    return out, new_key, new_value, new_position
+    new_position = q.new_zeros(batch, dtype=torch.int64) if begin is None else dense(begin).clone()
+    call = _call(q, k, v, window, theta, ring_key, ring_value, begin, positions)
+    attend(batch * -(-time // SEGMENT) * heads, call, out)
+    remember(batch * heads, call, new_key, new_value, new_position)
+    return out if order is None else _spread(order, out), new_key, new_value, new_position
 
 
 @torch.library.custom_op("spectral_window::window_attention", mutates_args=(), device_types="cpu")
@@ -238,12 +275,17 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and of the ring (empty where there is none), given those of the
     output and, unless None, of the new ring."""
-    room = torch.empty if positions is None else torch.zeros  # padding is not written
-    dq, dk, dv = (room(x.shape, dtype=x.dtype) for x in (q, k, v))
+    order = _order(positions, begin)
+    if order is not None:
+        q, k, v, grad, positions = _gathered(order, q, k, v, grad, positions)
+    call = _call(q, k, v, window, theta, ring_key, ring_value, begin, positions)
+    room = q.new_empty if positions is None else q.new_zeros  # padding is not written
+    dq, dk, dv = (room(x.shape) for x in (q, k, v))
     d_key, d_value = (q.new_zeros(0 if x is None else x.shape) for x in (ring_key, ring_value))
-    job = _inputs(q, k, v, window, theta, ring_key, ring_value, begin, positions)
-    given = [x if x is None else x.contiguous() for x in (grad, grad_key, grad_value)]
-    attend_backward(q.shape[0] * q.shape[2], *job, *given, None, dq, dk, dv, d_key, d_value)
+    given = [x if x is None else dense(x) for x in (grad, grad_key, grad_value)]
+    attend_backward(q.shape[0] * q.shape[2], call, *given, dq, dk, dv, d_key, d_value)
+    if order is not None:
+        dq, dk, dv = (_spread(order, x) for x in (dq, dk, dv))
     return dq, dk, dv, d_key, d_value
 
 

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from spectral_window.ops.compiled.addresses import address, optional
 from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
     LANES,
@@ -47,6 +48,7 @@ from spectral_window.ops.compiled.window_rows import (
     blocks_of,
     clear,
     copy_row,
+    expect_parts,
     fetch,
     last_token,
     oldest,
@@ -141,7 +143,27 @@ def through_softmax(weights, d_weights, scale, tile):
     mask(d_weights, tile, ZERO)
 
 
-@kernel
+def _words(parts, call, grad, grad_key, grad_value, dq, dk, dv, d_key, d_value):
+    expect_parts(parts, call.q.shape[0] * call.q.shape[2])
+    if (grad_key is None) != (grad_value is None):
+        raise ValueError("the gradient of one half of a ring (compiled window): pass both")
+    dtype, q, v, keys, values = call.numbers
+    given = address(grad, dtype, v), optional(grad_key, dtype, keys)
+    keys, values = (keys, values) if call.key is not None else (0, 0)
+    return (
+        *call.words(),
+        *given,
+        optional(grad_value, dtype, call.numbers[4]),
+        0,
+        address(dq, dtype, q),
+        address(dk, dtype, q),
+        address(dv, dtype, v),
+        address(d_key, dtype, keys),
+        address(d_value, dtype, values),
+    )
+
+
+@kernel(_words)
 def attend_backward(job):
     """Parts: (row, head)."""
     key_blocks, value_blocks = blocks_of(job[KEY_DIM]), blocks_of(job[VALUE_DIM])

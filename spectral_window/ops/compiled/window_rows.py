@@ -11,11 +11,22 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_window.ops.compiled.addresses import (
+    BFLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT64,
+    dense,
+    optional,
+    settled,
+    strided,
+)
 from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
     LANES,
@@ -132,20 +143,6 @@ def turns_at(job, b, c):
     return job[TURNS] + (turns_row(job, b) * job[TIME] + c) * size if job[TURNS] else 0
 
 
-@kernel
-def find_turns(job):
-    """RoPE's (cos, sin) of all columns. Parts: (row, ANCHOR columns)."""
-    room = np.empty(2 * (job[KEY_DIM] + LANES))
-    runs = (job[TIME] + ANCHOR - 1) // ANCHOR
-    part = take(job)
-    while part >= 0:
-        b, begin = part // runs, part % runs * ANCHOR
-        if turns_row(job, b) == b:
-            end = min(begin + ANCHOR, job[TIME])
-            fill_turns(job, b, begin, end, turns_at(job, b, begin), room)
-        part = take(job)
-
-
 # ---------------------------------------------------------------- rows in and out of the scratch
 
 
@@ -255,36 +252,118 @@ def ring_row(job, which, b, p, h, size):
 # ---------------------------------------------------------------- from Python
 
 
-def arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    theta: float | None,
-    turns: Tensor | None,
-    ring: tuple[Tensor | None, Tensor | None],
-    begin: Tensor | None,
-    positions: Tensor | None,
-) -> tuple[Tensor | np.ndarray | int | None, ...]:
-    """The arguments that all kernels begin with, Q ... RING_VALUE."""
-    words: list[Tensor | np.ndarray | int | None] = []
-    for x in (q, k, v):
-        x = x if x.stride(3) == 1 else x.contiguous()
-        words += [x, *(step * x.itemsize for step in x.stride()[:3])]
-    batch, time, heads, key_dim = q.shape
-    words += [batch, time, heads, key_dim, v.shape[3], window, q.dtype == torch.bfloat16]
-    words += [x if x is None else x.contiguous() for x in (positions, begin)]
-    words += [None if theta is None else _frequencies(key_dim, theta), turns]
-    words += [x if x is None else x.contiguous() for x in ring]
-    return tuple(words)
+class Call(NamedTuple):
+    """What all kernels of the window begin with.
+
+    q, k [B, T, H, K], v [B, T, H, V]; frequency and turns: of RoPE, or None; key, value [B, 2W, H,
+    *]: the ring of the state, or None; begin [B] int64: where a row goes on, only with a ring;
+    positions [B, T] int64, which count on (see `window.check_positions`), or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    window: int
+    frequency: Tensor | None
+    turns: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    begin: Tensor | None
+    positions: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int,
+        theta: float | None,
+        ring: tuple[Tensor | None, Tensor | None],
+        begin: Tensor | None,
+        positions: Tensor | None,
+        *,
+        turns: bool = True,
+    ) -> Call:
+        """From an operator's arguments. `turns`: with memory for RoPE's angles of all columns."""
+        q, k, v = (settled(x if x.stride(3) == 1 else x.contiguous()) for x in (q, k, v))
+        frequency = None if theta is None else _frequencies(q.shape[3], theta)
+        place = None
+        if turns and theta is not None:
+            rows = 1 if positions is None and begin is None else q.shape[0]
+            shape = rows, q.shape[1], padded(q.shape[3])
+            place = torch.empty(shape, dtype=torch.float32, device=q.device)
+        key, value, begin, positions = (
+            x if x is None else dense(x) for x in (*ring, begin, positions)
+        )
+        return cls(q, k, v, window, frequency, place, key, value, begin, positions)
+
+    @property
+    def numbers(self) -> tuple[Any, int, int, int, int]:
+        """(dtype, numbers of q, of v, of the ring's keys, of its values)."""
+        batch, time, heads, key_dim = self.q.shape
+        row, ring, value_dim = time * heads, 2 * self.window * heads, self.v.shape[3]
+        sizes = (row * key_dim, row * value_dim, ring * key_dim, ring * value_dim)
+        return self.q.dtype, *(batch * size for size in sizes)  # type: ignore[return-value]
+
+    def words(self) -> tuple[int, ...]:
+        """Q ... RING_VALUE."""
+        q, k, v, window, frequency, turns, key, value, begin, positions = self
+        batch, time, heads, key_dim = shape = q.shape
+        value_dim, dtype = v.shape[3], q.dtype
+        if dtype is not FLOAT32 and dtype is not BFLOAT16:
+            raise TypeError(f"{dtype} (compiled window): expected float32 or bfloat16")
+        if window < 1 or (key is None) != (value is None) or (key is None) > (begin is None):
+            raise ValueError("a position without keys and values (compiled window): pass all three")
+        rows = 1 if positions is None and begin is None else batch
+        pairs, ring = padded(key_dim), batch * 2 * window * heads
+        return (
+            *strided(q, dtype, shape),
+            *strided(k, dtype, shape),
+            *strided(v, dtype, (batch, time, heads, value_dim)),
+            *(batch, time, heads, key_dim, value_dim, window, dtype is BFLOAT16),
+            optional(positions, INT64, batch * time),
+            optional(begin, INT64, batch),
+            optional(frequency, FLOAT64, 3 * pairs // 2),
+            optional(turns, FLOAT32, rows * time * pairs),
+            optional(key, dtype, ring * key_dim),
+            optional(value, dtype, ring * value_dim),
+        )
+
+
+def expect_parts(parts: int, wanted: int) -> None:
+    if parts != wanted:
+        raise ValueError(f"{parts} parts (compiled window): expected {wanted}")
+
+
+def _turns_words(parts, call):
+    if call.turns is None or call.frequency is None:
+        raise ValueError("no angles (compiled window): nothing to turn by")
+    rows = 1 if call.positions is None and call.begin is None else call.q.shape[0]
+    expect_parts(parts, rows * -(-call.q.shape[1] // ANCHOR))
+    return call.words()
+
+
+@kernel(_turns_words)
+def find_turns(job):
+    """RoPE's (cos, sin) of all columns. Parts: (row, ANCHOR columns)."""
+    room = np.empty(2 * (job[KEY_DIM] + LANES))
+    runs = (job[TIME] + ANCHOR - 1) // ANCHOR
+    part = take(job)
+    while part >= 0:
+        b, begin = part // runs, part % runs * ANCHOR
+        if turns_row(job, b) == b:
+            end = min(begin + ANCHOR, job[TIME])
+            fill_turns(job, b, begin, end, turns_at(job, b, begin), room)
+        part = take(job)
 
 
 @lru_cache
-def _frequencies(key_dim: int, theta: float) -> np.ndarray:
+def _frequencies(key_dim: int, theta: float) -> Tensor:
     """RoPE's frequencies, and cos and sin of one step: [3, K / 2 padded] float64."""
     frequency = np.zeros(padded(key_dim) // 2)
     frequency[: key_dim // 2] = theta ** -(np.arange(0, key_dim, 2) / key_dim)
-    return np.stack((frequency, np.cos(frequency), np.sin(frequency)))
+    return torch.from_numpy(np.stack((frequency, np.cos(frequency), np.sin(frequency))))
 
 
 def padded(size: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_window.ops.compiled.addresses import INT64, address, dense
 from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
     LANES,
@@ -38,13 +39,14 @@ from spectral_window.ops.compiled.window_rows import (
     VALUE_DIM,
     WINDOW,
     ZERO,
+    Call,
     K,
     Q,
     V,
     aligned,
-    arguments,
     blocks_of,
     clear,
+    expect_parts,
     fetch,
     fill_turns,
     oldest,
@@ -121,7 +123,17 @@ def held_row(job, which, b, slot, h, between):
     return row
 
 
-@kernel
+def _words(parts, call, out, new_key, new_value, after, shares):
+    batch, time, heads, _ = call.q.shape
+    if time != 1 or call.begin is None or not 0 < shares <= heads:
+        raise ValueError("no single token with a state (compiled window): see `step`")
+    expect_parts(parts, batch * shares)
+    dtype, _, outs, keys, values = call.numbers
+    new = address(new_key, dtype, keys), address(new_value, dtype, values)
+    return *call.words(), address(out, dtype, outs), *new, address(after, INT64, batch), shares
+
+
+@kernel(_words)
 def attend_once(job):
     """Parts: (row, share of the heads)."""
     window, slots = job[WINDOW], 2 * job[WINDOW]
@@ -196,13 +208,9 @@ def step(
     """`window.attention` for T = 1, without gradients. ring [B, 2W, H, *] and begin [B] are
     the state; positions [B, 1] int64, -1 for a row that has no token."""
     batch, _, heads, _ = q.shape
-    key, value = (x.contiguous() for x in ring)
-    out, new_key, new_value = q.new_empty(v.shape), torch.empty_like(key), torch.empty_like(value)
-    after = begin.clone()
+    call = Call.of(q, k, v, window, theta, ring, begin, positions, turns=False)
+    out, after = q.new_empty(v.shape), dense(begin).clone()
+    new_key, new_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ring)
     shares = min(heads, -(-torch.get_num_threads() // batch))
-    attend_once(
-        batch * shares,
-        *arguments(q, k, v, window, theta, None, (key, value), begin, positions),
-        *(out, new_key, new_value, after, shares),
-    )
+    attend_once(batch * shares, call, out, new_key, new_value, after, shares)
     return out, new_key, new_value, after

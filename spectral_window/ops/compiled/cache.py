@@ -1,0 +1,149 @@
+"""Compiled code on disk: beside the source file, or in numba's cache folder (NUMBA_CACHE_DIR).
+
+Compiling a kernel takes seconds, so numba stores the result. Three things differ from what it does
+by itself. A file is run only if it is the one that was written: it begins with a digest, and what
+is damaged is compiled anew and overwritten. It belongs to the text of every file that the kernel's
+own imports, not of that one alone: what a kernel calls lies in several, and the words of a job mean
+the same in all of them. And no state of the folder is an error, be it full, read-only, damaged or
+missing: the kernel is then compiled for this process.
+
+The logger "spectral_window" tells once, at level INFO, that code is being compiled, and once, at
+level WARNING, that it cannot be stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+import uuid
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.serialize import dumps
+
+_log = logging.getLogger("spectral_window")
+_DIGEST = hashlib.sha256().digest_size
+_IMPORT = re.compile(rb"^from spectral_window\.ops\.compiled\.(\w+) import", re.M)
+_told: set[int] = set()
+
+
+def compile_function(function: Callable[[Any], None], signature: Any) -> Any:
+    """numba's C function of `function`, from the cache or, compiled, into it."""
+    compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
+    try:
+        compiled._cache = _Cache(function)
+    except (OSError, RuntimeError) as error:  # "no locator available": no folder can be written
+        _tell_not_stored(error)
+        _tell_compiling("nowhere")
+    compiled.compile()
+    return compiled
+
+
+class _Cache(FunctionCache):
+    """numba's cache of one function, for which no state of the folder is an error."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        super().__init__(function)
+        source = Path(function.__code__.co_filename)
+        name = self._impl.filename_base
+        self._cache_file = _Store(Path(self._cache_path), name, _fingerprint(source))
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        found = None
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception as error:  # whatever unpickling or linking may raise
+            _log.debug("%s cannot be loaded: %s", self._name, error)
+        if found is None:
+            _tell_compiling(self._cache_path)
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            _tell_not_stored(error)
+
+
+class _Store:
+    """Files of one function, one for every kind of CPU: a fingerprint of the sources, a digest of
+    what follows, and the compiled code."""
+
+    def __init__(self, folder: Path, name: str, fingerprint: bytes) -> None:
+        self.folder, self.name, self.fingerprint = folder, name, fingerprint
+
+    def _path(self, key: Any) -> Path:
+        return (
+            self.folder / f"{self.name}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+        )
+
+    def _header(self, key: Any, data: bytes) -> bytes:
+        return self.fingerprint + hashlib.sha256(repr(key).encode() + data).digest()
+
+    def load(self, key: Any) -> Any:
+        """What was saved under `key`; None where there is nothing, or nothing sound."""
+        try:
+            text = self._path(key).read_bytes()
+        except OSError:
+            return None
+        header, data = text[: 2 * _DIGEST], text[2 * _DIGEST :]
+        return pickle.loads(data) if header == self._header(key, data) else None
+
+    def save(self, key: Any, data: Any) -> None:
+        path, text = self._path(key), dumps(data)
+        draft = path.with_name(f"{path.name}.tmp.{uuid.uuid4().hex[:16]}")
+        try:
+            draft.write_bytes(self._header(key, text) + text)
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+@cache
+def _fingerprint(source: Path) -> bytes:
+    """Of numba, of `source`, and of the files of this folder that it imports, directly or not."""
+    texts: dict[Path, bytes] = {}
+    missing = {source}
+    while missing:
+        path = missing.pop()
+        texts[path] = path.read_bytes()
+        names = re.findall(
+            rb"^from spectral_window\.ops\.compiled\.(\w+) import", texts[path], re.M
+        )
+        missing |= {Path(__file__).with_name(f"{name.decode()}.py") for name in names} - set(texts)
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(texts):
+        digest.update(hashlib.sha256(texts[path]).digest())
+    return digest.digest()
+
+
+def _once(level: int) -> bool:
+    first = level not in _told
+    _told.add(level)
+    return first
+
+
+def _tell_compiling(folder: str) -> None:
+    if _once(logging.INFO):
+        _log.info(
+            "compiling loops for this CPU, up to a minute in all; stored for the next start in %s",
+            folder,
+        )
+
+
+def _tell_not_stored(error: Exception) -> None:
+    if _once(logging.WARNING):
+        _log.warning(
+            "compiled code cannot be stored (%s): every start compiles again for up to a minute; "
+            "set NUMBA_CACHE_DIR to a folder with room that can be written",
+            error,
+        )

@@ -1,0 +1,248 @@
+"""Documents in a graph of fixed shapes: both branches for torch.compile, torch.export and
+torch.jit.trace, where no shape may depend on where a document begins.
+
+Eagerly, tokens move to a grid in which a chunk holds one document; how large that is, positions
+say. Here every row stays as long as it is. Its tokens come first, in order, then its padding, so
+that the tokens of a document lie side by side; and what lies before its head is masked, by `where`
+and never by a factor 0, which would let a NaN pass.
+
+The convolution's state is found by doubling: after k rounds it holds the last 2^k tokens. Five
+rounds go over the tokens of a chunk of 32, the others over chunks. Their number may not depend on a
+length that is known when the graph runs: it is then ROUNDS, enough for 33 million tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_window.ops.modes import Modes, powers, times
+from spectral_window.ops.window_state import WindowState, held_positions
+
+CHUNK = 32
+ROUNDS = 20
+
+
+class Rows(NamedTuple):
+    """Each row's tokens, then its padding.
+
+    order:    [B, T] which column comes next.
+    position: [B, T] of each, -1 for padding.
+    head:     [B, T] where its document begins; 0 too for a document that goes on from a state.
+    tokens:   [B] how many there are.
+    """
+
+    order: Tensor
+    position: Tensor
+    head: Tensor
+    tokens: Tensor
+
+    @property
+    def continues(self) -> Tensor:
+        """[B]: does a row's first document go on from its state?"""
+        return self.position[:, 0] > 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [B, T, ...] in this order, with zeros for padding."""
+        x = x.gather(1, _like(self.order, x).expand_as(x))
+        return torch.where(_like(self.position, x) >= 0, x, 0.0)
+
+    def scatter(self, y: Tensor) -> Tensor:
+        """`gather` undone."""
+        y = torch.where(_like(self.position, y) >= 0, y, 0.0)
+        return torch.zeros_like(y).scatter(1, _like(self.order, y).expand_as(y), y)
+
+
+def tokens_first(positions: Tensor) -> Rows:
+    """The rows of `positions` [B, T] (see `spectral_window.ops`)."""
+    padding = positions < 0
+    order = padding.to(torch.int8).argsort(dim=1, stable=True)
+    position = positions.gather(1, order)
+    index = _count(positions.shape[1], positions)
+    head = torch.where(position == 0, index, 0).cummax(1).values
+    return Rows(order, position, head, (~padding).sum(1))
+
+
+def _count(size: int, like: Tensor) -> Tensor:
+    return torch.arange(size, dtype=torch.int64, device=like.device)
+
+
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    """x [B, N] with as many dimensions as y."""
+    return x.reshape(*x.shape, *[1] * (y.dim() - 2))
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, i]] of x [B, S, ...] and index [B, N]."""
+    return x.gather(1, _like(index, x).expand(*index.shape, *x.shape[2:]))
+
+
+# ---------------------------------------------------------------- the convolutions
+
+
+def _delayed(x: Tensor, by: int) -> Tensor:
+    """x [B, N, ...] moved on by `by`; before it lies anything finite or not."""
+    return x.index_select(1, (_count(x.shape[1], x) - by).clamp(min=0))
+
+
+def convolve(
+    u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`spectral_conv` for checked inputs: u [B, T, D], T > 0, modes [D, M], state [B, D, M, 2]
+    float64. Returns y in u's dtype and the state after each row's last token."""
+    time = u.shape[1]
+    rows = None if positions is None else tokens_first(positions)
+    index = _count(time, u)
+    head = torch.zeros_like(index)[None] if rows is None else rows.head
+    x = (u if rows is None else rows.gather(u)).to(state.dtype)[..., None, None]
+    enters = times(_power(modes, 1), state)  # z h: [B, D, M, 2]
+    if rows is not None:
+        enters = torch.where(rows.continues[:, None, None, None], enters, 0.0)
+    h = F.pad(x.expand(*x.shape[:3], modes.decay.shape[1], 1), (0, 1))
+    h = h + torch.where(_like((index == 0)[None], h), enters[:, None], 0.0)
+
+    begin = index // CHUNK * CHUNK
+    for k in range(CHUNK.bit_length() - 1):
+        seen = index - (1 << k) >= torch.maximum(head, begin)
+        h = h + torch.where(_like(seen, h), times(_power(modes, 1 << k), _delayed(h, 1 << k)), 0.0)
+
+    # what each chunk leaves, and the chunk in which that document begins; one or two more than
+    # there are, so that their number is never 1
+    ends = torch.arange(CHUNK - 1, time + 3 * CHUNK, CHUNK, dtype=torch.int64, device=u.device)
+    chunk, at = ends // CHUNK, ends.clamp(max=time - 1)
+    carry, since = h.index_select(1, at), head.index_select(1, at) // CHUNK
+    rounds = ROUNDS if type(time) is not int else max(-(-time // CHUNK) - 1, 1).bit_length()
+    for k in range(rounds):
+        seen = chunk - (1 << k) >= since
+        before = times(_power(modes, CHUNK << k), _delayed(carry, 1 << k))
+        carry = carry + torch.where(_like(seen, carry), before, 0.0)
+    before = carry.index_select(1, (index // CHUNK - 1).clamp(min=0))
+    decayed = powers(modes, _count(CHUNK, u) + 1).movedim(2, 0)  # z, z^2, ...: [C, D, M, 2]
+    before = times(decayed.index_select(0, index % CHUNK), before)
+    h = h + torch.where(_like((head < begin) & (begin > 0), h), before, 0.0)
+
+    y = h[..., 0] if modes.gain is None else h[..., 0] * modes.gain.to(h.dtype)
+    y = y.sum(-1).to(u.dtype)
+    if rows is None:
+        return y, h[:, -1]
+    last = _pick(h, (rows.tokens - 1).clamp(min=0)[:, None])[:, 0]
+    return rows.scatter(y), torch.where((rows.tokens > 0)[:, None, None, None], last, state)
+
+
+def _power(modes: Modes, steps: int) -> Tensor:
+    """z^steps: [D, M, 2]."""
+    one = modes.decay.new_full((1,), float(steps), dtype=torch.float64)
+    return powers(modes, one)[..., 0, :]
+
+
+def convolve_taps(
+    u: Tensor, weights: Tensor, state: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`tap_conv` for documents: u [B, T, D], weights [D, L], state [B, L - 1, D]."""
+    kept = weights.shape[1] - 1
+    rows = tokens_first(positions)
+    inputs = torch.cat((state, rows.gather(u)), 1)
+    # a document that goes on sees into the state, all others from their head on
+    oldest = torch.where((rows.head == 0) & rows.continues[:, None], -kept, rows.head)
+    index = _count(u.shape[1], u)
+    back = _count(kept + 1, u)
+    seen = index[:, None] - back >= oldest[..., None]  # [B, T, L]
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    windows = inputs.to(dtype).unfold(1, kept + 1, 1).flip(3)  # [B, T, D, L], newest first
+    windows = torch.where(seen[:, :, None], windows, 0.0)
+    y = (windows * weights.to(dtype)).sum(-1).to(u.dtype)
+    last = (rows.tokens - 1).clamp(min=0)[:, None]
+    before = last - _count(kept, u).flip(0)  # the tokens that a state holds, oldest first
+    final = _pick(inputs, before + kept)
+    final = torch.where((before >= oldest.gather(1, last))[..., None], final, 0.0)
+    return rows.scatter(y), torch.where((rows.tokens > 0)[:, None, None], final, state)
+
+
+# ---------------------------------------------------------------- the window
+
+
+class Blocks(NamedTuple):
+    """Queries in blocks of W, each with the last 3W tokens up to its end: query [B, N, W, H, K],
+    key and value [B, N, 3W, H, *], mask [B, N, W, 3W] of what is seen."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+
+
+class Context(NamedTuple):
+    """Rows with what is remembered before them: key, value [B, 2W + T, H, *]; reach [B, T], how
+    many tokens back each query sees."""
+
+    rows: Rows
+    key: Tensor
+    value: Tensor
+    reach: Tensor
+
+
+def remembered(k: Tensor, v: Tensor, window: int, state: WindowState, positions: Tensor) -> Context:
+    """The context of keys and values [B, T, H, *] after `state`."""
+    rows = tokens_first(positions)
+    slots = 2 * window
+    slot = (rows.position[:, :1] - slots + _count(slots, k)) % slots
+    goes_on = rows.continues[:, None, None, None]
+    key, value = (torch.where(goes_on, _pick(x, slot), 0.0) for x in state[:2])
+    position = rows.position.clamp(min=0)
+    reach = position - (position // window - 1).clamp(min=0) * window
+    reach = torch.where(rows.position >= 0, reach, 0)
+    return Context(
+        rows, torch.cat((key, rows.gather(k)), 1), torch.cat((value, rows.gather(v)), 1), reach
+    )
+
+
+def reachable(q: Tensor, context: Context, window: int) -> Blocks:
+    """q [B, T, H, K] and its context in blocks of W queries."""
+    time = q.shape[1]
+    # one or two blocks more than there are, so that their number is never 1
+    start = torch.arange(0, time + 2 * window, window, dtype=torch.int64, device=q.device)
+
+    def blocks(x: Tensor, size: int, end: int) -> Tensor:
+        index = (start[:, None] + _count(size, q)).clamp(max=end - 1)
+        return x.index_select(1, index.flatten()).unflatten(1, (-1, size))
+
+    lag = _count(window, q)[:, None] + 2 * window - _count(3 * window, q)  # [W, 3W]
+    reach = blocks(context.reach, window, time)
+    finite = torch.where(torch.isfinite(context.value), context.value, 0.0)
+    return Blocks(
+        blocks(context.rows.gather(q), window, time),
+        blocks(context.key, 3 * window, time + 2 * window),
+        blocks(finite, 3 * window, time + 2 * window),
+        (lag >= 0) & (lag <= reach[..., None]),
+    )
+
+
+def answered(out: Tensor, context: Context, window: int) -> Tensor:
+    """The outputs [B, N, W, H, V] of the blocks in the order of the call [B, T, H, V]; NaN where a
+    value that is seen is not finite."""
+    time = context.reach.shape[1]
+    spoilt = (~torch.isfinite(context.value)).to(torch.int32).cumsum(1)
+    out = out.flatten(1, 2).index_select(1, _count(time, out))
+    end = _count(time, out) + 2 * window
+    before = end - context.reach - 1
+    since = torch.where(_like(before, spoilt) >= 0, _pick(spoilt, before.clamp(min=0)), 0)
+    seen = spoilt.index_select(1, end) - since
+    return context.rows.scatter(out.masked_fill(seen > 0, torch.nan))
+
+
+def next_state(context: Context, window: int, state: WindowState) -> WindowState:
+    """The state after each row's last token; rows without a token keep theirs."""
+    tokens = context.rows.tokens
+    last = _pick(context.rows.position, (tokens - 1).clamp(min=0)[:, None])[:, 0]
+    after = torch.where(tokens > 0, last + 1, state.position)
+    held = held_positions(after, window)  # [B, 2W], and how far back they lie
+    index = (tokens[:, None] + 2 * window - (after[:, None] - held)).clamp(min=0)
+
+    def renewed(x: Tensor, old: Tensor) -> Tensor:
+        new = torch.where(_like(held, x) >= 0, _pick(x, index), 0.0)
+        return torch.where((tokens > 0)[:, None, None, None], new, old)
+
+    return WindowState(renewed(context.key, state.key), renewed(context.value, state.value), after)
