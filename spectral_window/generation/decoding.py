@@ -71,7 +71,7 @@ class Sampling:
             # The likeliest token always stays; the one that crosses top_p is the last to stay.
             keep = int((mass < self.top_p).sum()) + 1
             mass = mass[:keep]
-        uniform = torch.rand((), generator=generator, dtype=torch.float64)
+        uniform = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
         index = int(torch.searchsorted(mass, uniform * mass[-1], right=True))
         return int(token[min(index, int((probability[: mass.numel()] > 0).sum()) - 1)])
 

@@ -226,7 +226,7 @@ class Session:
 
     def _forward(self, ids: list[int]) -> None:
         """Run `ids` through the model: the state and the logits afterwards."""
-        inputs = torch.tensor([ids], device=self.model.device)
+        inputs = torch.tensor([ids], dtype=torch.int64, device=self.model.device)
         with torch.inference_mode():
             output = self.model(
                 inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1

@@ -228,8 +228,10 @@ class FreeForm(Kernel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        envelope = 2.0 ** (-torch.arange(self.taps) / self.half_life)
-        noise = torch.randn(self.channels, self.taps)
+        home = self.weights.device
+        lag = torch.arange(self.taps, dtype=torch.float32, device=home)
+        envelope = 2.0 ** (-lag / self.half_life)
+        noise = torch.randn(self.channels, self.taps, dtype=torch.float32, device=home)
         _begin_at(self.weights, noise * envelope / envelope.square().sum().sqrt())
 
     def forward(self) -> Taps:
@@ -307,6 +309,7 @@ class ImplicitMLP(Kernel):
 
     def _features(self, t: Tensor) -> Tensor:
         """t [L] -> [L, 1 + 2 * waves]."""
-        octaves = torch.linspace(0, math.log2(self.taps), self.waves, dtype=t.dtype)
+        last = math.log2(self.taps)
+        octaves = torch.linspace(0, last, self.waves, dtype=t.dtype, device="cpu")
         angle = math.pi * t[:, None] * 2.0 ** -octaves.to(t.device)
         return torch.cat((t[:, None] / self.taps, torch.sin(angle), torch.cos(angle)), 1)

@@ -312,7 +312,7 @@ class AttentionMixer(Mixer):
         plain = positions is None
         if positions is None:
             begin = x.new_zeros(batch, dtype=torch.int64) if state is None else self._next(state)
-            positions = begin[:, None] + torch.arange(time, device=x.device)
+            positions = begin[:, None] + torch.arange(time, dtype=torch.int64, device=x.device)
         q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
         if state is not None:
             k, v = torch.cat((state.key, k), 1), torch.cat((state.value, v), 1)
@@ -348,7 +348,7 @@ class AttentionMixer(Mixer):
         past = key_position.shape[1] - positions.shape[1]
         token = key_position >= 0
         begins = (key_position == 0) & (
-            torch.arange(key_position.shape[1], device=token.device) >= past
+            torch.arange(key_position.shape[1], dtype=torch.int64, device=token.device) >= past
         )
         document = begins.cumsum(1)
         query = document[:, past:]
@@ -357,8 +357,10 @@ class AttentionMixer(Mixer):
             & (key_position[:, None] <= positions[..., None])
             & token[:, None]
         )
-        itself = torch.arange(key_position.shape[1], device=token.device) == past + torch.arange(
-            positions.shape[1], device=token.device
+        itself = torch.arange(
+            key_position.shape[1], dtype=torch.int64, device=token.device
+        ) == past + torch.arange(
+            positions.shape[1], dtype=torch.int64, device=token.device
         ).unsqueeze(-1)
         mask = mask | (
             itself & (positions < 0)[..., None]
@@ -393,7 +395,7 @@ def set_methods(
     Raises ValueError for an unknown method.
     """
     methods = {"spectral": spectral, "window": window, "delta": delta}
-    probe = torch.empty(0)
+    probe = torch.empty(0, dtype=torch.float32, device="cpu")
     for op, method in methods.items():
         resolve(op, method, probe)
     for part in module.modules():

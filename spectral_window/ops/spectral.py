@@ -94,6 +94,8 @@ def spectral_conv(
     if cu_seqlens is not None and state is not None:
         begin = torch.ones(u.shape[0], dtype=torch.int64, device=u.device)
     positions = given_positions(positions, cu_seqlens, u, begin)
+    if method == "step" and state is None and positions is not None and readable(positions):
+        _check_documents(positions, known=False)  # nothing goes on from nothing
     if isinstance(kernel, Taps):
         y, final = tap_conv(u, kernel, state, positions, method)
     elif plain and u.numel():
