@@ -503,6 +503,11 @@ def test_a_session_of_another_model_or_no_session_is_refused(model, tmp_path, ru
         assert_one_line(err)
 
 
+def said(errors: bytes) -> list[bytes]:
+    """The lines of stderr, without the one that the first call on a machine adds."""
+    return [line for line in errors.splitlines() if b"compiling loops" not in line]
+
+
 def test_ctrl_c_keeps_the_session_and_exits_130(model, tmp_path, run):
     kept = tmp_path / "s"
     flags = ["--ignore-eos", "-n", 10**8, "--seed", 1, "--save-session", kept]
@@ -511,7 +516,7 @@ def test_ctrl_c_keeps_the_session_and_exits_130(model, tmp_path, run):
     child.send_signal(signal.SIGINT)
     rest, errors = child.communicate()
     assert child.returncode == 130
-    assert errors == b"spectral-window: error: interrupted\n"
+    assert said(errors) == [b"spectral-window: error: interrupted"]
     shown = (head + rest).decode()
     # It goes on from the very token at which it was stopped.
     code, more, _ = run("generate", model, "-n", 20, "--ignore-eos", "--session", kept)
@@ -525,7 +530,7 @@ def test_a_closed_pipe_ends_it_quietly(model):
     assert child.stdout.read(5)
     child.stdout.close()
     assert child.wait() == 141
-    assert child.stderr.read() == b""
+    assert not said(child.stderr.read())
     child.stderr.close()
 
 

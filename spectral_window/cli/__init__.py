@@ -18,7 +18,7 @@ import typer
 
 from spectral_window.cli import lab, models  # noqa: F401 - they fill the table
 from spectral_window.cli.app import app
-from spectral_window.commands.failures import PROGRAM, explain, say
+from spectral_window.commands.failures import PROGRAM, explain, say, show_messages
 from spectral_window.errors import UserError
 from spectral_window.training.interrupt import asked, raise_on_signals
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
     _forget_senseless_sizes()
+    show_messages()
     with raise_on_signals():
         try:
             code = _run(arguments)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import re
 import sys
 from difflib import get_close_matches
@@ -70,8 +71,24 @@ def _raised_by_us(error: BaseException) -> bool:
     return module.startswith("spectral_window")
 
 
-def say(line: str) -> None:
+def say(line: str, kind: str = "error: ") -> None:
     """One line on stderr, control characters escaped; nothing where stderr is closed too."""
     safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"{PROGRAM}: error: {safe}", file=sys.stderr, flush=True)
+        print(f"{PROGRAM}: {kind}{safe}", file=sys.stderr, flush=True)
+
+
+class Messages(logging.Handler):
+    """What the library tells its logger, a line each: `spectral-window: compiling ...`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), "" if record.levelno < logging.WARNING else "warning: ")
+
+
+def show_messages() -> None:
+    """Show the library's messages on stderr, from now on."""
+    logger = logging.getLogger("spectral_window")
+    if not any(isinstance(handler, Messages) for handler in logger.handlers):
+        logger.addHandler(Messages())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -4,6 +4,7 @@ of the folder of compiled code stops a start."""
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import subprocess
 import sys
@@ -163,6 +164,25 @@ def test_damaged_compiled_code_is_compiled_anew_and_replaced(stored, damage):
     assert len(path.read_bytes()) > 1000
     assert path.read_bytes()[:32] == sound[:32]
     test_compiled_code_is_stored_and_loaded_without_a_word(stored)
+
+
+def test_the_command_line_shows_that_code_is_being_compiled(capsys):
+    from spectral_window.commands.failures import show_messages
+
+    log = logging.getLogger("spectral_window")
+    before, log.handlers = log.handlers, []
+    try:
+        show_messages()
+        show_messages()
+        log.info("compiling loops")
+        log.warning("compiled code cannot be stored\x1b")
+    finally:
+        log.handlers, log.propagate = before, True
+        log.setLevel(logging.NOTSET)
+    assert capsys.readouterr().err.splitlines() == [
+        "spectral-window: compiling loops",
+        "spectral-window: warning: compiled code cannot be stored\\x1b",
+    ]
 
 
 def test_a_full_disk_costs_a_line_and_no_start(tmp_path):
