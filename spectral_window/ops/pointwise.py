@@ -27,6 +27,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} (rms_norm): "
             "expected [..., D] and [D]"
         )
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps} (rms_norm): expected a finite number >= 0")
+    if weight.is_floating_point() and _in_one_pass(x, weight):
+        return (_RMSNorm.apply if torch.is_grad_enabled() else _norm)(x, weight, eps)
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise TypeError(
             f"x is {x.dtype}, weight {weight.dtype} (rms_norm): expected floating dtypes"
@@ -35,10 +39,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(
             f"x is on {x.device}, weight on {weight.device} (rms_norm): move them together"
         )
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps is {eps} (rms_norm): expected a finite number >= 0")
-    if _in_one_pass(x, weight):
-        return (_RMSNorm.apply if torch.is_grad_enabled() else _norm)(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
