@@ -214,7 +214,7 @@ class SWHModel(SWHPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             slots = open_cache(past_key_values, self.config, x)
-        elif segment < length:
+        elif segment is not None:
             slots = [SWHCacheLayer() for _ in layers]
 
         start, seen = (slots[0].start, slots[0].seen) if slots else (None, 0)
@@ -228,10 +228,12 @@ class SWHModel(SWHPreTrainedModel):
             documents=read_documents(kwargs, tokens, seen),
         )
         kept: list[Tensor] = []
-        for begin in range(0, max(length, 1), segment):
+        # (a range over a length that only the exported graph knows would fix it)
+        for begin in (0,) if segment is None else range(0, length, segment):
+            part = slice(begin, None if segment is None else begin + segment)
             if begin:
-                x = self._embed(tokens[:, begin : begin + segment])
-            at = None if positions is None else positions[:, begin : begin + segment]
+                x = self._embed(tokens[:, part])
+            at = None if positions is None else positions[:, part]
             start = next_start(at, start, seen + begin, x.shape[1])
             for index, layer in enumerate(layers):
                 if slots is None:
@@ -260,18 +262,19 @@ class SWHModel(SWHPreTrainedModel):
             )
         return [cast(SWHLayer, layer) for layer in self.layers[:count]]
 
-    def _segment(self, tokens: Tensor, wishes: dict[str, Any]) -> int:
-        """How many tokens of a row go through all layers at once (see the module's docstring)."""
+    def _segment(self, tokens: Tensor, wishes: dict[str, Any]) -> int | None:
+        """How many tokens of a row go through all layers at once (see the module's docstring);
+        None for all."""
         length = tokens.shape[1]
         hidden_states = wishes.get("output_hidden_states", self.config.output_hidden_states)
         whole = (
-            length <= SEGMENT
+            torch.compiler.is_compiling()
+            or length <= SEGMENT
             or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
             or bool(hidden_states)  # they are collected a layer at a time
             or not all(cast(SWHLayer, layer).mixer.constant_state for layer in self.layers)
         )
-        return max(length, 1) if whole else SEGMENT
+        return None if whole else SEGMENT
 
 
 class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
