@@ -52,7 +52,11 @@ def test_an_exported_model_takes_any_length_and_needs_no_library_of_ours(name):
     time = Dim("time", min=3)
     with torch.no_grad():
         program = export(
-            model, (tokens(2, 41), TOLD[name](41)), dynamic_shapes=({1: time}, {1: time})
+            model,
+            (tokens(2, 41), TOLD[name](41)),
+            dynamic_shapes=({1: time}, {1: time}),
+            # that chunks of W fill whole tiles holds for any length; the exporter need not prove it
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
         assert not [n for n in program.graph.nodes if "spectral_window" in str(n.target)]
         for length in (41, 7, 150):
