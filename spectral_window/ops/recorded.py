@@ -109,10 +109,10 @@ def convolve(
         seen = index - (1 << k) >= torch.maximum(head, begin)
         h = h + torch.where(_like(seen, h), times(_power(modes, 1 << k), _delayed(h, 1 << k)), 0.0)
 
-    # what each chunk leaves, and the chunk in which that document begins; two more than there are,
-    # so that an exporter sees that their number is never 1
-    chunk = _count((time + CHUNK - 1) // CHUNK + 2, u)
-    at = (chunk * CHUNK + CHUNK - 1).clamp(max=time - 1)
+    # what each chunk leaves, and the chunk in which that document begins; one or two more than
+    # there are, so that their number is never 1
+    ends = torch.arange(CHUNK - 1, time + 3 * CHUNK, CHUNK, dtype=torch.int64, device=u.device)
+    chunk, at = ends // CHUNK, ends.clamp(max=time - 1)
     carry, since = h.index_select(1, at), head.index_select(1, at) // CHUNK
     rounds = ROUNDS if type(time) is not int else max(-(-time // CHUNK) - 1, 1).bit_length()
     for k in range(rounds):
@@ -202,12 +202,12 @@ def remembered(k: Tensor, v: Tensor, window: int, state: WindowState, positions:
 def reachable(q: Tensor, context: Context, window: int) -> Blocks:
     """q [B, T, H, K] and its context in blocks of W queries."""
     time = q.shape[1]
-    # two blocks more than there are, so that an exporter sees that their number is never 1
-    start = _count((time + window - 1) // window + 2, q) * window
+    # one or two blocks more than there are, so that their number is never 1
+    start = torch.arange(0, time + 2 * window, window, dtype=torch.int64, device=q.device)
 
     def blocks(x: Tensor, size: int, end: int) -> Tensor:
         index = (start[:, None] + _count(size, q)).clamp(max=end - 1)
-        return x[:, index]
+        return x.index_select(1, index.flatten()).unflatten(1, (-1, size))
 
     lag = _count(window, q)[:, None] + 2 * window - _count(3 * window, q)  # [W, 3W]
     reach = blocks(context.reach, window, time)
