@@ -1,38 +1,69 @@
-"""Triton's interpreter, which runs kernels on a CPU: `TRITON_INTERPRET=1`, set before the first
-import of triton. It proves numbers at toy sizes; nothing is compiled.
+"""Triton's interpreter, which runs kernels on a CPU, operation by operation: `TRITON_INTERPRET=1`,
+set before the first import of triton. It proves numbers at toy sizes; nothing is compiled.
+
+Three faults of the interpreter of Triton 3.6 are mended by `repair`: it makes loop bounds by
+int(array), which NumPy >= 2.4 refuses for arrays of one element; it multiplies the bits of bfloat16
+as if they were integers; and it rounds to bfloat16 towards zero where a GPU rounds to nearest. And
+it goes many times as fast: it would prepare the whole language anew in every call of a function by
+a kernel, and once a launch is enough.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 
 
 def repair() -> None:
-    """Mend two faults of the interpreter of triton 3.6; does nothing where kernels are compiled.
-
-    A loop to a bound that is computed asks NumPy for int() of an array of one element, which NumPy
-    refuses since 2.4. And every call of a device function replaces all of triton.language again:
-    100 times the work of the function. Once a launch is enough.
-    """
+    """Mend the interpreter, once; does nothing where kernels are compiled."""
     if not triton.knobs.runtime.interpret:
         return
     from triton.runtime import interpreter
 
-    before = interpreter._patch_lang_tensor
-    if getattr(before, "repaired", False):
+    builder, patch_tensor = interpreter.InterpreterBuilder, interpreter._patch_lang_tensor
+    if getattr(patch_tensor, "repaired", False):
         return
+    patch_language, cast, dot = interpreter._patch_lang, builder.cast_impl, builder.create_dot
 
-    def patch(tensor, scope) -> None:
-        before(tensor, scope)
+    def with_bounds(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    def call(function, *args, **kwargs):
-        languages = [x for x in function.fn.__globals__.values() if x is tl or x is tl.core]
-        if any(tl.core.is_builtin(language.arange) for language in languages):
-            interpreter._patch_lang(function.fn)
-        return function.rewrite()(*args, **kwargs)
+    def prepare(function: Any) -> Any:
+        """Once a launch, for kernels and for Triton's own functions."""
+        scope = patch_language(function)
+        interpreter._patch_builtin(tl.core, interpreter.interpreter_builder, scope)
+        interpreter._patch_lang_core(tl.core, scope)
+        return scope
 
-    patch.repaired = True  # type: ignore[attr-defined]
-    interpreter._patch_lang_tensor = patch
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        return self.rewrite()(*arguments, **options)
+
+    def cast_rounded(self: Any, x: Any, to: Any) -> Any:
+        if x.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(x.data)).to(torch.bfloat16)
+            bits = rounded.view(torch.int16).numpy().view(np.uint16)
+            return interpreter.TensorHandle(bits, tl.bfloat16)
+        if x.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32:
+            return widened(x)
+        return cast(self, x, to)
+
+    def widened(x: Any) -> Any:
+        """bfloat16, held as its bits, in float32."""
+        bits = np.ascontiguousarray(x.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot_widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    with_bounds.repaired = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = with_bounds
+    interpreter._patch_lang = prepare
     interpreter.InterpretedFunction.__call__ = call
+    builder.cast_impl = builder.create_fp_trunc = builder.create_fp_ext = cast_rounded
+    builder.create_dot = dot_widened

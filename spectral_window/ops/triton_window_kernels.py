@@ -24,6 +24,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spectral_window.ops import triton_interpreter
+
+triton_interpreter.repair()
+
 # mypy: ignore-errors
 
 # do_not_specialize: no kernel is compiled anew for lengths that 16 divides, or that are 1.

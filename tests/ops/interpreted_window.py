@@ -2,7 +2,7 @@
 toy sizes that still cross tiles, chunks and documents.
 
 Collected by `test_triton_window` in a process of its own; run alone as
-`pytest tests/ops/interpreted_window.py`.
+`TRITON_INTERPRET=1 pytest tests/ops/interpreted_window.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from functools import partial
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
-from tests.contracts.interpreter import InterpreterBuilder  # before any kernel
-
-# isort: split
 from spectral_window.errors import UserError
 from spectral_window.lab.bench.roofline_window import count
 from spectral_window.ops import (

@@ -10,23 +10,19 @@ part has found is written as it goes: a part that fails or is stopped keeps its 
 what failed says why. `dry_run` walks every part at toy sizes on a CPU, where Triton's interpreter
 stands in for the card; it shows the way, and its numbers mean nothing.
 
-Times are of CUDA events around a call, contestants interleaved in an order drawn anew each round;
-ratios are to the first contestant of the same round.
+Times are taken as `on_device` tells.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,15 +31,13 @@ from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
 from spectral_window.lab.bench import gpu_spectral, gpu_window
+from spectral_window.lab.bench.on_device import Row, race
 from spectral_window.lab.bench.race import reason
 from spectral_window.nn.mixers import MIXERS, set_methods
-from spectral_window.ops import triton_interpreter
 from spectral_window.training.machine import environment
 
-Row = dict[str, Any]
 # part -> its share of the time; the function of that name below gives its rows
 PARTS = {"ceilings": 0.08, "spectral": 0.34, "window": 0.34, "train": 0.24}
-ROUNDS = 5
 
 
 def run(
@@ -86,8 +80,6 @@ def _in_child(part: str, path: Path, seconds: float, dry_run: bool) -> str:
 def child(part: str, path: Path, seconds: float, dry_run: bool) -> None:
     """What the process of a part does: write rows as they come, until the time is up."""
     source: Callable[..., Iterator[Row]] = globals()[part]
-    if dry_run:
-        triton_interpreter.repair()
     device = "cpu" if dry_run else "cuda"
     torch.set_float32_matmul_precision("highest")
     about = {"part": part, "dry_run": dry_run, "environment": environment(device, asked="highest")}
@@ -104,65 +96,6 @@ def child(part: str, path: Path, seconds: float, dry_run: bool) -> None:
             return
 
 
-# ---------------------------------------------------------------------------------- measuring
-
-
-def timed(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one call, the mean of `repeats` in a row."""
-    if device.type == "cpu":
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - begin) / repeats
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / repeats
-
-
-def race(
-    lineup: Mapping[str, Callable[[], object]],
-    device: torch.device,
-    *,
-    rounds: int = ROUNDS,
-    repeats: int = 1,
-    **tags: Any,
-) -> list[Row]:
-    """A row for each contestant: `tags`, contestant, status, milliseconds and ratio to the first
-    (medians over the rounds, with the lowest and highest)."""
-    failed: dict[str, str] = {}
-    for name, call in lineup.items():
-        try:
-            for _ in range(2):  # compiles, loads, takes memory
-                timed(call, device)
-        except Exception as error:  # whatever it is, the row tells it
-            failed[name] = reason(error)
-    able = [name for name in lineup if name not in failed]
-    spent: list[dict[str, float]] = []
-    draw = random.Random(0)
-    for _ in range(rounds if able else 0):
-        order = list(able)
-        draw.shuffle(order)
-        spent.append({name: timed(lineup[name], device, repeats) for name in order})
-    rows = []
-    for name in lineup:
-        row: Row = {**tags, "contestant": name, "status": failed.get(name, "ok")}
-        if name in able:
-            row |= _spread("milliseconds", [1000 * one[name] for one in spent])
-            if able[0] == next(iter(lineup)):
-                row |= _spread("ratio", [one[name] / one[able[0]] for one in spent])
-        rows.append(row)
-    return rows
-
-
-def _spread(key: str, values: list[float]) -> dict[str, float]:
-    numbers = {key: statistics.median(values), f"{key}_min": min(values), f"{key}_max": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in numbers.items()}
-
-
 # ---------------------------------------------------------------------------------- parts
 
 
@@ -170,7 +103,7 @@ def ceilings(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]
     """What the card reaches: GB/s of a copy (read and written), TFLOP/s of products."""
     x = torch.randn(1 << (10 if quick else 28), device=device)  # 1 GiB
     y = torch.empty_like(x)
-    (row,) = race({"copy": partial(y.copy_, x)}, device)
+    (row,) = race({"copy": partial(y.copy_, x)}, device.type)
     if row["status"] == "ok":
         row["GB_per_s"] = float(f"{2 * x.nbytes / row['milliseconds'] / 1e6:.4g}")
     yield row
@@ -178,7 +111,7 @@ def ceilings(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         name = f"matrix product, {str(dtype).removeprefix('torch.')}"
-        (row,) = race({name: partial(torch.mm, a, b)}, device)
+        (row,) = race({name: partial(torch.mm, a, b)}, device.type)
         if row["status"] == "ok":
             row["TFLOP_per_s"] = float(f"{2 * size**3 / row['milliseconds'] / 1e9:.4g}")
         yield row
@@ -230,7 +163,7 @@ def train(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
                     peaks[name] = torch.cuda.max_memory_allocated() - before
                 except Exception as error:
                     print(f"{name}: {reason(error)}", file=sys.stderr)
-        for row in race(lineup, device, repeats=1 if quick else 2, batch=batch, length=length):
+        for row in race(lineup, device.type, fewest=2 if quick else 5, batch=batch, length=length):
             name = row["contestant"]
             if row["status"] == "ok":
                 rate = 1000 * batch * length / row["milliseconds"]

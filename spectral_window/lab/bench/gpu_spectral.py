@@ -11,21 +11,19 @@ import of triton) `check` and `bench` walk the same steps at toy sizes.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.lab.bench.race import _spread, reason
+from spectral_window.lab.bench.on_device import Call, Row, race
+from spectral_window.lab.bench.race import reason
 from spectral_window.ops import Modes, spectral_conv
 
-Row = dict[str, Any]
 H100 = {"bytes": 3.35e12, "float32": 67e12, "float64": 34e12, "conversions": 132 * 16 * 1.755e9}
 
 
@@ -199,7 +197,7 @@ def _large(elements: int, device: str) -> Row:
     }
 
 
-def check(minutes: float = 1.0, device: str = "cuda") -> list[Row]:
+def check(minutes: float = 1.0, device: str = "cuda") -> Iterator[Row]:
     """A row for each property, `good` or not; none is begun after `minutes`."""
     toy = device == "cpu"
     times = [1, 3] if toy else [1, 65_535, 65_536, 65_537, 1_048_576]
@@ -226,7 +224,7 @@ def check(minutes: float = 1.0, device: str = "cuda") -> list[Row]:
         "same bits": partial(_repeats, small if toy else (4, 2048, 768), 2 if toy else 20, device),
         "beyond 2^31": partial(_large, 12 if toy else 2**31, device),
     }
-    return list(_walk(steps, minutes, device))
+    yield from _walk(steps, minutes, device)
 
 
 def _walk(steps: dict[str, Callable[[], Row]], minutes: float, device: str) -> Iterator[Row]:
@@ -292,22 +290,6 @@ def _calls(
     }
 
 
-def _clocked(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds of one call on the device, the mean of `repeats`."""
-    if device != "cuda":
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - begin) / repeats
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1000 / repeats
-
-
 def _graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
     """`call` as a CUDA graph, without the host's time; itself where that cannot be."""
     if device != "cuda":
@@ -324,43 +306,21 @@ def _graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 def _measure(
-    calls: dict[str, Callable[[], object]], rounds: int, moved: int, device: str, **tags: Any
+    calls: dict[str, Call], rounds: int, moved: int, device: str, **tags: Any
 ) -> list[Row]:
-    """Interleaved: every contestant once a round, in an order drawn anew."""
-    failed: dict[str, str] = {}
-    repeats: dict[str, int] = {}
-    for name, call in list(calls.items()):
-        try:
-            call()
-            first = _clocked(call, 1, device)
-            repeats[name] = max(1, min(50, round(2e-3 / max(first, 1e-6))))
-        except Exception as error:
-            failed[name] = reason(error)
-    draw = random.Random(0)
-    spent: dict[str, list[float]] = {name: [] for name in repeats}
-    for _ in range(rounds):
-        order = list(repeats)
-        draw.shuffle(order)
-        for name in order:
-            spent[name].append(_clocked(calls[name], repeats[name], device))
-    rows = []
-    for name in calls:
-        row: Row = {"section": "spectral bench", **tags, "contestant": name}
-        if name in failed:
-            rows.append(row | {"status": failed[name]})
-            continue
-        ratios = [a / b for a, b in zip(spent[name], spent["device copy"], strict=True)]
-        row |= {"status": "ok", **_spread("milliseconds", [1000 * s for s in spent[name]])}
-        row |= _spread("of_copy", ratios)
-        row["GB_per_second_of_least_bytes"] = round(moved / median(spent[name]) / 1e9, 1)
-        rows.append(row)
+    """`race`, with the rate at which the least bytes would have moved."""
+    about = {"section": "spectral bench", **tags}
+    rows = race(calls, device, seconds=0.0, fewest=rounds, **about)
+    for row in rows:
+        if row["status"] == "ok":
+            row["GB_per_second_of_least_bytes"] = round(moved / row["milliseconds"] / 1e6, 1)
     return rows
 
 
-def bench(minutes: float = 1.0, device: str = "cuda") -> list[Row]:
+def bench(minutes: float = 1.0, device: str = "cuda") -> Iterator[Row]:
     """Rows of every shape, dtype and direction; none is begun after `minutes`."""
     toy = device == "cpu"
-    begin, rows = time.perf_counter(), []
+    begin = time.perf_counter()
     for shape in [(1, 3, 2)] if toy else SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
             for backward in (False, True):
@@ -370,15 +330,14 @@ def bench(minutes: float = 1.0, device: str = "cuda") -> list[Row]:
                     "direction": "both" if backward else "forward",
                 }
                 if time.perf_counter() - begin > 60 * minutes:
-                    rows.append({"section": "spectral bench", **tags, "status": "no time left"})
+                    yield {"section": "spectral bench", **tags, "status": "no time left"}
                     continue
                 try:
-                    rows += _one(shape, dtype, backward, device, tags)
+                    yield from _one(shape, dtype, backward, device, tags)
                 except Exception as error:
-                    rows.append({"section": "spectral bench", **tags, "status": reason(error)})
+                    yield {"section": "spectral bench", **tags, "status": reason(error)}
                 if device == "cuda":
                     torch.cuda.empty_cache()
-    return rows
 
 
 def _one(shape, dtype, backward: bool, device: str, tags: Row) -> list[Row]:

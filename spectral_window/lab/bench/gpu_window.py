@@ -13,26 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectral_window.lab.bench.on_device import Row, race
 from spectral_window.lab.bench.race import reason
 from spectral_window.ops import window_attention
 from spectral_window.ops.rotary import angles
 
 THETA = 10000.0
-Row = dict[str, Any]
 HALVES = (torch.bfloat16, torch.float16)
 # At most this many times the error of rounding the exact result: turned rows, weights and their
 # gradients are rounded before they are multiplied, as in every flash attention.
@@ -73,29 +69,27 @@ def products(how: str) -> Iterator[None]:
 # ---------------------------------------------------------------- check
 
 
-def check(device: str = "cuda", quick: bool = False) -> list[Row]:
+def check(device: str = "cuda", quick: bool = False) -> Iterator[Row]:
     """Rows {part, status: "ok" or why not, ...}."""
-    rows = []
     time_, windows = (40, (4,)) if quick else (4096, (16, 32, 64, 100, 128, 256, 512))
     for dtype in (torch.float32, *HALVES):
         for window in windows:
             about = {"dtype": str(dtype)[6:], "window": window, "length": time_}
-            rows.append(measured("float64", about, _errors, device, dtype, window, time_))
+            yield measured("float64", about, _errors, device, dtype, window, time_)
     about = {"dtype": "float32", "products": "tf32x3"}
-    rows.append(measured("float64", about, _errors_tf32, device, windows[-1], time_))
+    yield measured("float64", about, _errors_tf32, device, windows[-1], time_)
     small = 16 if quick else 64
     for size in (6,) if quick else (32, 80, 128):
         about = {"dtype": "bfloat16", "head size": size}
-        rows.append(measured("float64", about, _errors, device, torch.bfloat16, small, time_, size))
+        yield measured("float64", about, _errors, device, torch.bfloat16, small, time_, size)
     long = 70 if quick else 65_537
-    rows.append(measured("long", {"length": long}, _errors, device, torch.bfloat16, small, long))
-    rows.append(measured("documents and state", {}, _documents, device, quick))
-    rows.append(measured("more than 2^31 elements", {}, _huge, device, quick))
-    rows.append(measured("repeats", {}, _repeats, device, quick))
-    rows.append(measured("causality", {}, _causality, device, quick))
-    rows.append(measured("no waiting", {}, _no_waiting, device, quick))
-    rows.append(measured("torch.compile", {}, _compiled, device, quick))
-    return rows
+    yield measured("long", {"length": long}, _errors, device, torch.bfloat16, small, long)
+    yield measured("documents and state", {}, _documents, device, quick)
+    yield measured("more than 2^31 elements", {}, _huge, device, quick)
+    yield measured("repeats", {}, _repeats, device, quick)
+    yield measured("causality", {}, _causality, device, quick)
+    yield measured("no waiting", {}, _no_waiting, device, quick)
+    yield measured("torch.compile", {}, _compiled, device, quick)
 
 
 def measured(part: str, about: Row, measure: Callable[..., Row], *inputs: Any) -> Row:
@@ -239,11 +233,10 @@ def _compiled(device: str, quick: bool) -> Row:
 # ---------------------------------------------------------------- bench
 
 
-def bench(device: str = "cuda", quick: bool = False, seconds: float = 0.5) -> list[Row]:
+def bench(device: str = "cuda", quick: bool = False, seconds: float = 0.5) -> Iterator[Row]:
     """Rows {shape, window, dtype, pass, contestant, status, milliseconds, ratio to "ours", ...}.
 
     seconds: of rounds in each comparison."""
-    rows: list[Row] = []
     shapes = [(1, 40, 1, 8)] if quick else [(8, 4096, 12, 64), (1, 65_536, 12, 64)]
     for shape in shapes:
         for dtype in (torch.bfloat16, torch.float32):
@@ -251,8 +244,7 @@ def bench(device: str = "cuda", quick: bool = False, seconds: float = 0.5) -> li
                 continue
             for window in (4,) if quick else (128, 32, 64, 256):
                 flex = window in (4, 128) and dtype == torch.bfloat16
-                rows += compare(device, shape, dtype, window, flex, quick, seconds)
-    return rows
+                yield from compare(device, shape, dtype, window, flex, quick, seconds)
 
 
 def compare(
@@ -263,9 +255,9 @@ def compare(
     flex: bool,
     quick: bool,
     seconds: float,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Both passes of all contestants at one size, the first being the measure."""
-    about = {"shape": list(shape), "window": window, "dtype": str(dtype)[6:]}
+    about: Row = {"shape": list(shape), "window": window, "dtype": str(dtype)[6:]}
     *qkv, grad = draw(device, shape, dtype)
     contestants: dict[str, Any] = {
         "ours": lambda q, k, v: _ours(q, k, v, window, "triton"),
@@ -278,20 +270,15 @@ def compare(
         try:
             contestants["FlexAttention"] = _flex(device, shape, dtype, window, quick)
         except Exception as error:
-            rows = [{**about, "contestant": "FlexAttention", "status": reason(error)}]
-        else:
-            rows = []
-    else:
-        rows = []
+            yield {**about, "contestant": "FlexAttention", "status": reason(error)}
     for backward in (False, True):
         calls: dict[str, Callable[[], Any]] = {
             name: partial(_call, name, operator, qkv, grad if backward else None)
             for name, operator in contestants.items()
         }
         calls |= {"copy": _copy(qkv, backward)}
-        part = {**about, "pass": "forward + backward" if backward else "forward"}
-        rows += _race(device, calls, part, seconds, 2 if quick else 50)
-    return rows
+        part: Row = {**about, "pass": "forward + backward" if backward else "forward"}
+        yield from race(calls, device, seconds=seconds, fewest=2 if quick else 5, **part)
 
 
 def _call(name: str, operator: Any, qkv: list[Tensor], grad: Tensor | None) -> None:
@@ -345,69 +332,13 @@ def _flex(
         q, k, v = (x.transpose(1, 2) for x in (turn(q), turn(k), v))
         return flex_attention(q, k, v, block_mask=blocks).transpose(1, 2)
 
-    operator = attend if quick else torch.compile(attend, dynamic=False)
+    operator: Any = attend if quick else torch.compile(attend, dynamic=False)
     q, k, v = draw(device, shape, dtype, 3)
     mine = _ours(q, k, v, window, "triton").double()
     off = relative(operator(q, k, v), mine)
     if off > 0.03:
         raise ValueError(f"wrong: relative difference {off:.1e} from ours")
     return operator
-
-
-def _race(
-    device: str, calls: dict[str, Callable[[], Any]], about: Row, seconds: float, most: int
-) -> list[Row]:
-    """All calls in an order drawn anew each round; ratios to the first within a round."""
-    failed: dict[str, str] = {}
-    repeats = {}
-    for name, call in calls.items():
-        try:
-            call()  # compiles
-            clock(device, call, 1)
-            repeats[name] = max(1, math.ceil(1.0 / max(clock(device, call, 1), 1e-3)))
-        except Exception as error:
-            failed[name] = reason(error)
-    rounds: list[dict[str, float]] = []
-    order, shuffle, begin = list(repeats), random.Random(0), time.perf_counter()
-    while order and len(rounds) < most:
-        if len(rounds) >= 5 and time.perf_counter() - begin > seconds:
-            break
-        shuffle.shuffle(order)
-        rounds.append({name: clock(device, calls[name], repeats[name]) for name in order})
-    first = next(iter(calls))
-    rows = []
-    for name in calls:
-        row: Row = {**about, "contestant": name, "status": failed.get(name, "ok")}
-        if name in repeats:
-            row |= spread("milliseconds", [one[name] for one in rounds])
-            row["rounds"] = len(rounds)
-            if first in repeats:
-                row |= spread("ratio", [one[name] / one[first] for one in rounds])
-        rows.append(row)
-    return rows
-
-
-def clock(device: str, call: Callable[[], Any], repeats: int) -> float:
-    """Milliseconds of one call, the mean of `repeats` that follow each other."""
-    if device == "cpu":
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return 1000 * (time.perf_counter() - begin) / repeats
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        call()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) / repeats
-
-
-def spread(key: str, values: list[float]) -> Row:
-    low, high = np.quantile(values, (0.1, 0.9))
-    numbers = {key: median(values), f"{key}_p10": float(low), f"{key}_p90": float(high)}
-    return {name: float(f"{value:.4g}") for name, value in numbers.items()}
 
 
 def main() -> None:
@@ -419,8 +350,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument("--parts", default="check,bench,tune")
     given = parser.parse_args()
+    parts: dict[str, Callable[..., Iterable[Row]]] = {"check": check, "bench": bench, "tune": tune}
     for part in given.parts.split(","):
-        for row in {"check": check, "bench": bench, "tune": tune}[part](given.device, given.quick):
+        for row in parts[part](given.device, given.quick):
             print(json.dumps(row), flush=True)
 
 

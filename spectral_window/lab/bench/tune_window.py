@@ -11,14 +11,12 @@ from torch import Tensor
 
 from spectral_window.lab.bench.gpu_window import (
     THETA,
-    Row,
-    clock,
     draw,
     gradients,
     measured,
     relative,
-    spread,
 )
+from spectral_window.lab.bench.on_device import Row, clock, spread
 from spectral_window.lab.bench.race import reason
 
 TILES = {
@@ -72,5 +70,5 @@ def _one_kernel(device: str, kernel: str, qkv: list[Tensor], grad: Tensor, windo
         saved = operators.stream_attention(*call)
         run = partial(operators.stream_attention_backward, *call, *saved, grad)
     run()
-    times = [clock(device, run, 5) for _ in range(2 if device == "cpu" else 9)]
+    times = [1000 * clock(run, device, 5) for _ in range(2 if device == "cpu" else 9)]
     return spread("milliseconds", times)
