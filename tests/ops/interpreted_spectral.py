@@ -199,10 +199,10 @@ def test_a_sign_that_is_put_off_is_seen():
 
 
 def test_the_commands_for_a_gpu_walk_every_step_on_a_cpu():
-    checked = gpu_spectral.check(5, "cpu")
+    checked = list(gpu_spectral.check(5, "cpu"))
     assert len(checked) >= 10
     assert [row for row in checked if row["good"] is not True] == []
-    timed = gpu_spectral.bench(5, "cpu") + gpu_spectral.sweep(5, "cpu")
+    timed = [*gpu_spectral.bench(5, "cpu"), *gpu_spectral.sweep(5, "cpu")]
     assert [row for row in timed if row["status"] != "ok"] == []
     assert {row["contestant"] for row in timed} >= {"device copy", "triton", "fft as published"}
 
@@ -212,7 +212,8 @@ def test_a_step_that_fails_has_a_row_and_the_next_one_runs(monkeypatch):
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(gpu_spectral, "spectral_conv", fail)
-    rows = gpu_spectral.check(5, "cpu")
+    rows = list(gpu_spectral.check(5, "cpu"))
+    assert rows
     assert all(row["good"] is False and "no kernel image" in row["why"] for row in rows)
     assert all("no time left" in row["why"] for row in gpu_spectral.check(0, "cpu"))
 
