@@ -6,6 +6,11 @@ OMP_NUM_THREADS is the number of threads of every test (1 where it is not set).
 from __future__ import annotations
 
 import os
+import signal
+
+# A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
