@@ -379,8 +379,8 @@ class Session:
                 if list(tensor.shape) != shape or tensor.dtype != like.dtype:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
                 if name.endswith(".position"):  # of one text without padding
-                    expected = torch.arange(seen) if tensor.dim() == 2 else torch.tensor(seen)
-                    if not bool((tensor == expected).all()):
+                    counting = torch.arange(seen, dtype=torch.int64, device=tensor.device)
+                    if not bool((tensor == (counting if tensor.dim() == 2 else seen)).all()):
                         raise ValueError(f"{name} is not what {seen} tokens leave")
                 elif not bool(tensor.isfinite().all()):
                     raise ValueError(f"{name} is not finite")

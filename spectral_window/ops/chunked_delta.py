@@ -45,7 +45,9 @@ def chunked(
     if positions is None:
         return _rows(inputs, state)
     rows = positions.shape[0]
-    any_position = torch.full((rows,), -1, device=state.device) if known else None
+    any_position = (
+        torch.full((rows,), -1, dtype=torch.int64, device=state.device) if known else None
+    )
     return _documents(inputs, state, find_documents(positions, any_position))
 
 
@@ -79,10 +81,13 @@ def _documents(inputs: Sequence[Tensor], state: Tensor, docs: Documents) -> tupl
     chunks = -(-length // size)
     order = chunks.argsort(descending=True)  # documents by rank
     rank = order.argsort()
-    bounds = torch.arange(int(chunks.max()), device=chunks.device)
+    bounds = torch.arange(int(chunks.max()), dtype=torch.int64, device=chunks.device)
     count = (chunks > bounds[:, None]).sum(1)  # documents that have an n-th chunk
     begin = count.cumsum(0) - count
-    place = torch.arange(len(docs.token), device=rank.device) - docs.head[docs.document]
+    place = (
+        torch.arange(len(docs.token), dtype=torch.int64, device=rank.device)
+        - docs.head[docs.document]
+    )
     slot = (begin[place // size] + rank[docs.document]) * size + place % size
     counts = count.tolist()
     total = sum(counts)

@@ -177,7 +177,9 @@ def _reference(
     if positions is None:
         return reference.delta(*exact, state=state)
     batch, time = positions.shape
-    any_position = torch.full((batch,), -1, device=positions.device) if known else None
+    any_position = (
+        torch.full((batch,), -1, dtype=torch.int64, device=positions.device) if known else None
+    )
     docs = find_documents(positions, any_position)
     flat = [x.flatten(0, 1) for x in exact]
     out, final = torch.zeros_like(flat[2]), list(state.unbind(0))

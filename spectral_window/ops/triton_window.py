@@ -68,12 +68,12 @@ def attention(
     if begin is None:
         begin = torch.zeros(batch, dtype=torch.int64, device=device)
     if positions is None:
-        positions = begin[:, None] + torch.arange(time, device=device)
+        positions = begin[:, None] + torch.arange(time, dtype=torch.int64, device=device)
     elif device.type == "cpu":
         find_documents(positions, begin)  # raises for positions that do not count on
     keys, values = k, v
     if ring is not None:
-        before = begin[:, None] + torch.arange(-2 * window, 0, device=device)
+        before = begin[:, None] + torch.arange(-2 * window, 0, dtype=torch.int64, device=device)
         slot = before.remainder(2 * window)[..., None, None]
         remembered = ring[0].take_along_dim(slot, 1)
         if theta is not None:  # the kernel turns all keys alike
@@ -90,7 +90,7 @@ def attention(
 def _find_stream(positions: Tensor, window: int, prefix: int) -> _Stream:
     token = positions >= 0
     count = token.sum(1)
-    place = torch.arange(positions.shape[1], device=positions.device)
+    place = torch.arange(positions.shape[1], dtype=torch.int64, device=positions.device)
     target = torch.where(token, token.cumsum(1) - 1, count[:, None] + (~token).cumsum(1) - 1)
     order = torch.empty_like(target).scatter_(1, target, place.expand_as(target))
     position = positions.gather(1, order)
@@ -159,7 +159,9 @@ def _forget(ctx, d_key, d_value):
             return None
         d = d.roll(-(oldest % slots), 1)[:, : time - oldest]
         if turned:
-            d = rotate(d, -torch.arange(oldest, time, device=ctx.device), ctx.theta)
+            d = rotate(
+                d, -torch.arange(oldest, time, dtype=torch.int64, device=ctx.device), ctx.theta
+            )
         return F.pad(d, (0, 0, 0, 0, oldest, 0))
 
     return tokens(d_key, ctx.theta is not None), tokens(d_value, False), None, None
@@ -186,7 +188,7 @@ def _next_state(
     slots = 2 * window
     alive = stream.tokens > 0
     position = torch.where(alive, stream.last + 1, begin)
-    slot = torch.arange(slots, device=k.device)
+    slot = torch.arange(slots, dtype=torch.int64, device=k.device)
     held = position[:, None] - 1 - (position[:, None] - 1 - slot) % slots
     live = held >= (position // window - 1).clamp(min=0)[:, None] * window
     index = stream.tokens[:, None] - (position[:, None] - held)  # among this call's tokens

@@ -239,7 +239,7 @@ def stream_products(
     derivatives. In at least float32; a block of queries against the keys in reach at a time."""
     time, prefix = q.shape[1], k.shape[1] - q.shape[1]
     exact = torch.promote_types(q.dtype, torch.float32)
-    place = torch.arange(k.shape[1], device=q.device)
+    place = torch.arange(k.shape[1], dtype=torch.int64, device=q.device)
     if low is None or order is None:
         low, order = ((place // window - 1).clamp(min=0) * window)[None], place[None]
     order = order.long().expand(q.shape[0], -1)

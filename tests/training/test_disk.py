@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from spectral_window import files
 from spectral_window.errors import ResourceError
 from spectral_window.training import checkpoints, train
 from spectral_window.training.loop import RecipeTrainer
+from tests.processes import python
 from tests.training.runs import assert_same_run
 
 BLOCK = 4096
@@ -171,7 +171,7 @@ def test_a_folder_removed_and_made_again_by_another_is_not_written_to(recipe, co
 @pytest.fixture(scope="module")
 def dead() -> int:
     """The number of a process that has ended."""
-    child = subprocess.Popen([sys.executable, "-c", ""])
+    child = python("-c", "")
     child.wait()
     return child.pid
 

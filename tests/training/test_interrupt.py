@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 
@@ -54,8 +55,7 @@ def test_the_command_saves_says_one_line_and_exits_with_the_signals_code(text_fi
     assert name in sent
     folder, _ = checkpoints.newest(out / "checkpoints")
     last = said.strip().splitlines()[-1]
-    assert (
-        last
-        == f"spectral-window: error: {name}: checkpoint saved ({folder}): continue with --resume"
-    )
+    again = shlex.join(["spectral-window", "train", "--resume", *words[1:]])
+    saved = f"spectral-window: error: {name}: checkpoint saved ({folder})"
+    assert last == f"{saved}: continue with: {again}"
     assert "Traceback" not in said
