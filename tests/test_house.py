@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,11 @@ def test_no_test_depends_on_the_clock_or_leaves_a_process(path):
         assert name.removeprefix("time.").removesuffix("_ns") not in CLOCKS, call.lineno
         assert name.split(".")[-1] != "Popen", call.lineno
         assert not any(keyword.arg == "timeout" for keyword in call.keywords), call.lineno
+
+
+def test_every_test_named_in_the_table_of_faults_exists():
+    tests = Path(__file__).parent
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (tests / "FAULTS.md").read_text())
+    assert len(named) > 50
+    missing = [f"{f}::{name}" for f, name in named if f"def {name}(" not in (tests / f).read_text()]
+    assert not missing

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectral_window.cli import main
-from spectral_window.errors import IntegrityError, UserError
+from spectral_window.errors import DivergedError, IntegrityError, UserError
 from spectral_window.training import Interrupted, train
 from spectral_window.training.initial import Initial
 from spectral_window.training.loading import load
@@ -215,3 +215,11 @@ def test_the_command_that_a_signal_tells_goes_on(text_file, tmp_path, uninterrup
     assert said.startswith("SIGINT: checkpoint saved")
     assert main(shlex.split(command)[1:]) == 0
     assert json.loads((out / "result.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e39, 1e308])
+def test_a_rate_that_overflows_the_weights_is_exit_4_and_names_it(recipe, corpus, tmp_path, lr):
+    """The step itself overflows silently; an operator then refused the weights as bad input."""
+    with pytest.raises(DivergedError, match=f"{lr:g}".replace("+", "[+]")) as caught:
+        train(recipe.replace(lr=lr, warmup_steps=0), tmp_path / "run", corpus=corpus)
+    assert caught.value.exit_code == 4

@@ -40,6 +40,26 @@ def test_the_handlers_of_before_are_put_back():
     assert [signal.getsignal(signum) for signum in module.SIGNALS] == before
 
 
+def test_a_second_process_in_a_runs_folder_is_refused_and_the_first_goes_on(text_file, tmp_path):
+    out = tmp_path / "run"
+    knobs = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=100000", "log_every=1"]
+    words = ["-m", "spectral_window", "train", "tiny", *knobs]
+    words += ["--data", str(text_file), "--out", str(out)]
+    metrics = out / "metrics.jsonl"
+    first = python(*words, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: metrics.exists() and '"step": 3,' in metrics.read_text(), first)
+    for how in ([], ["--resume"], ["--overwrite"]):
+        second = python(*words, *how, stderr=subprocess.PIPE, text=True)
+        _, said = second.communicate()
+        assert second.returncode == 2
+        assert said.strip().splitlines()[-1].startswith("spectral-window: error: ")
+    size = metrics.stat().st_size
+    wait_until(lambda: metrics.stat().st_size > size, first)
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
+    assert first.returncode == 143
+
+
 @pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGINT"], ["SIGINT", "SIGTERM"]])
 def test_the_command_saves_says_one_line_and_exits_with_the_signals_code(text_file, tmp_path, sent):
     out = tmp_path / "run"
