@@ -80,6 +80,6 @@ class Initial:
     def config_for(self, recipe: Recipe) -> SWHConfig:
         """The model's config, trained at the recipe's length."""
         config = copy.deepcopy(self.config)
-        config.max_position_embeddings = max(config.max_position_embeddings, recipe.sequence_length)
+        config.training_length = max(config.training_length, recipe.sequence_length)
         config.dtype = None  # it trains in float32, whatever it was saved in
         return config

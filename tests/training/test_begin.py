@@ -48,6 +48,7 @@ def test_a_run_from_a_model_begins_with_its_weights_tokenizer_and_architecture(
     assert_equal(weights(out / "model"), source)  # at a rate of nothing nothing moves
     loaded, record = load(out), json.loads((out / "config.json").read_text())
     assert (loaded.model.config.hidden_size, loaded.model.config.window) == (16, 4)
+    assert loaded.model.config.training_length == max(16, tuning.sequence_length)
     assert loaded.tokenizer.get_vocab() == load(uninterrupted).tokenizer.get_vocab()
     assert record["init"]["model"] == str(uninterrupted / "model")
     assert record["init"]["sha256"] == Initial.read(uninterrupted).sha256
