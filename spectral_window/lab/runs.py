@@ -18,7 +18,11 @@ from typing import Any
 
 import numpy as np
 
-MIXER_LABELS = {"spectral_window": "SWH", "attention": "Transformer"}
+MIXER_LABELS = {
+    "spectral_window": "SWH",
+    "attention": "Transformer",
+    "memory": "SWH with memory",
+}
 
 
 @dataclass(frozen=True)
