@@ -35,7 +35,8 @@ def test_rows_equal_the_exact_product_in_float32(size, shape, threads):
     for y, w, b in zip(found, weights, biases, strict=True):
         exact = x.double() @ w.double().T + (0 if b is None else b.double())
         assert y.shape == exact.shape
-        assert relative(y, exact) < 5e-7
+        # a sum of 768 in the four lanes of a processor without AVX errs by 7e-7 of one number
+        assert relative(y, exact) < 2e-6
 
 
 @pytest.mark.parametrize("native", [True, False])
