@@ -34,7 +34,7 @@ def test_commands_name_real_recipes_and_knobs():
     assert trained
     for words in trained:
         assert words[2] in RECIPES
-    knobs = re.search(r"every knob is a `key=value`: `([^`]+)`", README)
+    knobs = re.search(r"every setting is a `key=value`:\s+`([^`]+)`", README)
     assert knobs
     resolve("small", knobs.group(1).split())
 
