@@ -33,7 +33,7 @@ lint: setup
 test: lint
 	$(PYTEST)
 
-# The whole suite as on other machines, 15 minutes each; some of them:
+# The whole suite as on other machines, up to half an hour each; some of them:
 #     make test-machines MACHINES="threads-4 load"
 # numba, onednn, aten   each compiler or library limited to AVX2; avx2: all three
 # threads-1, threads-4  the threads of every test and its children
