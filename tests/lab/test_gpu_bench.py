@@ -1,0 +1,54 @@
+"""`bench --device cuda`: its own parts walked at toy size, and what it refuses.
+
+The operators' parts are walked in `tests/ops/interpreted_*.py` and `tests/ops/test_triton_*.py`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from spectral_window.cli import main
+from spectral_window.lab.bench import gpu
+
+
+def test_ceilings_and_training_steps_are_walked_and_kept(tmp_path):
+    words = ["ceilings", "train", "--device", "cuda", "--dry-run", "--minutes", "600"]
+    assert main(["bench", *words, "--out", str(tmp_path)]) == 0
+    for part, least in (("ceilings", 3), ("train", 4)):
+        kept = json.loads((tmp_path / f"{part}.json").read_text())
+        assert kept["dry_run"] is True
+        assert len(kept["rows"]) >= least
+        assert all(row["status"] == "ok" for row in kept["rows"])
+
+
+def test_a_part_that_runs_out_of_time_keeps_its_rows_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 3600.0)  # a busy machine starts slowly
+    said: list[str] = []
+    unfinished = gpu.run(tmp_path, minutes=1e-6, parts=["ceilings"], dry_run=True, say=said.append)
+    assert len(unfinished) == 1
+    assert "out of time" in unfinished[0]
+    rows = json.loads((tmp_path / "ceilings.json").read_text())["rows"]
+    assert rows[0]["contestant"] == "copy"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--device", "cuda"], "--out is missing"),
+        (["--device", "tpu", "--out", "x"], "unknown device 'tpu'"),
+        (["prefill", "--device", "cuda", "--out", "x"], "unknown bench on a GPU 'prefill'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(words, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_it_points_to_the_dry_run(capsys, tmp_path):
+    assert main(["bench", "--device", "cuda", "--out", str(tmp_path / "x")]) == 2
+    assert "--dry-run" in capsys.readouterr().err
