@@ -1,7 +1,8 @@
 """Errors that a user can act on: one line, what (where): what to do.
 
-Every error of this kind is a `ValueError`, so a library caller catches what Python users expect,
-and carries the exit code that the command line returns for it.
+All are `SpectralWindowError`s and stand beside one another, each with the exit code that the command
+line returns for it. What Python users expect for bad arguments is kept: a `UserError` is a
+`ValueError`, and a `UserTypeError` also a `TypeError`. Any other exception is a bug of ours.
 """
 
 from __future__ import annotations
@@ -10,31 +11,42 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
+class SpectralWindowError(Exception):
+    """What all errors of this package have in common; raised are its kinds."""
+
+    exit_code = 1
+
+
+class UserError(SpectralWindowError, ValueError):
     """Bad usage or bad input (exit code 2)."""
 
     exit_code = 2
 
 
-class IntegrityError(UserError):
-    """A file is missing, corrupt or belongs to something else (exit code 3)."""
+class UserTypeError(UserError, TypeError):
+    """Bad input, of a type or dtype that cannot be taken (exit code 2)."""
+
+
+class IntegrityError(SpectralWindowError, ValueError):
+    """A file is missing, corrupt or belongs to something else (exit code 3). A ValueError, as
+    other libraries' errors for a damaged file are."""
 
     exit_code = 3
 
 
-class DivergedError(UserError):
+class DivergedError(SpectralWindowError, ArithmeticError):
     """Training met a number that is not finite (exit code 4)."""
 
     exit_code = 4
 
 
-class ResourceError(UserError):
+class ResourceError(SpectralWindowError):
     """Disk, memory or device ran out (exit code 5)."""
 
     exit_code = 5
 
 
-class NetworkError(UserError):
+class NetworkError(SpectralWindowError):
     """A remote source did not answer (exit code 6)."""
 
     exit_code = 6

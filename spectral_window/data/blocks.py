@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from spectral_window.data.arrays import FileArray, SortedFileArray
-from spectral_window.errors import UserError
+from spectral_window.errors import UserError, UserTypeError
 
 IGNORED = -100  # the label that no loss counts
 ROUNDS = 8
@@ -141,7 +141,7 @@ class ShuffledBlocks(Sampler[int]):
 
     def __len__(self) -> int:
         if self.epochs is None:
-            raise TypeError("an endless order has no length")
+            raise UserTypeError("an endless order has no length")
         return len(range(self.start + self.rank, self.epochs * self.count, self.world))
 
     def __iter__(self) -> Iterator[int]:

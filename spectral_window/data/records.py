@@ -131,7 +131,7 @@ def json_rows(path: str) -> Iterator[Row]:
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError("the same key twice")
+        raise UserError("the same key twice")
     return record
 
 

@@ -30,7 +30,7 @@ from spectral_window.data.blocks import TokenStream
 from spectral_window.data.formats import ReadReport
 from spectral_window.data.holdout import Part
 from spectral_window.data.tokenizers import HFTokenizer, plain_text, vocabulary_size
-from spectral_window.errors import ResourceError, UserError
+from spectral_window.errors import ResourceError, UserError, UserTypeError
 
 FORMAT, SCHEMA = "spectral-window tokens", 1
 INDEX = "corpus.json"
@@ -269,7 +269,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
         files = _check_files(folder, index)
         dtype, vocab_size, separator = (index[k] for k in ("dtype", "vocab_size", "separator"))
         if not 0 <= separator < vocab_size:
-            raise TypeError(f"separator {separator} of {vocab_size} ids")
+            raise UserTypeError(f"separator {separator} of {vocab_size} ids")
         if dtype == "uint16" and vocab_size > 1 << 16:
             raise broken(folder / INDEX, f"uint16 cannot hold {vocab_size} ids")
         for split in SPLITS:
@@ -279,7 +279,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
             files |= {tokens_file: tokens.sha256, documents_file: documents.sha256}
             counts = {kind: index["splits"][split][kind] for kind in COUNTS}
             if not all(type(count) is int and count > 0 for count in counts.values()):
-                raise TypeError(f"{split}: {counts}")
+                raise UserTypeError(f"{split}: {counts}")
             if (len(tokens), len(documents)) != (counts["tokens"], counts["documents"]):
                 raise broken(folder / tokens_file, f"not {counts['tokens']} tokens")
             if tokens.largest >= vocab_size:
@@ -305,7 +305,7 @@ def _check_files(folder: Path, index: dict[str, Any]) -> dict[str, str | None]:
     files: dict[str, str | None] = {}
     for name, entry in {**dict.fromkeys(CONTENT), **index["files"]}.items():
         if name not in CONTENT and not TOKENIZER_FILE.fullmatch(name):
-            raise ValueError(f"a file {name!r}")
+            raise UserError(f"a file {name!r}")
         size = (folder / name).stat().st_size
         if size != entry["size"]:
             raise broken(folder / name, f"{size} bytes instead of {entry['size']}")

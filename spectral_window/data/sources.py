@@ -44,7 +44,7 @@ from spectral_window.data.formats import (
 )
 from spectral_window.data.kinds import IN_FOLDERS, RECORDS, kind_in_folder, kind_of, split_suffix
 from spectral_window.data.records import parquet_rows, rows_of, texts_of
-from spectral_window.errors import IntegrityError, UserError
+from spectral_window.errors import IntegrityError, UserError, UserTypeError
 
 PIECE = 1 << 16  # characters; a first piece also identifies its document when text is held out
 # Left out of `stdlib`: tests, tables of code points, old copies, packages of others.
@@ -87,7 +87,7 @@ def find_sources(specs: Iterable[str], notes: list[str] | None = None) -> list[S
     read, or no regular file (a pipe, a device).
     """
     if isinstance(specs, (str, os.PathLike)):
-        raise TypeError(f"sources is {specs!r}: pass a list of strings")
+        raise UserTypeError(f"sources is {specs!r}: pass a list of strings")
     notes = [] if notes is None else notes
     found: dict[str, Source] = {}
     twice: list[str] = []

@@ -357,12 +357,12 @@ class Session:
         right["held"] = len(self.held) < MAX_STOP_LENGTH
         wrong = [name for name, good in right.items() if not good]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} cannot be")
+            raise UserError(f"{', '.join(wrong)} cannot be")
 
     def _restore(self, tensors: dict[str, Tensor], seen: int) -> None:
         """Fill the layers' states; KeyError or ValueError for a missing or misshapen tensor."""
         if seen < 0:
-            raise ValueError(f"state_seen is {seen}")
+            raise UserError(f"state_seen is {seen}")
         if not seen:
             return
         model, config = self.model.model, self.model.config
@@ -377,13 +377,13 @@ class Session:
                 tensor = tensors[name]
                 shape = [size or kept for size in like.shape]
                 if list(tensor.shape) != shape or tensor.dtype != like.dtype:
-                    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+                    raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
                 if name.endswith(".position"):  # of one text without padding
                     counting = torch.arange(seen, dtype=torch.int64, device=tensor.device)
                     if not bool((tensor == (counting if tensor.dim() == 2 else seen)).all()):
-                        raise ValueError(f"{name} is not what {seen} tokens leave")
+                        raise UserError(f"{name} is not what {seen} tokens leave")
                 elif not bool(tensor.isfinite().all()):
-                    raise ValueError(f"{name} is not finite")
+                    raise UserError(f"{name} is not finite")
                 return tensor.to(like.device)
 
             layer.state, layer.seen = map_state(empty, stored), seen

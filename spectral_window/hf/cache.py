@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.hf.config import STATE_LAYER_TYPE, SWHConfig
 from spectral_window.hf.inputs import next_start
 from spectral_window.nn.mixers import map_state
@@ -115,11 +116,11 @@ class SWHCacheLayer(CacheLayerMixin):
         remove = -tokens_to_remove
         recorded = sum(step.x.shape[1] for step in self._past)
         if remove < 0:
-            raise ValueError(
+            raise UserError(
                 f"crop({tokens_to_remove}) (cache): pass minus the number of tokens to take back"
             )
         if remove > recorded:
-            raise ValueError(
+            raise UserError(
                 f"crop({tokens_to_remove}) (cache): {recorded} tokens can be taken back; "
                 "call cache.activate_past_recording() before the tokens that may be"
             )
@@ -177,10 +178,14 @@ class SWHCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Not for keys and values: the model calls `advance`."""
-        raise TypeError("this cache holds mixer states, not keys and values: for SWH models only")
+        raise UserTypeError(
+            "this cache holds mixer states, not keys and values: for SWH models only"
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise TypeError("this cache holds mixer states, not keys and values: for SWH models only")
+        raise UserTypeError(
+            "this cache holds mixer states, not keys and values: for SWH models only"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a file holds the state, not the model: tokens before it cannot be taken back.
@@ -213,7 +218,7 @@ def open_cache(cache: Cache, config: SWHConfig, x: Tensor) -> list[SWHCacheLayer
     another model, batch, dtype or device, and for one that an exception left half-written.
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
-        raise ValueError(
+        raise UserError(
             f"past_key_values is a {type(cache).__name__} (cache): "
             "pass DynamicCache(config=model.config)"
         )
@@ -222,35 +227,35 @@ def open_cache(cache: Cache, config: SWHConfig, x: Tensor) -> list[SWHCacheLayer
         cache.layer_class_to_replicate = None
     layers = [layer for layer in cache.layers if isinstance(layer, SWHCacheLayer)]
     if not layers and cache.get_seq_length():
-        raise ValueError(
+        raise UserError(
             "past_key_values holds keys and values (cache): this model goes on from states; pass "
             "what it returned, and for an adapter choose prompt tuning instead of prefix tuning"
         )
     if len(layers) != len(cache.layers) or len(layers) != config.num_hidden_layers:
-        raise ValueError(
+        raise UserError(
             f"past_key_values has {len(cache.layers)} layers, {len(layers)} of ours (cache): "
             f"this model needs {config.num_hidden_layers} of its own; "
             "pass DynamicCache(config=model.config)"
         )
     first = layers[0]
     if any(layer.seen != first.seen for layer in layers):
-        raise ValueError(
+        raise UserError(
             "past_key_values is half-written (cache): a forward was interrupted; build it again"
         )
     if not first.is_initialized:
         return layers
     if first.owner != state_identity(config):
-        raise ValueError(
+        raise UserError(
             f"past_key_values was made by a model of {first.owner} (cache): "
             f"this one is {state_identity(config)}; build it with this model"
         )
     if first.batch_size != x.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"past_key_values holds {first.batch_size} rows, the input {x.shape[0]} (cache): "
             "use cache.batch_repeat_interleave or batch_select_indices, or build it again"
         )
     if first.dtype != x.dtype or first.device != x.device:
-        raise ValueError(
+        raise UserError(
             f"past_key_values is {first.dtype} on {first.device} (cache): "
             f"the input is {x.dtype} on {x.device}; build it with the model as it is now"
         )

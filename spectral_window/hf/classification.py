@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from spectral_window.errors import UserError
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.inputs import check_integers, readable
 from spectral_window.hf.keywords import check_keywords
@@ -53,7 +54,7 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is not None and given.dim() > 1:
             if not given.shape[1]:
-                raise ValueError("a text without tokens has no class (model): give at least one")
+                raise UserError("a text without tokens has no class (model): give at least one")
             if labels is not None:
                 self._check_labels(labels, given.shape[0])
         outputs = self.model(
@@ -98,7 +99,7 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
         """Raise `ValueError` for labels that are not one class, or one set of numbers, a row."""
         shapes = {(batch,), (batch, 1), (batch, self.num_labels)}
         if tuple(labels.shape) not in shapes:
-            raise ValueError(
+            raise UserError(
                 f"labels have shape {list(labels.shape)} (model): expected {[batch]}, "
                 f"or {[batch, self.num_labels]} for several classes at once"
             )
@@ -108,7 +109,7 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
             return
         check_integers("labels", labels)
         if bool(((labels < 0) | (labels >= self.num_labels)).logical_and(labels != -100).any()):
-            raise ValueError(
+            raise UserError(
                 f"labels are {int(labels.min())} to {int(labels.max())} (model): there are "
                 f"{self.num_labels} classes, use 0 to {self.num_labels - 1} or set num_labels"
             )

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from spectral_window.errors import UserError, unknown
+from spectral_window.errors import UserError, UserTypeError, unknown
 from spectral_window.hf.limits import check_size
 
 MODEL_TYPE = "swh"
@@ -298,7 +298,7 @@ class SWHConfig(PreTrainedConfig):
 
 def code_stays_here(cls: type) -> TypeError:
     """The answer to `register_for_auto_class`, of the config and of the models."""
-    return TypeError(
+    return UserTypeError(
         f"{cls.__name__} cannot travel in a model's folder (register_for_auto_class): "
         "`import spectral_window` makes it known to the Auto classes"
     )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_window.errors import UserError
 from spectral_window.ops.dispatch import readable
 
 IGNORED_LABEL = -100
@@ -28,9 +29,9 @@ IGNORED_LABEL = -100
 def check_integers(name: str, tensor: Any) -> None:
     """Raise `ValueError` unless `tensor` holds whole numbers."""
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__} (model): pass a tensor of integers")
+        raise UserError(f"{name} is a {type(tensor).__name__} (model): pass a tensor of integers")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{name} are {tensor.dtype} (model): pass integers, torch.int64")
+        raise UserError(f"{name} are {tensor.dtype} (model): pass integers, torch.int64")
 
 
 def as_indices(ids: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def as_indices(ids: Tensor) -> Tensor:
 def check_count_kept(name: str, count: Any) -> None:
     """Raise `ValueError` unless `count` is 0 (all) or a number of last positions."""
     if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < 0:
-        raise ValueError(
+        raise UserError(
             f"{name} is {count!r} (model): use 0 for all, or the number of last positions"
         )
 
@@ -55,7 +56,7 @@ def check_ids(
     check_integers(name, ids)
     if ids.dim() != 2 or (shape is not None and ids.shape != shape):
         want = "[batch, time]" if shape is None else str(list(shape))
-        raise ValueError(f"{name} have shape {list(ids.shape)} (model): expected {want}")
+        raise UserError(f"{name} have shape {list(ids.shape)} (model): expected {want}")
     if not readable(ids):
         return
     wrong = (ids < 0) | (ids >= limit)
@@ -63,7 +64,7 @@ def check_ids(
         wrong &= ids != IGNORED_LABEL
     if wrong.any():
         b, t = torch.nonzero(wrong)[0].tolist()
-        raise ValueError(
+        raise UserError(
             f"{name}[{b}, {t}] is {int(ids[b, t])} (model): "
             f"the vocabulary has {limit} tokens, use 0 to {limit - 1}"
         )
@@ -74,10 +75,10 @@ def check_mask(mask: Tensor, batch: int, past: int, length: int) -> None:
     later: prompt tuning makes ones that are floats)."""
     if not isinstance(mask, Tensor) or mask.is_complex():
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask is {kind} (model): pass a tensor, 1 text, 0 padding")
+        raise UserError(f"attention_mask is {kind} (model): pass a tensor, 1 text, 0 padding")
     if mask.shape != (batch, past + length):
         after = f" ({past} already in the cache and {length} new)" if past else ""
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {list(mask.shape)} (model): expected "
             f"{[batch, past + length]}{after}; packed documents are told by position_ids"
         )
@@ -129,7 +130,7 @@ def resolve_positions(
     if position_ids is not None:
         check_integers("position_ids", position_ids)
         if tuple(position_ids.shape) not in ((1, length), (batch, length)):
-            raise ValueError(
+            raise UserError(
                 f"position_ids have shape {list(position_ids.shape)} (model): "
                 f"expected {[batch, length]}, the new tokens only"
             )
@@ -191,7 +192,7 @@ def _refuse_other_documents(first: Tensor, told: Tensor, valid: Tensor) -> None:
     if wrong.any():
         b, t = torch.nonzero(wrong)[0].tolist()
         has, lacks = ("a document", "position_ids do not") if told[b, t] else ("none", "they do")
-        raise ValueError(
+        raise UserError(
             f"position_ids and the documents given contradict each other at [{b}, {t}] (model): "
             f"{has} begins there, {lacks}; position_ids restart at 0 in each"
         )
@@ -207,7 +208,7 @@ def _refuse_contradictions(
     """
     if attention_mask is not None and bool((attention_mask != 1).any()):
         if bool((attention_mask != 1).logical_and(attention_mask != 0).any()):
-            raise ValueError(
+            raise UserError(
                 "attention_mask holds other numbers than 0 and 1 (model): "
                 "tell packed documents by position_ids that restart at 0"
             )
@@ -217,7 +218,7 @@ def _refuse_contradictions(
     wrong = (positions >= 0) & (positions != position_ids)
     if wrong.any():
         b, t = torch.nonzero(wrong)[0].tolist()
-        raise ValueError(
+        raise UserError(
             f"position_ids[{b}, {t}] is {int(position_ids[b, t])} (model): expected "
             f"{int(positions[b, t])}, which follows the token before it (or the cache given), "
             "or 0, which begins a document"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_window.errors import unknown
+from spectral_window.errors import UserError, unknown
 from spectral_window.hf.inputs import begins, check_integers, readable
 
 _IDS = ("seq_idx", "document_ids")
@@ -52,23 +52,23 @@ def _signature(forward: Callable[..., Any]) -> tuple[str, ...]:
 def check_wishes(given: dict[str, Any], tokens: Tensor, past: int) -> None:
     """Raise `ValueError` where a caller asks for what this model does not do."""
     if given.get("output_attentions"):
-        raise ValueError(
+        raise UserError(
             "output_attentions=True (model): no attention weights are made; leave it out"
         )
     if given.get("output_router_logits"):
-        raise ValueError("output_router_logits=True (model): there are no experts; leave it out")
+        raise UserError("output_router_logits=True (model): there are no experts; leave it out")
     if given.get("is_causal") is False:
-        raise ValueError("is_causal=False (model): every layer is causal; leave it out")
+        raise UserError("is_causal=False (model): every layer is causal; leave it out")
     types, position = given.get("token_type_ids"), given.get("cache_position")
     if types is not None and readable(types) and bool((types != 0).any()):
-        raise ValueError(
+        raise UserError(
             "token_type_ids hold other numbers than 0 (model): there is one type of token; "
             "leave them out"
         )
     if position is not None and readable(position):
         counting = torch.arange(past, past + tokens.shape[1], device=position.device)
         if position.shape[-1:] != counting.shape or not bool((position == counting).all()):
-            raise ValueError(
+            raise UserError(
                 f"cache_position (model): the new tokens are at {past} to "
                 f"{past + tokens.shape[1] - 1}; leave it out"
             )
@@ -82,11 +82,11 @@ def read_documents(given: dict[str, Any], tokens: Tensor, past: int) -> Tensor |
     told = {name: given[name] for name in (*_IDS, *_BOUNDS) if given.get(name) is not None}
     for name in _LONGEST:
         if given.get(name) is not None and not any(bound in told for bound in _BOUNDS):
-            raise ValueError(f"{name} without cu_seq_lens_q (model): pass both, or neither")
+            raise UserError(f"{name} without cu_seq_lens_q (model): pass both, or neither")
     if not told:
         return None
     if past:
-        raise ValueError(
+        raise UserError(
             f"{next(iter(told))} beside a cache of {past} tokens (model): whether the first new "
             "token goes on is not told by it; pass position_ids"
         )
@@ -99,7 +99,7 @@ def read_documents(given: dict[str, Any], tokens: Tensor, past: int) -> Tensor |
     (name, documents), *others = found.items()
     for other, also in others:
         if readable(documents, also) and not torch.equal(begins(documents), begins(also)):
-            raise ValueError(f"{name} and {other} begin documents at different tokens (model)")
+            raise UserError(f"{name} and {other} begin documents at different tokens (model)")
     return documents
 
 
@@ -107,7 +107,7 @@ def _from_ids(name: str, ids: Tensor, tokens: Tensor) -> Tensor:
     batch, length = tokens.shape[:2]
     check_integers(name, ids)
     if tuple(ids.shape) not in ((1, length), (batch, length)):
-        raise ValueError(
+        raise UserError(
             f"{name} has shape {list(ids.shape)} (model): expected {[batch, length]}, "
             "the document of each token"
         )
@@ -116,7 +116,7 @@ def _from_ids(name: str, ids: Tensor, tokens: Tensor) -> Tensor:
         row, at = begins(ids).nonzero(as_tuple=True)
         pairs = torch.stack((row, ids[row, at]), 1)
         if pairs.unique(dim=0).shape[0] < pairs.shape[0]:
-            raise ValueError(f"{name} comes back to an earlier document (model): number them anew")
+            raise UserError(f"{name} comes back to an earlier document (model): number them anew")
     return ids
 
 
@@ -124,22 +124,22 @@ def _from_bounds(name: str, bounds: Tensor, tokens: Tensor, given: dict[str, Any
     batch, length = tokens.shape[:2]
     check_integers(name, bounds)
     if bounds.dim() != 1 or bounds.shape[0] < 1:
-        raise ValueError(f"{name} has shape {list(bounds.shape)} (model): expected [documents + 1]")
+        raise UserError(f"{name} has shape {list(bounds.shape)} (model): expected [documents + 1]")
     bounds = bounds.to(tokens.device, torch.int64)
     if readable(bounds):
         sizes = bounds.diff()
         if int(bounds[0]) or int(bounds[-1]) != batch * length or bool((sizes < 0).any()):
-            raise ValueError(
+            raise UserError(
                 f"{name} (model): expected bounds that rise from 0 to {batch * length}, "
                 "the number of tokens"
             )
         rows = torch.arange(0, batch * length + 1, max(length, 1), device=bounds.device)
         if not bool(torch.isin(rows, bounds).all()):
-            raise ValueError(f"{name} (model): a document reaches from one row into the next")
+            raise UserError(f"{name} (model): a document reaches from one row into the next")
         longest = int(sizes.max()) if len(sizes) else 0
         for limit in _LONGEST:
             if given.get(limit) is not None and int(given[limit]) < longest:
-                raise ValueError(
+                raise UserError(
                     f"{limit} is {int(given[limit])} (model): a document of {name} has {longest} "
                     "tokens"
                 )

@@ -32,7 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from spectral_window.errors import UserError
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.hf.cache import SWHCacheLayer, open_cache
 from spectral_window.hf.config import SWHConfig, code_stays_here
 from spectral_window.hf.inputs import (
@@ -104,7 +104,7 @@ class SWHPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: SWHConfig, *args: Any, **kwargs: Any):
         if not isinstance(config, SWHConfig):
-            raise TypeError(f"config is a {type(config).__name__} (model): pass an SWHConfig")
+            raise UserTypeError(f"config is a {type(config).__name__} (model): pass an SWHConfig")
         config.validate()  # a field may have been set since the config was made
         super().__init__(config, *args, **kwargs)
 
@@ -197,13 +197,13 @@ class SWHModel(SWHPreTrainedModel):
         check_keywords(kwargs, SWHModel.forward)
         check_count_kept("keep_last", keep_last)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds (model), one of them")
+            raise UserError("pass either input_ids or inputs_embeds (model), one of them")
         tokens = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
         if input_ids is not None:
             tokens = as_indices(tokens)
             check_ids(tokens, self.config.vocab_size)
         elif tokens.dim() != 3 or tokens.shape[2] != self.config.hidden_size:
-            raise ValueError(
+            raise UserError(
                 f"inputs_embeds have shape {list(tokens.shape)} (model): "
                 f"expected [batch, time, {self.config.hidden_size}]"
             )
@@ -257,7 +257,7 @@ class SWHModel(SWHPreTrainedModel):
         """The first config.num_hidden_layers: assisted decoding asks for a few by setting it."""
         count, built = self.config.num_hidden_layers, len(self.layers)
         if not 1 <= count <= built:
-            raise ValueError(
+            raise UserError(
                 f"num_hidden_layers is {count} (config): the model has {built}, use 1 to {built}"
             )
         return [cast(SWHLayer, layer) for layer in self.layers[:count]]
@@ -329,7 +329,7 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
             name = "labels" if shift_labels is None else "shift_labels"
             check_ids(scored, self.config.vocab_size, name, shape)
             if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-                raise ValueError(
+                raise UserError(
                     "labels and logits_to_keep (model): the loss needs all logits, pass one of them"
                 )
         outputs = self.model(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, RecurrentGemmaConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from spectral_window.errors import UserError
 from spectral_window.hf.cache import SWHCacheLayer
 from spectral_window.hf.config import SWHConfig
 from spectral_window.nn.mixers import map_state
@@ -139,7 +140,7 @@ def remember(model: Any, context: int, *, static: bool = False) -> tuple[Any, in
         return _shifted(cache, context), model.state_bytes(context)
     if config.model_type == "mamba2":  # no positions: a state of 130 tokens is one of a million
         return cache, sum(_bytes(layer) for layer in cache.layers)
-    raise ValueError(f"{config.model_type} (remember): its cache cannot be set to a context")
+    raise UserError(f"{config.model_type} (remember): its cache cannot be set to a context")
 
 
 def _shifted(cache: Cache, context: int) -> Cache:

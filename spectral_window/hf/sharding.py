@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from spectral_window.errors import UserError
 from spectral_window.hf.model import SWHLayer
 from spectral_window.nn.kernels import Kernel
 
@@ -31,7 +32,7 @@ def shard(model: AnyModel, mesh: Any = None, policy: Any = None, **options: Any)
 
     layers = [part for part in model.modules() if isinstance(part, SWHLayer)]
     if not layers:
-        raise ValueError(f"a {type(model).__name__} has no SWH layers (shard): pass an SWH model")
+        raise UserError(f"a {type(model).__name__} has no SWH layers (shard): pass an SWH model")
     policy = MixedPrecisionPolicy() if policy is None else policy
     for kernel in [part for part in model.modules() if isinstance(part, Kernel)]:
         # gathered once a step: a kernel is small, and what it returns is no tensor whose backward

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spectral_window.errors import UserError
 from spectral_window.nn.layers import RMSNorm, project
 
 FUSIONS: dict[str, type[Fusion]] = {}
@@ -25,7 +26,7 @@ def register(name: str) -> Callable[[type[Fusion]], type[Fusion]]:
 
     def enrol(fusion: type[Fusion]) -> type[Fusion]:
         if name in FUSIONS:
-            raise ValueError(f"fusion '{name}' is registered already: choose another name")
+            raise UserError(f"fusion '{name}' is registered already: choose another name")
         FUSIONS[name] = fusion
         return fusion
 

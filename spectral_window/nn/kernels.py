@@ -32,6 +32,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spectral_window.errors import UserError
 from spectral_window.ops.modes import Modes, exact_dtype
 from spectral_window.ops.taps import Taps
 
@@ -43,7 +44,7 @@ def register(name: str) -> Callable[[type[Kernel]], type[Kernel]]:
 
     def enrol(kernel: type[Kernel]) -> type[Kernel]:
         if name in KERNELS:
-            raise ValueError(f"kernel '{name}' is registered already: choose another name")
+            raise UserError(f"kernel '{name}' is registered already: choose another name")
         KERNELS[name] = kernel
         return kernel
 

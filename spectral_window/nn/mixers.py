@@ -39,7 +39,7 @@ def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
 
     def enrol(mixer: type[Mixer]) -> type[Mixer]:
         if name in MIXERS:
-            raise ValueError(f"mixer '{name}' is registered already: choose another name")
+            raise UserError(f"mixer '{name}' is registered already: choose another name")
         MIXERS[name] = mixer
         return mixer
 

@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_delta import chunked
 from spectral_window.ops.dispatch import resolve
@@ -103,12 +104,12 @@ def _check(
 ) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
-        raise ValueError(
+        raise UserError(
             f"q, k, v have shapes {shapes} (delta_memory): expected [B, T, H, K] twice "
             "and [B, T, H, V]"
         )
     if not q.dtype.is_floating_point or q.dtype != k.dtype or q.dtype != v.dtype:
-        raise TypeError(
+        raise UserTypeError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype} (delta_memory): "
             "expected one floating dtype"
         )
@@ -116,21 +117,23 @@ def _check(
         if value is None:
             continue
         if value.shape != q.shape[:3]:
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {tuple(value.shape)} (delta_memory): expected "
                 f"{tuple(q.shape[:3])}, one for each token and head"
             )
         if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} is {value.dtype} (delta_memory): expected a floating dtype")
+            raise UserTypeError(
+                f"{name} is {value.dtype} (delta_memory): expected a floating dtype"
+            )
     for name, value in (("k", k), ("v", v), ("beta", beta), ("decay", decay), ("state", state)):
         if value is not None and value.device != q.device:
-            raise ValueError(
+            raise UserError(
                 f"{name} is on {value.device}, q on {q.device} (delta_memory): move one"
             )
     if state is not None:
         shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         if state.shape != shape or state.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
+            raise UserError(
                 f"state is {tuple(state.shape)} {state.dtype} (delta_memory): expected {shape} in "
                 f"{state_dtype(q.dtype)}, as returned by a call with the same rows and heads"
             )

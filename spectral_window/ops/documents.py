@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops.dispatch import readable
 
 
@@ -64,7 +65,7 @@ def find_documents(positions: Tensor, continued: Tensor | None = None) -> Docume
     if wrong.any():
         where = int(token[wrong.nonzero()[0, 0]])
         b, t = divmod(where, positions.shape[1])
-        raise ValueError(
+        raise UserError(
             f"position {int(flat[where])} at row {b}, column {t} (positions): a document counts "
             "0, 1, 2, ... or goes on where its state stopped; mark padding with -1"
         )
@@ -119,7 +120,7 @@ def positions_from_cu_seqlens(
     <= B*T, rising, ending at B*T.
     """
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}: pass int32 or int64")
+        raise UserTypeError(f"cu_seqlens is {cu_seqlens.dtype}: pass int32 or int64")
     cuts = cu_seqlens.to(torch.int64)
     total = batch * time
     sound = cuts.dim() == 1 and cuts.shape[0] > 0
@@ -128,7 +129,7 @@ def positions_from_cu_seqlens(
         sound = ends and not bool((cuts[1:] < cuts[:-1]).any())
     if not sound:
         shown = cuts.flatten()[:8].tolist() if readable(cuts) else list(cuts.shape)
-        raise ValueError(
+        raise UserError(
             f"cu_seqlens {shown}... : must begin at 0, never fall, and end at {total}, all tokens"
         )
     index = torch.arange(total, dtype=torch.int64, device=cuts.device)
@@ -154,7 +155,7 @@ def given_positions(
     batch, time = x.shape[:2]
     for name, value in (("positions", positions), ("cu_seqlens", cu_seqlens)):
         if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, the input on {x.device}: move it there")
+            raise UserError(f"{name} is on {value.device}, the input on {x.device}: move it there")
     if positions is None:
         return (
             None
@@ -162,9 +163,9 @@ def given_positions(
             else positions_from_cu_seqlens(cu_seqlens, batch, time, begin)
         )
     if positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"positions are {positions.dtype}: pass int64")
+        raise UserTypeError(f"positions are {positions.dtype}: pass int64")
     if positions.shape != (batch, time):
-        raise ValueError(
+        raise UserError(
             f"positions are {tuple(positions.shape)}: expected {(batch, time)}, like the input"
         )
     positions = positions.to(torch.int64)
@@ -172,5 +173,5 @@ def given_positions(
         return positions
     meant = positions_from_cu_seqlens(cu_seqlens, batch, time, begin)
     if readable(positions, meant) and not torch.equal(positions, meant):
-        raise ValueError("positions and cu_seqlens disagree: pass one of them")
+        raise UserError("positions and cu_seqlens disagree: pass one of them")
     return positions

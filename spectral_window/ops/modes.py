@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops.dispatch import readable
 
 
@@ -45,7 +46,7 @@ class Modes(NamedTuple):
             if value is None:
                 continue
             if value.dtype not in (torch.float32, torch.float64):
-                raise TypeError(
+                raise UserTypeError(
                     f"{name} is {value.dtype} (modes): keep it in float32 or float64, "
                     "lower precision changes the kernel"
                 )
@@ -54,17 +55,17 @@ class Modes(NamedTuple):
                 or value.dim() not in (1, 2)
                 or value.shape[0] != channels
             ):
-                raise ValueError(
+                raise UserError(
                     f"{name} has shape {tuple(value.shape)} (modes): expected [{channels}] or "
                     f"[{channels}, M], the same for decay, frequency and gain"
                 )
             if values and value.device.type == "cpu" and readable(value):
                 if not bool(torch.isfinite(value).all()):
-                    raise ValueError(
+                    raise UserError(
                         f"{name} is not finite (modes): training diverged or a file is corrupt"
                     )
                 if name == "decay" and bool((value < 0).any()):
-                    raise ValueError(
+                    raise UserError(
                         "decay is negative (modes): the kernel would grow; pass its absolute value"
                     )
         if self.decay.dim() == 2:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops.dispatch import HAS_NUMBA, is_recorded, is_transformed
 
 
@@ -23,20 +24,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     work.
     """
     if weight.dim() != 1 or x.shape[-1:] != weight.shape:
-        raise ValueError(
+        raise UserError(
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} (rms_norm): "
             "expected [..., D] and [D]"
         )
     if not 0 <= eps < math.inf:
-        raise ValueError(f"eps is {eps} (rms_norm): expected a finite number >= 0")
+        raise UserError(f"eps is {eps} (rms_norm): expected a finite number >= 0")
     if weight.is_floating_point() and _in_one_pass(x, weight):
         return (_RMSNorm.apply if torch.is_grad_enabled() else _norm)(x, weight, eps)
     if not (x.is_floating_point() and weight.is_floating_point()):
-        raise TypeError(
+        raise UserTypeError(
             f"x is {x.dtype}, weight {weight.dtype} (rms_norm): expected floating dtypes"
         )
     if x.device != weight.device:
-        raise ValueError(
+        raise UserError(
             f"x is on {x.device}, weight on {weight.device} (rms_norm): move them together"
         )
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from spectral_window.errors import UserError
 from spectral_window.ops.modes import exact_dtype
 
 
@@ -29,7 +30,7 @@ def angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tup
 def check_theta(theta: float) -> None:
     """Raise ValueError unless `theta` is a finite number above 0: angles are its powers."""
     if not 0 < theta < math.inf:
-        raise ValueError(f"rope_theta is {theta} (rotary): expected a finite number above 0")
+        raise UserError(f"rope_theta is {theta} (rotary): expected a finite number above 0")
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -41,7 +42,7 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     check_theta(theta)
     dim = x.shape[-1]
     if dim % 2:
-        raise ValueError(f"head size {dim} is odd (rotary): pairs need an even head size")
+        raise UserError(f"head size {dim} is odd (rotary): pairs need an even head size")
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = angles(positions, dim, theta, dtype)
     cos, sin = cos[..., None, :], sin[..., None, :]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_spectral import chunked
 from spectral_window.ops.dispatch import (
@@ -65,11 +66,11 @@ def spectral_conv(
     TypeError before any work.
     """
     if u.dim() != 3:
-        raise ValueError(
+        raise UserError(
             f"u has shape {tuple(u.shape)} (spectral_conv): expected [batch, time, channels]"
         )
     if not u.dtype.is_floating_point:
-        raise TypeError(f"u is {u.dtype} (spectral_conv): expected a floating dtype")
+        raise UserTypeError(f"u is {u.dtype} (spectral_conv): expected a floating dtype")
     if isinstance(kernel, Taps):
         kernel = kernel.validated(u.shape[2])
         method, _ = resolve("taps", method, u, taps=kernel.weights.shape[1])
@@ -82,7 +83,7 @@ def spectral_conv(
         kernel = kernel.validated(u.shape[2], values=not plain)
     for name, part in (*zip(kernel._fields, kernel, strict=True), ("state", state)):
         if part is not None and part.device != u.device:
-            raise ValueError(
+            raise UserError(
                 f"{name} is on {part.device}, u on {u.device} (spectral_conv): move one"
             )
     _check_state(state, kernel, u)
@@ -110,7 +111,7 @@ def _check_state(state: Tensor | None, kernel: Modes | Taps, u: Tensor) -> None:
         return
     shape, dtype = kernel.state_shape(u.shape[0]), kernel.state_dtype(u.dtype, u.device)
     if state.shape != shape or state.dtype not in (torch.float32, torch.float64, dtype):
-        raise ValueError(
+        raise UserError(
             f"state is {tuple(state.shape)} {state.dtype} (spectral_conv): expected {shape} in "
             f"{dtype}, as returned by a call with the same batch and modes or taps"
         )
@@ -118,26 +119,26 @@ def _check_state(state: Tensor | None, kernel: Modes | Taps, u: Tensor) -> None:
 
 def _check_out(out: Tensor, u: Tensor, others: dict[str, Tensor | None]) -> None:
     if out.shape != u.shape or out.dtype != u.dtype or out.device != u.device:
-        raise ValueError(
+        raise UserError(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device} (spectral_conv): expected "
             f"{tuple(u.shape)} {u.dtype} on {u.device}, like u"
         )
     if not out.is_contiguous():
-        raise ValueError("out is not contiguous (spectral_conv): pass contiguous memory")
+        raise UserError("out is not contiguous (spectral_conv): pass contiguous memory")
     given = {name: x for name, x in ({"u": u} | others).items() if x is not None}
     if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *given.values())):
-        raise ValueError(
+        raise UserError(
             "out with a gradient to record (spectral_conv): leave it away, or use torch.no_grad()"
         )
     if not readable(out, *given.values()) or not out.numel():
         return
     if out.is_neg():
-        raise ValueError("out has its negative bit set (spectral_conv): pass other memory")
+        raise UserError("out has its negative bit set (spectral_conv): pass other memory")
     for name, x in given.items():
         distance = out.data_ptr() - x.data_ptr()
         span = sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) + 1
         if x.numel() and -out.nbytes < distance < span * x.element_size():
-            raise ValueError(f"out overlaps {name} (spectral_conv): pass other memory")
+            raise UserError(f"out overlaps {name} (spectral_conv): pass other memory")
 
 
 def _forward_mode() -> bool:
@@ -162,7 +163,7 @@ def _compiled(
     done = run(u, modes, before, positions, refuse=True, out=out)
     if done is None:
         modes.validated(u.shape[2])
-        raise ValueError("modes are not finite (spectral_conv)")
+        raise UserError("modes are not finite (spectral_conv)")
     return done[:2]
 
 
@@ -222,7 +223,7 @@ def _scanned(
     u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None, known: bool
 ) -> tuple[Tensor, Tensor]:
     if u.device.type != "cpu":
-        raise ValueError(f"method 'scan' needs a CPU, u is on {u.device}: use 'chunked' or 'auto'")
+        raise UserError(f"method 'scan' needs a CPU, u is on {u.device}: use 'chunked' or 'auto'")
     from spectral_window.ops.compiled.scan import scan
 
     if positions is not None and readable(positions):
@@ -251,7 +252,7 @@ def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
     time = u.shape[1]
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if readable(u) and not bool(torch.isfinite(u).all()):
-        raise ValueError(
+        raise UserError(
             "u is not finite (spectral_conv, method fft): an FFT would spread it over all positions"
         )
     x = u.to(dtype).transpose(1, 2)

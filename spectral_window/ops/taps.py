@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops import recorded, reference
 from spectral_window.ops.dispatch import is_recorded, readable
 from spectral_window.ops.documents import anywhere, find_documents
@@ -39,19 +40,17 @@ class Taps(NamedTuple):
         `values`)."""
         weights = self.weights
         if weights.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
+            raise UserTypeError(
                 f"weights are {weights.dtype} (taps): keep them in float32 or float64, "
                 "lower precision changes the kernel"
             )
         if weights.dim() != 2 or weights.shape[0] != channels or not weights.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"weights have shape {tuple(weights.shape)} (taps): expected [{channels}, L], L > 0"
             )
         looked_at = values and weights.device.type == "cpu" and readable(weights)
         if looked_at and not bool(torch.isfinite(weights).all()):
-            raise ValueError(
-                "weights are not finite (taps): training diverged or a file is corrupt"
-            )
+            raise UserError("weights are not finite (taps): training diverged or a file is corrupt")
         return self
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
@@ -175,7 +174,7 @@ def _fft(x: Tensor, weights: Tensor) -> Tensor:
     the first L - 1 outputs alone, and those are not asked for."""
     count, back = x.shape[1], weights.shape[1] - 1
     if readable(x) and not bool(torch.isfinite(x).all()):
-        raise ValueError(
+        raise UserError(
             "u is not finite (spectral_conv, method fft): an FFT would spread it over all positions"
         )
     size = fast_size(count)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops import recorded, reference
 from spectral_window.ops.dispatch import (
     is_exported,
@@ -113,33 +114,33 @@ def _check(
     state: WindowState | None,
 ) -> None:
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window is {window!r} (window_attention): expected a whole number >= 1")
+        raise UserError(f"window is {window!r} (window_attention): expected a whole number >= 1")
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
-        raise ValueError(
+        raise UserError(
             f"q, k, v have shapes {shapes} (window_attention): expected [B, T, H, K] twice "
             "and [B, T, H, V]"
         )
     if not q.dtype.is_floating_point or q.dtype != k.dtype or q.dtype != v.dtype:
-        raise TypeError(
+        raise UserTypeError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype} (window_attention): "
             "expected one floating dtype"
         )
     if not (q.device == k.device == v.device):
-        raise ValueError(
+        raise UserError(
             f"q, k, v are on {q.device}, {k.device}, {v.device} (window_attention): "
             "move them together"
         )
     if rope_theta is not None:
         check_theta(rope_theta)
         if q.shape[-1] % 2:
-            raise ValueError(
+            raise UserError(
                 f"head size {q.shape[-1]} is odd (window_attention): rotary needs an even one"
             )
     if state is not None:
         want = (q.shape[0], 2 * window, *q.shape[2:])
         if state.key.shape != want or state.value.shape != (*want[:3], v.shape[3]):
-            raise ValueError(
+            raise UserError(
                 f"state holds keys {tuple(state.key.shape)} (window_attention): expected {want}; "
                 "it belongs to another batch, window or head size"
             )
@@ -147,12 +148,12 @@ def _check(
             state._fields, state, (k.dtype, k.dtype, torch.int64), strict=True
         ):
             if held.dtype != dtype or held.device != k.device:
-                raise ValueError(
+                raise UserError(
                     f"{name} of the state is {held.dtype} on {held.device} (window_attention): "
                     f"expected {dtype} on {k.device}"
                 )
         if state.position.shape != want[:1]:
-            raise ValueError(
+            raise UserError(
                 f"position of the state is {tuple(state.position.shape)} (window_attention): "
                 f"expected {want[:1]}, a row's next position"
             )
@@ -356,7 +357,7 @@ def _check_step(position: Tensor, state: WindowState) -> None:
     wrong = (position > 0) & (position != state.position)
     if bool(wrong.any()):
         b = int(wrong.nonzero()[0, 0])
-        raise ValueError(
+        raise UserError(
             f"position {int(position[b])} in row {b} (window_attention): "
             f"its state goes on at {int(state.position[b])}"
         )

@@ -59,7 +59,7 @@ def register(name: str) -> Callable[[Kind], Kind]:
 
     def enrol(task: Kind) -> Kind:
         if name in TASKS:
-            raise ValueError(f"task '{name}' is registered already: choose another name")
+            raise UserError(f"task '{name}' is registered already: choose another name")
         task.name = name
         TASKS[name] = task
         return task

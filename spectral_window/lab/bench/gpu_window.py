@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectral_window.errors import UserError
 from spectral_window.lab.bench.on_device import Row, race
 from spectral_window.lab.bench.race import reason
 from spectral_window.ops import window_attention
@@ -337,7 +338,7 @@ def _flex(
     mine = _ours(q, k, v, window, "triton").double()
     off = relative(operator(q, k, v), mine)
     if off > 0.03:
-        raise ValueError(f"wrong: relative difference {off:.1e} from ours")
+        raise UserError(f"wrong: relative difference {off:.1e} from ours")
     return operator
 
 

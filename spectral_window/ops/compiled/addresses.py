@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from spectral_window.errors import UserTypeError
+
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 INT64 = torch.int64
 
@@ -69,10 +71,12 @@ def strided(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int,
 def _refusal(x: Any, dtype: torch.dtype, wanted: str) -> Exception:
     kind = type(x)
     if kind is not Tensor and kind is not Parameter:
-        return TypeError(f"a {kind.__name__} (compiled code): expected a plain tensor of {dtype}")
+        return UserTypeError(
+            f"a {kind.__name__} (compiled code): expected a plain tensor of {dtype}"
+        )
     found = f"{x.dtype} {list(x.shape)} on {x.device}, {x.layout}"
     if x.dtype is not dtype:
-        return TypeError(f"{found} (compiled code): expected {dtype}")
+        return UserTypeError(f"{found} (compiled code): expected {dtype}")
     return ValueError(
         f"{found} (compiled code): expected {wanted}, in memory of the CPU, resolved (resolve_neg)"
     )

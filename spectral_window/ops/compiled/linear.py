@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from spectral_window.errors import UserError
 from spectral_window.ops.compiled.addresses import (
     BFLOAT16,
     FLOAT32,
@@ -171,7 +172,7 @@ def _words(parts, kind, batch, size, x, y, columns, weights, biases):
         seen += rows
         words += (address(weight, dtype, rows * size), rows, optional(bias, dtype, rows))
     if seen != columns or (size % 2 and kind == _PAIRWISE):
-        raise ValueError(f"{seen} rows of {size} (compiled code): expected {columns}, in pairs")
+        raise UserError(f"{seen} rows of {size} (compiled code): expected {columns}, in pairs")
     return words
 
 

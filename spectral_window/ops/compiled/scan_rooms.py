@@ -15,6 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from spectral_window.errors import UserError
 from spectral_window.ops.compiled.addresses import FLOAT32, FLOAT64, INT64, address, optional
 from spectral_window.ops.compiled.float64_lanes import LANES
 from spectral_window.ops.compiled.scan_modes import exponentiate
@@ -39,7 +40,7 @@ def _input_words(parts, decay, frequency, gain, at, batch, time, channels, modes
     dtype, count = (FLOAT64 if decay.dtype is FLOAT64 else FLOAT32), channels * modes
     kernel = address(decay, dtype, count), address(frequency, dtype, count)
     if parts != cuts * groups or min(cuts, groups) < 1:
-        raise ValueError(f"{parts} parts (compiled code): expected {groups} groups, {cuts} slices")
+        raise UserError(f"{parts} parts (compiled code): expected {groups} groups, {cuts} slices")
     at = optional(at, INT64, batch * time)
     double = dtype is FLOAT64
     return (

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from spectral_window.errors import UserError
 from spectral_window.ops.compiled.addresses import address, optional
 from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
@@ -146,7 +147,7 @@ def through_softmax(weights, d_weights, scale, tile):
 def _words(parts, call, grad, grad_key, grad_value, dq, dk, dv, d_key, d_value):
     expect_parts(parts, call.q.shape[0] * call.q.shape[2])
     if (grad_key is None) != (grad_value is None):
-        raise ValueError("the gradient of one half of a ring (compiled window): pass both")
+        raise UserError("the gradient of one half of a ring (compiled window): pass both")
     dtype, q, v, keys, values = call.numbers
     given = address(grad, dtype, v), optional(grad_key, dtype, keys)
     keys, values = (keys, values) if call.key is not None else (0, 0)

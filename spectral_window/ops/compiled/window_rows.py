@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops.compiled.addresses import (
     BFLOAT16,
     FLOAT32,
@@ -312,9 +313,9 @@ class Call(NamedTuple):
         batch, time, heads, key_dim = shape = q.shape
         value_dim, dtype = v.shape[3], q.dtype
         if dtype is not FLOAT32 and dtype is not BFLOAT16:
-            raise TypeError(f"{dtype} (compiled window): expected float32 or bfloat16")
+            raise UserTypeError(f"{dtype} (compiled window): expected float32 or bfloat16")
         if window < 1 or (key is None) != (value is None) or (key is None) > (begin is None):
-            raise ValueError("a position without keys and values (compiled window): pass all three")
+            raise UserError("a position without keys and values (compiled window): pass all three")
         rows = 1 if positions is None and begin is None else batch
         pairs, ring = padded(key_dim), batch * 2 * window * heads
         return (
@@ -333,12 +334,12 @@ class Call(NamedTuple):
 
 def expect_parts(parts: int, wanted: int) -> None:
     if parts != wanted:
-        raise ValueError(f"{parts} parts (compiled window): expected {wanted}")
+        raise UserError(f"{parts} parts (compiled window): expected {wanted}")
 
 
 def _turns_words(parts, call):
     if call.turns is None or call.frequency is None:
-        raise ValueError("no angles (compiled window): nothing to turn by")
+        raise UserError("no angles (compiled window): nothing to turn by")
     rows = 1 if call.positions is None and call.begin is None else call.q.shape[0]
     expect_parts(parts, rows * -(-call.q.shape[1] // ANCHOR))
     return call.words()

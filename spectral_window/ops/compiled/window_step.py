@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_window.errors import UserError
 from spectral_window.ops.compiled.addresses import INT64, address, dense
 from spectral_window.ops.compiled.float32_lanes import (
     BYTES,
@@ -126,7 +127,7 @@ def held_row(job, which, b, slot, h, between):
 def _words(parts, call, out, new_key, new_value, after, shares):
     batch, time, heads, _ = call.q.shape
     if time != 1 or call.begin is None or not 0 < shares <= heads:
-        raise ValueError("no single token with a state (compiled window): see `step`")
+        raise UserError("no single token with a state (compiled window): see `step`")
     expect_parts(parts, batch * shares)
     dtype, _, outs, keys, values = call.numbers
     new = address(new_key, dtype, keys), address(new_value, dtype, values)
