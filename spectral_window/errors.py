@@ -1,7 +1,7 @@
 """Errors that a user can act on: one line, what (where): what to do.
 
-All are `SpectralWindowError`s and stand beside one another, each with the exit code that the command
-line returns for it. What Python users expect for bad arguments is kept: a `UserError` is a
+All are `SpectralWindowError`s and stand beside one another, each with the exit code that the
+command line returns for it. What Python users expect for bad arguments is kept: a `UserError` is a
 `ValueError`, and a `UserTypeError` also a `TypeError`. Any other exception is a bug of ours.
 """
 
