@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,9 +13,8 @@ from spectral_window.commands.show import print_json, print_table, size, tell
 from spectral_window.data.tokenizers import SMALLEST, bpe_size, load_tokenizer
 from spectral_window.errors import UserError, unknown
 from spectral_window.hf import SWHConfig, SWHForCausalLM
-from spectral_window.nn.kernels import KERNELS
-from spectral_window.ops import Taps
-from spectral_window.ops.dispatch import resolve as resolve_method
+from spectral_window.hf.model import SWHLayer
+from spectral_window.ops import resolve as resolve_method
 from spectral_window.training.loading import choose_device, find_model, load_config
 from spectral_window.training.machine import in_force
 from spectral_window.training.recipes import RECIPES, Recipe
@@ -54,7 +53,7 @@ def run(*, model: str, overrides: list[str], context: list[int], device: str, js
             }
             for n in contexts
         ],
-        "methods": _methods(config, place, dtype),
+        "methods": _methods(own, place),
         "environment": {
             "spectral_window": metadata.version("spectral-window"),
             "torch": torch.__version__,
@@ -107,25 +106,21 @@ def _fields(config: SWHConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names.split()}
 
 
-def _methods(config: SWHConfig, device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
-    """The method that "auto" means for each operation of this model, on this machine."""
-    if config.mixer == "attention":
-        reason = "PyTorch's fused scaled_dot_product_attention, over every earlier key"
-        return [{"op": "attention", "use": "prefill and step", "method": "sdpa", "reason": reason}]
-    found = []
-    taps = 0
-    if "spectral" in config.branches:
-        kernel = KERNELS[config.kernel](config.hidden_size)()
-        taps = kernel.weights.shape[1] if isinstance(kernel, Taps) else 0
-    parts = (*config.branches, *(["delta"] if config.mixer == "memory" else []), "linear")
-    for branch in parts:
-        op = "taps" if branch == "spectral" and taps else branch
+def _methods(model: SWHForCausalLM, device: torch.device) -> list[dict[str, str]]:
+    """The method that "auto" means for each operator that the model calls, on this machine, and
+    why those preferred to it are passed over."""
+    layer = cast(SWHLayer, model.model.layers[0])
+    called = [*layer.mixer.operators(), ("linear", ()), ("rms_norm", ())]
+    found = {}
+    for op, others in called:
         for use, length in (("prefill", 1024), ("step", 1)):
-            probe = torch.empty(1, length, config.hidden_size, device=device, dtype=dtype)
+            x = torch.empty(1, length, model.config.hidden_size, device=device, dtype=model.dtype)
             with torch.no_grad():
-                method, reason = resolve_method(op, "auto", probe, taps=taps)
-            found.append({"op": op, "use": use, "method": method, "reason": reason})
-    return found
+                choice = resolve_method(op, "auto", x, *others)
+            passed = "; ".join(f"{name}: {why}" for name, why in choice.passed)
+            row = {"method": choice.name, "reason": choice.reason, "passed over": passed}
+            found[op, use] = {"op": op, "use": use, **row}
+    return list(found.values())
 
 
 def _print_info(facts: dict[str, Any]) -> None:
@@ -164,7 +159,7 @@ def _print_info(facts: dict[str, Any]) -> None:
     )
     print_table(
         "methods here",
-        ("operation", "for", "method", "why"),
+        ("operator", "for", "method", "why", "passed over"),
         [tuple(row.values()) for row in facts["methods"]],
         numbers=False,
     )

@@ -24,6 +24,7 @@ from spectral_window.errors import UserError, UserTypeError
 from spectral_window.hf.config import STATE_LAYER_TYPE, SWHConfig
 from spectral_window.hf.inputs import next_start
 from spectral_window.nn.mixers import map_state
+from spectral_window.ops.documents import Documents
 
 if TYPE_CHECKING:
     from spectral_window.hf.model import SWHLayer
@@ -36,7 +37,7 @@ class _Step(NamedTuple):
 
     layer: SWHLayer
     x: Tensor
-    positions: Tensor | None
+    documents: Documents | None
     state: Any
     start: Tensor | None
 
@@ -74,12 +75,12 @@ class SWHCacheLayer(CacheLayerMixin):
         self._past: list[_Step] = []
 
     def advance(
-        self, layer: SWHLayer, x: Tensor, positions: Tensor | None, start: Tensor | None
+        self, layer: SWHLayer, x: Tensor, documents: Documents | None, start: Tensor | None
     ) -> Tensor:
         """Run `layer` on x [B, T, D] from the state held here, and hold the state after it."""
-        y, state = layer(x, positions, self.state)
+        y, state = layer(x, documents, self.state)
         if self.record_past:
-            self._remember(_Step(layer, x.detach(), positions, self.state, self.start))
+            self._remember(_Step(layer, x.detach(), documents, self.state, self.start))
         self.state = state
         self.seen = self.seen + x.shape[1]
         self.start = start
@@ -136,9 +137,9 @@ class SWHCacheLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def _replay(self, step: _Step, keep: int) -> None:
-        positions = None if step.positions is None else step.positions[:, :keep]
-        self.state = step.layer.next_state(step.x[:, :keep], positions, step.state)
-        self.start = next_start(positions, step.start, self.seen, keep)
+        documents = None if step.documents is None else step.documents.columns(slice(0, keep))
+        self.state = step.layer.next_state(step.x[:, :keep], documents, step.state)
+        self.start = next_start(documents, step.start, self.seen, keep)
         self.seen += keep
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -167,9 +168,12 @@ class SWHCacheLayer(CacheLayerMixin):
         def on(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else fn(tensor)
 
+        def rows(documents: Documents | None) -> Documents | None:
+            return None if documents is None else documents.rows(fn)
+
         self.state, self.start = over(self.state), on(self.start)
         self._past = [
-            _Step(step.layer, fn(step.x), on(step.positions), over(step.state), on(step.start))
+            _Step(step.layer, fn(step.x), rows(step.documents), over(step.state), on(step.start))
             for step in self._past
         ]
         self.batch_size = fn(torch.empty(self.batch_size, device=self.device)).shape[0]

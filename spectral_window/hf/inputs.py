@@ -1,11 +1,11 @@
-"""What a caller passes, checked, and turned into the one thing the mixers want: positions.
+"""What a caller passes, checked, and turned into the one thing the mixers want: `Documents`.
 
 transformers says where a row's text lies in overlapping ways: `attention_mask` (0 marks padding),
 `position_ids` (which restart at 0 where the next packed document begins), and keywords that number
-the documents (`keywords.py`). The mixers
-take one tensor: each token's position inside its own document, -1 for padding; or None where
-every row simply goes on, the fast path. `generate()` sends both, almost always saying nothing;
-that is found out here, once a forward.
+the documents (`keywords.py`). The mixers take each token's
+position inside its own document, -1 for padding; or None where every row simply goes on, the fast
+path. `generate()` sends both, almost always saying nothing; that is found out here, once a forward,
+on the CPU: this is the one place where the host waits for what lies on a device.
 
     attention_mask  0  0  1  1  1     position_ids  0  1  2  0  1     both: 1 1 1, 5 6 7 after 5
     positions      -1 -1  0  1  2     positions     0  1  2  0  1     None
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from spectral_window.errors import UserError
-from spectral_window.ops.dispatch import readable
+from spectral_window.ops.documents import Documents
+from spectral_window.ops.tracing import readable
 
 IGNORED_LABEL = -100
 
@@ -95,34 +96,35 @@ def next_position(positions: Tensor, start: Tensor) -> Tensor:
 
 
 def next_start(
-    positions: Tensor | None, start: Tensor | None, seen: int, length: int
+    documents: Documents | None, start: Tensor | None, seen: int, length: int
 ) -> Tensor | None:
-    """`start` after `length` more tokens at `positions` [B, length]: [B], or None while every row
+    """`start` after `length` more tokens of `documents` [B, length]: [B], or None while every row
     goes on at the number of tokens seen (`seen` before them)."""
-    if positions is None:
+    if documents is None:
         return None if start is None else start + length
+    positions = documents.positions
     if start is None:
         start = torch.full((positions.shape[0],), seen, device=positions.device)
     return next_position(positions, start)
 
 
-def resolve_positions(
+def resolve_documents(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     *,
     tokens: Tensor,
     past: int,
     start: Tensor | None,
-    documents: Tensor | None = None,
-) -> Tensor | None:
-    """Positions [B, T] int64 for the mixers, or None. Raises `ValueError`.
+    numbers: Tensor | None = None,
+) -> Documents | None:
+    """The documents of the new tokens [B, T] for the mixers, checked, or None. Raises `ValueError`.
 
     attention_mask: [B, past + T] or None.   position_ids: [B, T] or [1, T] or None.
-    tokens: [B, T, ...] gives sizes and device.
-    past:   tokens (padding included) that the cache has seen.
-    start:  [B] position at which each row goes on; None: at `past`, every row being one document
-            without padding.
-    documents: [B, T] the document of each token, negative for padding; only where `past` is 0.
+    tokens:  [B, T, ...] gives sizes and device.
+    past:    tokens (padding included) that the cache has seen.
+    start:   [B] position at which each row goes on; None: at `past`, every row being one document
+             without padding.
+    numbers: [B, T] the document of each token, negative for padding; only where `past` is 0.
     """
     batch, length = tokens.shape[:2]
     if attention_mask is not None:
@@ -134,37 +136,43 @@ def resolve_positions(
                 f"position_ids have shape {list(position_ids.shape)} (model): "
                 f"expected {[batch, length]}, the new tokens only"
             )
-        position_ids = position_ids.to(tokens.device, torch.int64).expand(batch, length)
-    if length == 0 or (attention_mask is None and position_ids is None and documents is None):
+    if length == 0 or (attention_mask is None and position_ids is None and numbers is None):
         return None
 
-    new = None if attention_mask is None else attention_mask[:, past:].to(tokens.device)
-    look = readable(attention_mask, position_ids, documents)
-    full = look and documents is None and (new is None or bool((new == 1).all()))
+    look = readable(attention_mask, position_ids, numbers, start)
+    # values that may be looked at are brought to the CPU at once; a graph stays where it is
+    at = torch.device("cpu") if look else tokens.device
+    mask = None if attention_mask is None else attention_mask.to(at)
+    new = None if mask is None else mask[:, past:]
+    full = look and numbers is None and (new is None or bool((new == 1).all()))
     if full and position_ids is None:
         return None
-    begin = torch.full((batch,), past, device=tokens.device) if start is None else start
-    counting = begin[:, None] + torch.arange(length, device=tokens.device)
+    if position_ids is not None:
+        position_ids = position_ids.to(at, torch.int64).expand(batch, length)
+    begin = torch.full((batch,), past, device=at) if start is None else start.to(at)
+    counting = begin[:, None] + torch.arange(length, device=at)
     if full and position_ids is not None and bool((position_ids == counting).all()):
         return None
 
     valid = torch.ones_like(counting, dtype=torch.bool) if new is None else new.bool()
     if position_ids is not None:
         valid = valid & (position_ids >= 0)
-    if documents is not None:
-        valid = valid & (documents >= 0)
+    if numbers is not None:
+        numbers = numbers.to(at)
+        valid = valid & (numbers >= 0)
     first = None if position_ids is None else valid & (position_ids == 0)
-    if documents is not None:
-        told = begins(torch.where(valid, documents, -1))
+    if numbers is not None:
+        told = begins(torch.where(valid, numbers, -1))
         if first is not None and look:
             _refuse_other_documents(first, told, valid)
         first = told
     positions = _count(valid, first, begin)
-    if look:
-        _refuse_contradictions(attention_mask, position_ids, positions)
-        if bool((positions == counting).all()):
-            return None
-    return positions
+    if not look:
+        return Documents(positions, checked=True)
+    _refuse_contradictions(mask, position_ids, positions)
+    if bool((positions == counting).all()):
+        return None
+    return Documents(positions.to(tokens.device), positions, checked=True)
 
 
 def begins(documents: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def check_wishes(given: dict[str, Any], tokens: Tensor, past: int) -> None:
 
 
 def read_documents(given: dict[str, Any], tokens: Tensor, past: int) -> Tensor | None:
-    """The document of every token [B, T] int64, negative for padding; None where nobody tells.
+    """The document of every token [B, T] int64, negative for padding, on the CPU where it may be
+    looked at; None where nobody tells.
 
     Raises `ValueError` for what cannot be documents, or where two keywords contradict each other.
     """
@@ -90,12 +91,14 @@ def read_documents(given: dict[str, Any], tokens: Tensor, past: int) -> Tensor |
             f"{next(iter(told))} beside a cache of {past} tokens (model): whether the first new "
             "token goes on is not told by it; pass position_ids"
         )
-    found = {
-        name: _from_ids(name, value, tokens)
-        if name in _IDS
-        else _from_bounds(name, value, tokens, given)
-        for name, value in told.items()
-    }
+    found = {}
+    for name, value in told.items():
+        check_integers(name, value)
+        value = value.to("cpu" if readable(value) else tokens.device, torch.int64)
+        if name in _IDS:
+            found[name] = _from_ids(name, value, tokens)
+        else:
+            found[name] = _from_bounds(name, value, tokens, given)
     (name, documents), *others = found.items()
     for other, also in others:
         if readable(documents, also) and not torch.equal(begins(documents), begins(also)):
@@ -105,13 +108,12 @@ def read_documents(given: dict[str, Any], tokens: Tensor, past: int) -> Tensor |
 
 def _from_ids(name: str, ids: Tensor, tokens: Tensor) -> Tensor:
     batch, length = tokens.shape[:2]
-    check_integers(name, ids)
     if tuple(ids.shape) not in ((1, length), (batch, length)):
         raise UserError(
             f"{name} has shape {list(ids.shape)} (model): expected {[batch, length]}, "
             "the document of each token"
         )
-    ids = ids.to(tokens.device, torch.int64).expand(batch, length)
+    ids = ids.expand(batch, length)
     if readable(ids):
         row, at = begins(ids).nonzero(as_tuple=True)
         pairs = torch.stack((row, ids[row, at]), 1)
@@ -122,10 +124,8 @@ def _from_ids(name: str, ids: Tensor, tokens: Tensor) -> Tensor:
 
 def _from_bounds(name: str, bounds: Tensor, tokens: Tensor, given: dict[str, Any]) -> Tensor:
     batch, length = tokens.shape[:2]
-    check_integers(name, bounds)
     if bounds.dim() != 1 or bounds.shape[0] < 1:
         raise UserError(f"{name} has shape {list(bounds.shape)} (model): expected [documents + 1]")
-    bounds = bounds.to(tokens.device, torch.int64)
     if readable(bounds):
         sizes = bounds.diff()
         if int(bounds[0]) or int(bounds[-1]) != batch * length or bool((sizes < 0).any()):
@@ -143,5 +143,5 @@ def _from_bounds(name: str, bounds: Tensor, tokens: Tensor, given: dict[str, Any
                     f"{limit} is {int(given[limit])} (model): a document of {name} has {longest} "
                     "tokens"
                 )
-    flat = torch.arange(batch * length, device=tokens.device)
+    flat = torch.arange(batch * length, device=bounds.device)
     return torch.searchsorted(bounds[1:].contiguous(), flat, right=True).reshape(batch, length)

@@ -6,8 +6,8 @@
 
 Everything that sees other tokens is in the mixer; everything else works token by token. So
 padding, packed documents and continuing from a cache concern only two arguments of the mixer,
-`positions` and `state`, and a block is a pure function of them. `inputs.py` makes the first from
-what callers pass, `cache.py` keeps the second.
+`documents` and `state`, and a block is a pure function of them. `inputs.py` makes the first from
+what callers pass, once for all layers; `cache.py` keeps the second.
 
 Without gradients, a long text goes through all layers in segments, each from the states that the
 one before left: the memory of the activations is that of one segment, whatever the length, and they
@@ -43,20 +43,21 @@ from spectral_window.hf.inputs import (
     check_integers,
     next_start,
     readable,
-    resolve_positions,
+    resolve_documents,
 )
 from spectral_window.hf.keywords import check_keywords, check_wishes, read_documents
 from spectral_window.nn.fusions import Fusion
 from spectral_window.nn.kernels import Kernel
 from spectral_window.nn.layers import MLPS, RMSNorm, no_weight_decay, project
 from spectral_window.nn.mixers import MIXERS, Mixer
+from spectral_window.ops.documents import Documents
 
 Part = TypeVar("Part", bound=nn.Module)
 SEGMENT = 1024  # tokens of a row that go through all layers at once, where no gradient is wanted
 
 
 class SWHLayer(GradientCheckpointingLayer):
-    """One block: (x [B, T, D], positions, state) -> (x, state); pure, so it may be recomputed."""
+    """One block: (x [B, T, D], documents, state) -> (x, state); pure, so it may be recomputed."""
 
     def __init__(self, config: SWHConfig):
         super().__init__()
@@ -77,15 +78,15 @@ class SWHLayer(GradientCheckpointingLayer):
         self.mlp = MLPS[config.mlp](size, cast(int, config.intermediate_size))
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, state: Any = None
+        self, x: Tensor, documents: Documents | None = None, state: Any = None
     ) -> tuple[Tensor, Any]:
-        mixed, state = self.mixer(self.mixer_norm(x), positions, state)
+        mixed, state = self.mixer(self.mixer_norm(x), documents, state)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
 
-    def next_state(self, x: Tensor, positions: Tensor | None, state: Any) -> Any:
+    def next_state(self, x: Tensor, documents: Documents | None, state: Any) -> Any:
         """The state after x, without the output."""
-        return self.mixer(self.mixer_norm(x), positions, state)[1]
+        return self.mixer(self.mixer_norm(x), documents, state)[1]
 
 
 class SWHPreTrainedModel(PreTrainedModel):
@@ -219,13 +220,13 @@ class SWHModel(SWHPreTrainedModel):
 
         start, seen = (slots[0].start, slots[0].seen) if slots else (None, 0)
         check_wishes({"output_attentions": self.config.output_attentions, **kwargs}, tokens, seen)
-        positions = resolve_positions(
+        documents = resolve_documents(
             attention_mask,
             position_ids,
             tokens=tokens,
             past=seen,
             start=start,
-            documents=read_documents(kwargs, tokens, seen),
+            numbers=read_documents(kwargs, tokens, seen),
         )
         kept: list[Tensor] = []
         # (a range over a length that only the exported graph knows would fix it)
@@ -233,7 +234,7 @@ class SWHModel(SWHPreTrainedModel):
             part = slice(begin, None if segment is None else begin + segment)
             if begin:
                 x = self._embed(tokens[:, part])
-            at = None if positions is None else positions[:, part]
+            at = None if documents is None else documents.columns(part)
             start = next_start(at, start, seen + begin, x.shape[1])
             for index, layer in enumerate(layers):
                 if slots is None:
@@ -364,7 +365,7 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
             labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
         labels = labels.contiguous()
         count = (labels != IGNORED_LABEL).sum()
-        if readable(labels) and count == 0:
+        if labels.is_cpu and readable(labels) and count == 0:
             warnings.warn("all labels are -100, no token is scored: the loss is 0", stacklevel=3)
         items = torch.as_tensor(count if items is None else items, device=logits.device)
         return self.loss_function(

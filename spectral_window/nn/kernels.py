@@ -17,11 +17,11 @@ packed documents and generates token by token:
 A finite filter sees nothing that lies L tokens back or more: what it does at a greater length than
 it was trained at is no extrapolation of the kernel, unlike an oscillator's.
 
-To add one: subclass `Kernel`, yield `Modes` or `Taps` from `forward`, and decorate it with
-`@register("name")`. That enrols it in the contract suite (tests/contracts), where every method must
-agree on it. Every kernel here starts with an energy sum K[t]^2 near 1 or below, so that the
-convolution of white noise has about its variance (a slowly decaying channel of the paper's, whose
-energy grows with its half-life, is the exception).
+To add one: subclass `Kernel` and yield `Modes` from `forward`, or `Filter` and `Taps`, and decorate
+it with `@register("name")`. That enrols it in the contract suite (tests/contracts), where every
+method must agree on it. Every kernel here starts with an energy sum K[t]^2 near 1 or below, so that
+the convolution of white noise has about its variance (a slowly decaying channel of the paper's,
+whose energy grows with its half-life, is the exception).
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from spectral_window.errors import UserError
+from spectral_window.ops.documents import Documents
+from spectral_window.ops.fir import Taps, fir_conv
 from spectral_window.ops.modes import Modes, exact_dtype
-from spectral_window.ops.taps import Taps
+from spectral_window.ops.spectral import spectral_conv
 
 KERNELS: dict[str, type[Kernel]] = {}
 
@@ -67,6 +69,14 @@ class Kernel(nn.Module):
     def forward(self) -> Modes | Taps:
         raise NotImplementedError
 
+    operator = "spectral"  # in METHODS, which convolves with this kernel
+
+    def convolve(
+        self, u: Tensor, *, state: Tensor | None, positions: Tensor | Documents | None, method: str
+    ) -> tuple[Tensor, Tensor]:
+        """The operator with this kernel: u [B, T, D] -> (y [B, T, D], state)."""
+        return spectral_conv(u, self(), state=state, positions=positions, method=method)  # type: ignore[arg-type]
+
     def reset_parameters(self) -> None:
         """Draw the initial parameters, in place."""
         raise NotImplementedError
@@ -79,6 +89,20 @@ class Kernel(nn.Module):
             return tensor.to(moved.device)
 
         return super()._apply(keep_precision, recurse)
+
+
+class Filter(Kernel):
+    """A finite filter a channel: `forward()` yields `Taps`."""
+
+    operator = "fir"
+
+    def forward(self) -> Taps:
+        raise NotImplementedError
+
+    def convolve(
+        self, u: Tensor, *, state: Tensor | None, positions: Tensor | Documents | None, method: str
+    ) -> tuple[Tensor, Tensor]:
+        return fir_conv(u, self(), state=state, positions=positions, method=method)
 
 
 def _parameter(*shape: int) -> nn.Parameter:
@@ -213,7 +237,7 @@ class MultiMode(Kernel):
 
 
 @register("free_form")
-class FreeForm(Kernel):
+class FreeForm(Filter):
     """256 free taps a channel: what could be learned where no form is asked for.
 
     They start as noise under an envelope that halves every 32 tokens, of unit energy. Beyond 255
@@ -240,7 +264,7 @@ class FreeForm(Kernel):
 
 
 @register("short_filter")
-class ShortFilter(Kernel):
+class ShortFilter(Filter):
     """A filter of 4 taps, fixed and short in length; the taps are learned. It is the short
     convolution of Mamba and H3, and the question it asks is whether the global branch is more than
     that: it sees the token and the three before. Taps from N(0, 1/4): unit energy."""
@@ -260,7 +284,7 @@ class ShortFilter(Kernel):
 
 
 @register("implicit_mlp")
-class ImplicitMLP(Kernel):
+class ImplicitMLP(Filter):
     """1024 taps that a network makes from features of time (Hyena, Poli et al. 2023, section 3.3):
 
         K[t] = g exp(-a t) * (W_3 sin(W_2 sin(W_1 features(t) + b_1) + b_2))

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_window.nn.kernels import Kernel
-from spectral_window.ops.dispatch import resolve
-from spectral_window.ops.linear import by_rows
+from spectral_window.ops import linear  # noqa: F401 (it enrols its methods)
+from spectral_window.ops.methods import resolve
 from spectral_window.ops.pointwise import rms_norm, swiglu
+from spectral_window.ops.tracing import is_recorded
 
 
 def project(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
@@ -22,10 +23,13 @@ def project(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
     A layer that is more than a plain `nn.Linear` (an adapter, a quantised weight, hooks) is called
     by itself.
     """
-    if resolve("linear", "auto", x)[0] == "rows" and all(map(_is_plain, maps)):
+    if not (torch.is_grad_enabled() or is_recorded()) and all(map(_is_plain, maps)):
         # looked up directly: this runs for every token
         held: list[Any] = [layer._parameters for layer in maps]
-        return by_rows(x, [of["weight"] for of in held], [of["bias"] for of in held])
+        weights, biases = [of["weight"] for of in held], [of["bias"] for of in held]
+        chosen = resolve("linear", "auto", x, weights, biases)
+        if chosen.name != "matmul":
+            return chosen.function(x, weights, biases)
     return tuple(layer(x) for layer in maps)
 
 

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_window.errors import UserError
-from spectral_window.nn.kernels import Kernel, _begin_at, _parameter
+from spectral_window.nn.kernels import Filter, _begin_at, _parameter
 from spectral_window.nn.mixers import SpectralWindowMixer, register
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
-from spectral_window.ops.spectral import spectral_conv
-from spectral_window.ops.taps import Taps
+from spectral_window.ops.documents import Documents
+from spectral_window.ops.fir import Taps
 from spectral_window.ops.window import WindowState
 
 LAG = 4  # queries that make a key: the token's own and the three before
@@ -46,7 +46,7 @@ class MemoryState(NamedTuple):
     queries: Tensor
 
 
-class Memory(Kernel):
+class Memory(Filter):
     """The memory's own parameters, beside the maps of its gates. Like a kernel's they are kept in
     float32, and take no weight decay.
 
@@ -99,14 +99,17 @@ class MemoryMixer(SpectralWindowMixer):
         return [*super()._local_maps(), self.gate_proj]
 
     def _local(
-        self, projected: list[Tensor], positions: Tensor | None, state: MemoryState | None
+        self, projected: list[Tensor], documents: Documents | None, state: MemoryState | None
     ) -> tuple[Tensor, tuple[Any, ...]]:
         q, k, v, gates = projected
         write, read = gates.to(state_dtype(q.dtype)).chunk(2, -1)
-        attended, states = super()._local([q, k, v], positions, state)
+        attended, states = super()._local([q, k, v], documents, state)
         own = self.memory
-        lagged, queries = spectral_conv(
-            q, own(), state=None if state is None else state.queries, positions=positions
+        lagged, queries = own.convolve(
+            q,
+            state=None if state is None else state.queries,
+            positions=documents,
+            method=self.method(own.operator),
         )
         found, memory = delta_memory(
             self._unit(q),
@@ -114,12 +117,15 @@ class MemoryMixer(SpectralWindowMixer):
             self._heads(v).to(write.dtype),
             torch.sigmoid(write + own.write_bias),
             state=None if state is None else state.memory,
-            positions=positions,
-            method=self.methods["delta"],
+            positions=documents,
+            method=self.method("delta"),
         )
         gate = torch.sigmoid(read + own.read_bias)[..., None]
         found = (gate * found).flatten(-2) * own.scale
         return (attended + found).to(attended.dtype), (*states, memory, queries)
+
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        return [*super().operators(), (self.memory.operator, tuple(self.memory())), ("delta", ())]
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.memory_heads, -1))

@@ -23,11 +23,11 @@ from spectral_window.errors import UserError, unknown
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
 from spectral_window.nn.layers import project
-from spectral_window.ops.dispatch import readable, resolve
-from spectral_window.ops.documents import find_documents
+from spectral_window.ops.documents import Documents, given_documents
+from spectral_window.ops.methods import METHODS, Method, enrol, resolve
 from spectral_window.ops.rotary import rotate
-from spectral_window.ops.spectral import spectral_conv
-from spectral_window.ops.window import WindowState, empty_state, window_attention
+from spectral_window.ops.window import window_attention
+from spectral_window.ops.window_state import WindowState, empty_state
 
 BRANCHES = ("spectral", "window")
 MIXERS: dict[str, type[Mixer]] = {}
@@ -94,14 +94,23 @@ class Mixer(nn.Module):
         self.window = window
         self.rope_theta = rope_theta
         # a speed choice: see `set_methods`
-        self.methods = {"spectral": "auto", "window": "auto", "delta": "auto"}
+        self.methods = dict.fromkeys(METHODS, "auto")
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, state: Any = None
+        self, x: Tensor, positions: Tensor | Documents | None = None, state: Any = None
     ) -> tuple[Tensor, Any]:
-        """x [B, T, D], positions [B, T] int64 or None (see `spectral_window.ops`), state of the
-        tokens before or None."""
+        """x [B, T, D], positions [B, T] int64, what was understood of them, or None (see
+        `spectral_window.ops`), state of the tokens before or None."""
         raise NotImplementedError
+
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """The operators that it calls, by their names in METHODS, each with what `resolve` asks
+        for beside the input."""
+        return []
+
+    def method(self, op: str) -> str:
+        """The method chosen for an operator."""
+        return self.methods.get(op, "auto")
 
     def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
         """The state before any token."""
@@ -172,27 +181,30 @@ class SpectralWindowMixer(Mixer):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, state: SpectralWindowState | None = None
+        self,
+        x: Tensor,
+        positions: Tensor | Documents | None = None,
+        state: SpectralWindowState | None = None,
     ) -> tuple[Tensor, SpectralWindowState]:
+        documents = given_documents(positions, None, x)
         spectral = local = spectral_state = None
         local_states: tuple[Any, ...] = (None,)
         projected = self._project(x)
         if "spectral" in self.branches:
-            spectral, spectral_state = spectral_conv(
+            spectral, spectral_state = self.kernel.convolve(
                 projected.pop(),
-                self.kernel(),
                 state=None if state is None else state.spectral,
-                positions=positions,
-                method=self.methods["spectral"],
+                positions=documents,
+                method=self.method(self.kernel.operator),
             )
         if "window" in self.branches:
-            attended, local_states = self._local(projected, positions, state)
+            attended, local_states = self._local(projected, documents, state)
             local = project(attended, self.local_proj)[0]
         (y,) = project(self.fusion(spectral, local), self.out_proj)
         return y, self.state_type(spectral_state, *local_states)
 
     def _local(
-        self, projected: list[Tensor], positions: Tensor | None, state: Any
+        self, projected: list[Tensor], documents: Documents | None, state: Any
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """What is local, before W_local: [B, T, D] from the results of `_local_maps`, and the
         states beside the convolution's, in the order of `state_type`."""
@@ -204,8 +216,8 @@ class SpectralWindowMixer(Mixer):
             window=self.window,
             rope_theta=self.rope_theta,
             state=None if state is None else state.window,
-            positions=positions,
-            method=self.methods["window"],
+            positions=documents,
+            method=self.method("window"),
         )
         return attended.flatten(-2), (after,)
 
@@ -220,6 +232,14 @@ class SpectralWindowMixer(Mixer):
         if "spectral" in self.branches:
             maps.append(self.conv_proj)
         return list(project(x, *maps))
+
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        called: list[tuple[str, tuple[Any, ...]]] = []
+        if "spectral" in self.branches:
+            called.append((self.kernel.operator, tuple(self.kernel())))
+        if "window" in self.branches:
+            called.append(("window", ()))
+        return called
 
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
@@ -301,10 +321,20 @@ class AttentionMixer(Mixer):
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        return [("attention", ())]
+
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, state: AttentionState | None = None
+        self,
+        x: Tensor,
+        positions: Tensor | Documents | None = None,
+        state: AttentionState | None = None,
     ) -> tuple[Tensor, AttentionState]:
         batch, time = x.shape[:2]
+        documents = given_documents(positions, None, x)
+        if documents is not None:
+            documents.check(None if state is None else self._next(state))
+        positions = None if documents is None else documents.positions
         q, k, v = map(self._split, project(x, self.q_proj, self.k_proj, self.v_proj))
         past = 0 if state is None else state.key.shape[1]
         # where every row is one document without padding, no mask is built and the fused causal
@@ -319,14 +349,9 @@ class AttentionMixer(Mixer):
         key_position = positions if state is None else torch.cat((state.position, positions), 1)
         mask = None
         if not plain or past:
-            mask, key_position = self._mask(positions, key_position, state)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=None if mask is None else mask[:, None],
-            is_causal=mask is None and past == 0,
-        ).transpose(1, 2)
+            mask, key_position = self._mask(positions, key_position)
+        attend = resolve("attention", self.method("attention"), q).function
+        y = attend(q, k, v, mask, mask is None and past == 0)
         if not plain:
             y = torch.where((positions >= 0)[..., None, None], y, 0.0)
         return project(y.flatten(-2), self.out_proj)[0], AttentionState(k, v, key_position)
@@ -337,14 +362,10 @@ class AttentionMixer(Mixer):
             return state.position.new_zeros(state.position.shape[0])
         return state.position.amax(1) + 1
 
-    def _mask(
-        self, positions: Tensor, key_position: Tensor, state: AttentionState | None
-    ) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _mask(positions: Tensor, key_position: Tensor) -> tuple[Tensor, Tensor]:
         """Which keys a query sees [B, T, S], and the keys' positions with those of ended documents
         set to -1."""
-        continued = None if state is None else self._next(state)
-        if positions.device.type == "cpu" and readable(positions):
-            find_documents(positions, continued)  # raises where positions do not count on
         past = key_position.shape[1] - positions.shape[1]
         token = key_position >= 0
         begins = (key_position == 0) & (
@@ -386,18 +407,32 @@ class AttentionMixer(Mixer):
         return 2 * sum(p.numel() for p in self.parameters()) + 2 * self.hidden_size * (context + 1)
 
 
-def set_methods(
-    module: nn.Module, *, spectral: str = "auto", window: str = "auto", delta: str = "auto"
-) -> None:
-    """Choose the operators' methods in every mixer below `module`. A choice of speed: it is never
-    saved.
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """q [B, T, H, K], k and v [B, S, H, K], mask [B, T, S] or None -> [B, T, H, K]."""
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask is None else mask[:, None],
+        is_causal=causal,
+    ).transpose(1, 2)
 
-    Raises ValueError for an unknown method.
+
+enrol(
+    "attention",
+    Method("sdpa", _sdpa, "PyTorch's fused scaled_dot_product_attention, over every earlier key"),
+)
+
+
+def set_methods(module: nn.Module, **methods: str) -> None:
+    """Choose the operators' methods in every mixer below `module`, by the operators' names in
+    METHODS; "auto" for those not named. A choice of speed: it is never saved.
+
+    Raises UserError for an unknown operator or method.
     """
-    methods = {"spectral": spectral, "window": window, "delta": delta}
     probe = torch.empty(0, dtype=torch.float32, device="cpu")
     for op, method in methods.items():
         resolve(op, method, probe)
     for part in module.modules():
         if isinstance(part, Mixer):
-            part.methods = dict(methods)
+            part.methods = {**dict.fromkeys(METHODS, "auto"), **methods}

@@ -17,38 +17,34 @@ chunk remain in the loop, and the state is kept once a chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.ops.documents import Documents, find_documents
+from spectral_window.ops import recorded
+from spectral_window.ops.documents import Documents, Tokens
+from spectral_window.ops.tracing import is_recorded
 
 CHUNK = 64
 
 
 def chunked(
-    inputs: Sequence[Tensor],
-    state: Tensor,
-    positions: Tensor | None,
-    known: bool,
+    inputs: Sequence[Tensor], state: Tensor, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
     """`delta_memory` for checked inputs: move tokens to chunks, compute, move back.
 
     inputs: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H, 1] and, where there is one, decay
-            [B, T, H, 1], none of them empty; state [B, H, K, V] in the dtype to compute in,
-            positions [B, T] or None.
-    known:  the state is a caller's, so a row's first document may begin at any position.
+            [B, T, H, 1], none of them empty; state [B, H, K, V] in the dtype to compute in.
 
     Returns out [B, T, H, V] and the final state [B, H, K, V], both in the state's dtype.
     """
-    if positions is None:
+    if documents is None:
         return _rows(inputs, state)
-    rows = positions.shape[0]
-    any_position = (
-        torch.full((rows,), -1, dtype=torch.int64, device=state.device) if known else None
-    )
-    return _documents(inputs, state, find_documents(positions, any_position))
+    if is_recorded():
+        return _recorded(inputs, state, documents.positions)
+    return _documents(inputs, state, documents)
 
 
 def _rows(inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,48 +64,127 @@ def _rows(inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     return out.reshape(batch, chunks * size, heads, -1)[:, :time], final.view(state.shape)
 
 
-def _documents(inputs: Sequence[Tensor], state: Tensor, docs: Documents) -> tuple[Tensor, Tensor]:
-    """The documents side by side, the longest first, so that the n-th chunks of all that have so
-    many lie together."""
-    value = inputs[2].to(state.dtype)
-    if not len(docs.token):  # padding alone: zeros
-        return value.masked_fill(torch.ones_like(value, dtype=torch.bool), 0.0), state
-    heads = value.shape[2]
-    ends = torch.cat((docs.head[1:], docs.head.new_tensor([len(docs.token)])))
-    length = ends - docs.head
-    size = min(CHUNK, int(length.max()))
+class _Grid(NamedTuple):
+    """Documents side by side, the longest first, so that the n-th chunks of all that have so many
+    lie together.
+
+    size, total, counts: tokens in a chunk, chunks, and documents that have an n-th chunk.
+    token, slot: [n] the tokens' places among all B*T, and in the grid.
+    row, goes_on: [documents] in the order of the grid: their rows, and whether they continue.
+    last, alive: [B] which of the documents, in the order of their ends, is a row's last; and
+                 whether it has any.
+    """
+
+    size: int
+    total: int
+    counts: list[int]
+    token: Tensor
+    slot: Tensor
+    row: Tensor
+    goes_on: Tensor
+    last: Tensor
+    alive: Tensor
+
+
+def _cut(tokens: Tokens) -> _Grid:
+    length = tokens.length
+    size = min(CHUNK, int(length.max())) if len(length) else 1
     chunks = -(-length // size)
     order = chunks.argsort(descending=True)  # documents by rank
     rank = order.argsort()
-    bounds = torch.arange(int(chunks.max()), dtype=torch.int64, device=chunks.device)
-    count = (chunks > bounds[:, None]).sum(1)  # documents that have an n-th chunk
+    most = int(chunks.max()) if len(length) else 0
+    count = (chunks > torch.arange(most, dtype=torch.int64)[:, None]).sum(1)
     begin = count.cumsum(0) - count
-    place = (
-        torch.arange(len(docs.token), dtype=torch.int64, device=rank.device)
-        - docs.head[docs.document]
-    )
-    slot = (begin[place // size] + rank[docs.document]) * size + place % size
-    counts = count.tolist()
-    total = sum(counts)
-
-    def grid(x: Tensor) -> Tensor:
-        tokens = x.flatten(0, 1).index_select(0, docs.token).to(state.dtype)
-        places = tokens.new_zeros(total * size, heads, x.shape[3]).index_copy(0, slot, tokens)
-        return places.view(total, size, heads, -1).transpose(1, 2).reshape(total * heads, size, -1)
-
-    head = docs.head[order]
-    goes_on = (docs.position[head] != 0)[:, None, None, None]
-    before = torch.where(goes_on, state.index_select(0, docs.row[head]), 0.0)
-    y, ended = _over_chunks([grid(x) for x in inputs], before.flatten(0, 1), counts)
-    y = y.view(total, heads, size, -1).transpose(1, 2).flatten(0, 1).index_select(0, slot)
-    out = torch.zeros_like(value).flatten(0, 1).index_copy(0, docs.token, y)
-
+    place = torch.arange(len(tokens.token), dtype=torch.int64) - tokens.head[tokens.document]
+    slot = (begin[place // size] + rank[tokens.document]) * size + place % size
     # documents end in the order of their chunks, and of equally many by rank
     turn = chunks[order].argsort(stable=True).argsort()
-    last = turn[rank[docs.document[docs.last.clamp(min=0)]]]
-    final = ended.view(len(order), *state.shape[1:]).index_select(0, last)
-    alive = (docs.last >= 0)[:, None, None, None]
+    last = tokens.last.clamp(min=0)
+    if len(length):
+        last = turn[rank[tokens.document[last]]]
+    head = tokens.head[order]
+    return _Grid(
+        size,
+        int(count.sum()),
+        count.tolist(),
+        tokens.token,
+        slot,
+        tokens.row[head],
+        tokens.position[head] != 0,
+        last,
+        tokens.last >= 0,
+    )
+
+
+def _documents(
+    inputs: Sequence[Tensor], state: Tensor, documents: Documents
+) -> tuple[Tensor, Tensor]:
+    value = inputs[2].to(state.dtype)
+    grid = documents.plan("chunked_delta", _cut)
+    if not grid.total:  # padding alone: zeros
+        return value.masked_fill(torch.ones_like(value, dtype=torch.bool), 0.0), state
+    heads, size, total = value.shape[2], grid.size, grid.total
+
+    def cells(x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1).index_select(0, grid.token).to(state.dtype)
+        room = tokens.new_zeros(total * size, heads, x.shape[3]).index_copy(0, grid.slot, tokens)
+        return room.view(total, size, heads, -1).transpose(1, 2).reshape(total * heads, size, -1)
+
+    goes_on = grid.goes_on[:, None, None, None]
+    before = torch.where(goes_on, state.index_select(0, grid.row), 0.0)
+    y, ended = _over_chunks([cells(x) for x in inputs], before.flatten(0, 1), grid.counts)
+    y = y.view(total, heads, size, -1).transpose(1, 2).flatten(0, 1).index_select(0, grid.slot)
+    out = torch.zeros_like(value).flatten(0, 1).index_copy(0, grid.token, y)
+    final = ended.view(-1, *state.shape[1:]).index_select(0, grid.last)
+    alive = grid.alive[:, None, None, None]
     return out.view(value.shape), torch.where(alive, final, state)
+
+
+def _recorded(inputs: Sequence[Tensor], state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where no shape may depend on positions: rows stay as long as they are, and what lies before
+    the head of a token's document is masked.
+
+    What is not finite is left out, and the outputs of its document from there on are NaN.
+    """
+    rows = recorded.tokens_first(positions)
+    tokens = [rows.gather(x.to(state.dtype)) for x in inputs]
+    time = tokens[0].shape[1]
+    written = torch.cat([x.flatten(2) for x in tokens[1:]], -1)
+    spoilt = recorded.since_head(~torch.isfinite(written).all(-1), rows.head)
+    chunks = -(-time // CHUNK)
+    index = torch.arange(chunks * CHUNK, dtype=torch.int64, device=state.device)
+    head = rows.head.index_select(1, index.clamp(max=time - 1))
+
+    def grid(x: Tensor) -> Tensor:
+        finite = torch.where(torch.isfinite(x), x, 0.0).transpose(1, 2)
+        return F.pad(finite, (0, 0, 0, chunks * CHUNK - time)).unflatten(2, (-1, CHUNK))
+
+    q, k, v, beta, *decay = (grid(x) for x in tokens)  # [B, H, G, C, *]
+    memory = torch.where(rows.continues[:, None, None, None], state, 0.0)
+    outs = []
+    for c in range(chunks):
+        begin = c * CHUNK
+        own = head[:, begin : begin + CHUNK]
+        alike = (own[:, :, None] == own[:, None]).tril()[:, None]  # [B, 1, C, C]
+        enters = (own < max(begin, 1))[:, None, :, None]  # [B, 1, C, 1]
+        query, key, value, write = (x[:, :, c] for x in (q, k, v, beta))
+        since = -decay[0][:, :, c].cumsum(2) if decay else torch.zeros_like(write)
+        between = torch.where(alike, (since - since.transpose(2, 3)).exp(), 0.0)
+        seen = torch.where(enters, since.exp(), 0.0)
+        overlap = write * (key @ key.transpose(2, 3)) * between
+        asked = value - torch.where(enters, seen * (key @ memory), 0.0)
+        own_writes = torch.linalg.solve_triangular(
+            overlap.tril(-1), write * asked, upper=False, unitriangular=True
+        )
+        read = torch.where(enters, seen * (query @ memory), 0.0)
+        outs.append(read + ((query @ key.transpose(2, 3)) * between) @ own_writes)
+        last = between[:, :, -1, :, None]  # what the chunk's last document keeps of each write
+        kept = torch.where(enters[:, :, -1:], seen[:, :, -1:] * memory, 0.0)
+        memory = kept + (key * last).transpose(2, 3) @ own_writes
+    out = torch.cat(outs, 2)[:, :, :time].transpose(1, 2)
+    final = torch.where(spoilt[:, -1, None, None, None], torch.nan, memory)
+    final = torch.where((rows.tokens > 0)[:, None, None, None], final, state)
+    return rows.scatter(out.masked_fill(spoilt[..., None, None], torch.nan)), final
 
 
 def _over_chunks(

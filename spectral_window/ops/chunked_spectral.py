@@ -8,30 +8,72 @@ products are bound by moving data, so exactness costs little.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.ops import recorded
-from spectral_window.ops.dispatch import is_exported, is_recorded
-from spectral_window.ops.documents import anywhere, chunk_grid, find_documents, split_finite
+from spectral_window.ops.documents import Documents, Tokens, anywhere, chunk_grid, split_finite
 from spectral_window.ops.modes import Modes, exact_dtype, powers, times
+from spectral_window.ops.tracing import is_exported, is_recorded
 
 CHUNK = 32
 
 
+class _Grid(NamedTuple):
+    """Documents in chunks of C, laid end to end.
+
+    token, slot: [n] the tokens' places among all B*T, and in the grid.
+    first:       [G] bool, chunks with no past.
+    entry_chunk, entry_row: the chunks into which the states of rows enter, and those rows.
+    last_chunk, filled: [B] where each row ends, and after how many places of that chunk.
+    alive:       [B] bool, rows with any token.
+    """
+
+    token: Tensor
+    slot: Tensor
+    first: Tensor
+    entry_chunk: Tensor
+    entry_row: Tensor
+    last_chunk: Tensor
+    filled: Tensor
+    alive: Tensor
+
+
+def _cut(tokens: Tokens) -> _Grid:
+    index = torch.arange(len(tokens.token), dtype=torch.int64)
+    slot, first = chunk_grid(tokens.document, index - tokens.head[tokens.document], CHUNK)
+    continues = tokens.head[tokens.goes_on]
+    last = slot[tokens.last.clamp(min=0)] if len(slot) else tokens.last
+    return _Grid(
+        tokens.token,
+        slot,
+        first,
+        slot[continues] // CHUNK,
+        tokens.row[continues],
+        last // CHUNK,
+        last % CHUNK + 1,
+        tokens.last >= 0,
+    )
+
+
 def chunked(
-    u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None, known: bool
+    u: Tensor, modes: Modes, state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
     """`spectral_conv` for checked inputs: move tokens to a grid of chunks, convolve, move back.
 
-    u [B, T, D] not empty, modes [D, M], state [B, D, M, 2] float64, positions [B, T] or None.
-    known: the state is a caller's, so a row's first document may begin at any position.
+    u [B, T, D] not empty, modes [D, M], state [B, D, M, 2] or None for zeros.
     """
     batch, time, channels = u.shape
-    if is_recorded() and (is_exported() or positions is not None):
+    exact = exact_dtype(u.device)
+    known = state is not None
+    state = u.new_zeros(modes.state_shape(batch), dtype=exact) if state is None else state.to(exact)
+    if is_recorded() and (is_exported() or documents is not None):
+        positions = None if documents is None else documents.positions
         return recorded.convolve(u, modes, state, positions)
-    if positions is None:
+    if documents is None:
         per_row = -(-time // CHUNK)
         x = (
             F.pad(u, (0, 0, 0, per_row * CHUNK - time))
@@ -51,30 +93,17 @@ def chunked(
         y = y.to(u.dtype).reshape(channels, -1).T.reshape(batch, -1, channels)[:, :time]
         return y.contiguous(), final
 
-    docs = find_documents(positions, anywhere(positions) if known else None)
-    index = torch.arange(len(docs.token), dtype=torch.int64, device=u.device)
-    slot, first = chunk_grid(docs.document, index - docs.head[docs.document], CHUNK)
-    continues = docs.head[docs.position[docs.head] != 0]
-    alive = docs.last >= 0  # rows with any token
-    last = docs.last.clamp(min=0)
-    if not len(index):
-        return torch.where(positions[..., None] >= 0, u, 0.0), state  # padding alone: zeros
-    x = u.new_zeros(len(first) * CHUNK, channels, dtype=state.dtype)
-    tokens = u.reshape(-1, channels).index_select(0, docs.token)
-    x = x.index_copy(0, slot, tokens.to(state.dtype)).T.contiguous()
-    y, final = _convolve_chunks(
-        x,
-        modes,
-        state,
-        first,
-        slot[continues] // CHUNK,
-        docs.row[continues],
-        slot[last] // CHUNK,
-        slot[last] % CHUNK + 1,
-    )
-    y = y.to(u.dtype).reshape(channels, -1).T.index_select(0, slot)
-    out = torch.zeros_like(u).reshape(-1, channels).index_copy(0, docs.token, y)
-    return out.reshape(u.shape), torch.where(alive[:, None, None, None], final, state)
+    documents.check(anywhere(batch) if known else None, wait=True)
+    grid = documents.plan("chunked_spectral", _cut)
+    if not len(grid.token):
+        return torch.where(documents.positions[..., None] >= 0, u, 0.0), state  # padding alone
+    x = u.new_zeros(len(grid.first) * CHUNK, channels, dtype=state.dtype)
+    tokens = u.reshape(-1, channels).index_select(0, grid.token)
+    x = x.index_copy(0, grid.slot, tokens.to(state.dtype)).T.contiguous()
+    y, final = _convolve_chunks(x, modes, state, *grid[2:7])
+    y = y.to(u.dtype).reshape(channels, -1).T.index_select(0, grid.slot)
+    out = torch.zeros_like(u).reshape(-1, channels).index_copy(0, grid.token, y)
+    return out.reshape(u.shape), torch.where(grid.alive[:, None, None, None], final, state)
 
 
 def differentiate_again(
@@ -90,11 +119,9 @@ def differentiate_again(
     answer where a second derivative is wanted."""
     inputs = (u, *modes, state)
     asked = [x for x in inputs if x is not None and x.requires_grad]
+    documents = None if positions is None else Documents(positions, checked=True)
     with torch.enable_grad():
-        if state is None:
-            exact = exact_dtype(u.device)
-            state = torch.zeros(modes.state_shape(u.shape[0]), dtype=exact, device=u.device)
-        y, final = chunked(u, modes, state, positions, known=True)
+        y, final = chunked(u, modes, state, documents)
         grads = (grad, torch.zeros_like(final) if grad_state is None else grad_state)
         found = torch.autograd.grad((y, final), asked, grads, create_graph=True, allow_unused=True)
     by_id = {id(x): d for x, d in zip(asked, found, strict=True)}

@@ -7,11 +7,7 @@ What the memory holds at the key k_t is read, and replaced by v_t in the proport
 holds at keys orthogonal to k_t stays as it is (Schlag et al. 2021, "Linear Transformers Are
 Secretly Fast Weight Programmers"; with `decay`, the gated delta rule of Yang et al. 2025). Keys
 should have length 1 and 0 <= beta <= 1: then no write makes the memory grow, for
-|I - beta k k^T| <= 1.
-
-    chunked    a triangular system inside chunks of 64, a scan between them (`chunked_delta`).
-    step       one token: the recurrence.
-    reference  the recurrence in float64, token by token.
+|I - beta k k^T| <= 1. The table of methods is at the end.
 
 Precision. The state is float32 (float64 for float64 inputs), whatever the inputs' dtype. On a CPU
 `chunked` computes in float64 and rounds once, so that neither autocast nor the setting for float32
@@ -30,8 +26,11 @@ from torch import Tensor
 from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_delta import chunked
-from spectral_window.ops.dispatch import resolve
-from spectral_window.ops.documents import find_documents, given_positions
+from spectral_window.ops.documents import Documents, anywhere, each_document
+from spectral_window.ops.methods import Method, enrol, one_token, resolve
+from spectral_window.ops.spectral import documents_after
+
+EXACT = ("cpu",)  # devices on which `chunked` computes in float64, see above
 
 
 def delta_memory(
@@ -42,7 +41,7 @@ def delta_memory(
     *,
     decay: Tensor | None = None,
     state: Tensor | None = None,
-    positions: Tensor | None = None,
+    positions: Tensor | Documents | None = None,
     cu_seqlens: Tensor | None = None,
     method: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -57,46 +56,28 @@ def delta_memory(
     state:  [B, H, K, V], as returned by an earlier call for the same rows; None for none. It enters
             a row's first document unless that begins at position 0.
     positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method: one of `dispatch.METHODS`, or "auto".
+    method: a name in METHODS["delta"], or "auto".
 
     Returns out [B, T, H, V] in v's dtype (0 at padding) and the state after each row's last token,
     float32 (float64 for float64 inputs). Differentiable, twice, in q, k, v, beta, decay and state.
-    Raises ValueError or TypeError before any work.
+    Raises UserError (a ValueError) or UserTypeError (a TypeError) before any work.
     """
     _check(q, k, v, beta, decay, state)
-    method, _ = resolve("delta", method, q)
-    begin = None  # a state does not know its position: any but 0 continues it
-    if cu_seqlens is not None and state is not None:
-        begin = torch.ones(q.shape[0], dtype=torch.int64, device=q.device)
-    positions = given_positions(positions, cu_seqlens, q, begin)
-    shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    chosen = resolve("delta", method, q, k, v, beta, decay, state)
+    documents = documents_after(state, positions, cu_seqlens, q)
     kept = state_dtype(q.dtype)
-    known = state is not None
-    if state is None:
-        state = q.new_zeros(shape, dtype=kept)
-    state = state.to(kept)
     if not q.numel() or not v.numel():
-        return v.clone(), state
+        shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+        return v.clone(), q.new_zeros(shape, dtype=kept) if state is None else state.to(kept)
     inputs = [q, k, v, beta[..., None], *([] if decay is None else [decay[..., None]])]
     with _without_autocast(q.device):
-        if method == "step":
-            out, final = _step(inputs, state, positions)
-        elif method == "reference":
-            out, final = _reference(inputs, state.double(), positions, known)
-        else:
-            out, final = chunked(inputs, state.to(_working_dtype(q)), positions, known)
+        out, final = chosen.function(inputs, state, documents)
     return out.to(v.dtype), final.to(kept)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The state's dtype for inputs of `dtype`: at least float32, for it is a sum over the past."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _working_dtype(q: Tensor) -> torch.dtype:
-    """What `chunked` computes in (see the module)."""
-    exact = q.device.type == "cpu" or q.dtype == torch.float64
-    return torch.float64 if exact else torch.float32
 
 
 def _check(
@@ -144,15 +125,40 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def _begun(inputs: list[Tensor], state: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The state to begin from, in `dtype`."""
+    q, v = inputs[0], inputs[2]
+    if state is None:
+        return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+    return state.to(dtype)
+
+
+# ------------------------------------------------------------------------------ the methods
+#
+# Each is called with [q, k, v, beta [B, T, H, 1]] and perhaps decay [B, T, H, 1], none of them
+# empty, state or None, documents or None.
+
+
+def _chunked(
+    inputs: list[Tensor], state: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    q = inputs[0]
+    exact = q.device.type in EXACT or q.dtype == torch.float64
+    before = _begun(inputs, state, torch.float64 if exact else torch.float32)
+    if documents is not None:
+        documents.check(None if state is None else anywhere(q.shape[0]), wait=True)
+    return chunked(inputs, before, documents)
+
+
 def _step(
-    inputs: list[Tensor],
-    state: Tensor,
-    positions: Tensor | None,
+    inputs: list[Tensor], state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
     """One token a row. A padded row keeps its state; a row at position 0 begins afresh.
 
     Sums of products and no matrix products, which a setting may round to bfloat16.
     """
+    state = _begun(inputs, state, state_dtype(inputs[0].dtype))
+    positions = None if documents is None else documents.positions
     q, k, v, beta, *decay = (x[:, 0].to(state.dtype) for x in inputs)
     before = state
     if positions is not None:
@@ -170,29 +176,35 @@ def _step(
 
 
 def _reference(
-    inputs: list[Tensor],
-    state: Tensor,
-    positions: Tensor | None,
-    known: bool,
+    inputs: list[Tensor], state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    """The reference, every document alone."""
-    exact = [x.double() for x in inputs]
-    if positions is None:
-        return reference.delta(*exact, state=state)
-    batch, time = positions.shape
-    any_position = (
-        torch.full((batch,), -1, dtype=torch.int64, device=positions.device) if known else None
-    )
-    docs = find_documents(positions, any_position)
-    flat = [x.flatten(0, 1) for x in exact]
-    out, final = torch.zeros_like(flat[2]), list(state.unbind(0))
-    for tokens in docs.token.tensor_split(docs.head[1:].cpu()):
-        if not len(tokens):
-            continue
-        row = int(tokens[0]) // time
-        fresh = int(positions.flatten()[tokens[0]]) == 0
-        before = torch.zeros_like(state[:1]) if fresh else final[row][None]
-        y, end = reference.delta(*(x[tokens][None] for x in flat), state=before)
-        out = out.index_copy(0, tokens, y[0])
-        final[row] = end[0]
-    return out.view(exact[2].shape), torch.stack(final)
+    exact, before = [x.double() for x in inputs], _begun(inputs, state, torch.float64)
+
+    def run(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.delta(*given[:-1], state=given[-1])
+
+    if documents is None:
+        return run(*exact, before)
+    documents.check(None if state is None else anywhere(len(before)), wait=True)
+    return each_document(run, exact, before, documents, exact[2])
+
+
+enrol(
+    "delta",
+    Method(
+        "step",
+        _step,
+        "one token: the recurrence in plain torch, constant state and time",
+        one_token,
+    ),
+    Method(
+        "chunked",
+        _chunked,
+        "a triangular system in each chunk and a scan over chunks, O(T), plain torch",
+    ),
+    Method(
+        "reference",
+        _reference,
+        "the recurrence in float64, token by token: the truth for the others",
+    ),
+)

@@ -1,24 +1,30 @@
 """Where documents begin, and how they are cut into chunks from their own position 0.
 
-Both branches cut time into chunks. The chunks belong to a *document*, never to the tensor: a
+All operators cut time into chunks. The chunks belong to a *document*, never to the tensor: a
 padded, packed or continued row must give the numbers of each document alone. So tokens are moved
 to a grid in which every chunk holds one document only; what lies between documents cannot mix, not
 even a NaN.
+
+`Documents` is understood once, and passed down through all layers as one value. What follows from
+the positions (which tokens, which document, which place in a grid) is found on the CPU, where no
+device is waited for, and only by those methods that ask; compiled code and recorded graphs take the
+positions themselves.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectral_window.errors import UserError, UserTypeError
-from spectral_window.ops.dispatch import readable
+from spectral_window.ops.tracing import readable
 
 
-class Documents(NamedTuple):
-    """The n tokens that are not padding, in row order, and the documents they form.
+class Tokens(NamedTuple):
+    """The n tokens that are not padding, in row order, and the documents they form; on the CPU.
 
     token:    [n] index into the B*T tokens.
     row:      [n] their row.
@@ -36,25 +42,118 @@ class Documents(NamedTuple):
     head: Tensor
     last: Tensor
 
+    @property
+    def length(self) -> Tensor:
+        """[documents]: their tokens in this call."""
+        return torch.diff(self.head, append=self.head.new_tensor([len(self.token)]))
 
-def find_documents(positions: Tensor, continued: Tensor | None = None) -> Documents:
-    """Read `positions` [B, T] (see `spectral_window.ops`).
+    def each(self) -> Iterator[tuple[int, Tensor]]:
+        """(head, the tokens' places among the B*T) of every document."""
+        ends = [*self.head.tolist()[1:], len(self.token)]
+        for head, end in zip(self.head.tolist(), ends, strict=False):  # no document has no end
+            yield head, self.token[head:end]
 
-    continued: [B] the position at which a row's state goes on; a row's first document may begin
-               there instead of at 0 (None: no state is given; an entry of -1: any position, the
-               state does not know).
-    Raises ValueError, naming row and column, where positions neither begin a document nor count on.
+    @property
+    def goes_on(self) -> Tensor:
+        """[documents] bool: which continue a state, since they do not begin at position 0."""
+        return self.position[self.head] != 0
+
+
+class Documents:
+    """The documents and the padding of rows [B, T].
+
+    positions: [B, T] int64 on the inputs' device, see `spectral_window.ops`.
+    host:      the same on the CPU, where it is known; found when first needed.
+    checked:   whoever made this has seen to it that the positions count on from the states that go
+               with them.
     """
-    rows = positions.shape[0]
+
+    def __init__(self, positions: Tensor, host: Tensor | None = None, *, checked: bool = False):
+        self.positions = positions
+        self.host = positions if host is None and positions.device.type == "cpu" else host
+        self.checked = checked
+        self._tokens: Tokens | None = None
+        self._plans: dict[Hashable, Any] = {}
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, T)."""
+        return self.positions.shape
+
+    @property
+    def tokens(self) -> Tokens:
+        """What the positions say, read once. Waits for the device where they lie on one alone."""
+        if self._tokens is None:
+            if self.host is None:
+                self.host = self.positions.cpu()
+            self._tokens = read_tokens(self.host)
+        return self._tokens
+
+    def plan(self, key: Hashable, make: Callable[[Tokens], Any]) -> Any:
+        """`make(tokens)`, a NamedTuple of tensors on the CPU and numbers, with its tensors moved to
+        the positions' device; made once for each `key`."""
+        if key not in self._plans:
+            made = make(self.tokens)
+            home = self.positions.device
+            moved = (x.to(home) if isinstance(x, Tensor) else x for x in made)
+            self._plans[key] = type(made)(*moved)
+        return self._plans[key]
+
+    def check(self, continued: Tensor | None, *, wait: bool = False) -> None:
+        """Raise UserError, naming row and column, where positions neither begin a document nor
+        count on.
+
+        continued: [B] the position at which a row's state goes on; a row's first document may begin
+                   there instead of at 0 (None: no state is given; an entry of -1: any position, the
+                   state does not know).
+        wait:      look at them also where they lie on a device, which is waited for.
+        """
+        if self.checked or not readable(self.positions) or (self.host is None and not wait):
+            return
+        check_counting(self.tokens, self.shape[1], continued)
+
+    def columns(self, part: slice) -> Documents:
+        """The same documents in a part of the columns; all of them: this very object."""
+        if not part.start and part.stop is None:
+            return self
+        host = None if self.host is None else self.host[:, part]
+        return Documents(self.positions[:, part], host, checked=self.checked)
+
+    def rows(self, fn: Callable[[Tensor], Tensor]) -> Documents:
+        """With `fn` applied to the rows, which it selects, repeats or moves."""
+        return Documents(fn(self.positions), checked=self.checked)
+
+    def to(self, device: Any, non_blocking: bool = False, **_: Any) -> Documents:
+        """On another device, for libraries that move a layer's inputs to where the layer is."""
+        if torch.device(device) == self.positions.device:
+            return self
+        moved = self.positions.to(device, non_blocking=non_blocking)
+        return Documents(moved, self.host, checked=self.checked)
+
+
+def read_tokens(positions: Tensor) -> Tokens:
+    """The tokens of `positions` [B, T] on the CPU."""
+    rows, time = positions.shape
     flat = positions.reshape(-1)
     token = torch.nonzero(flat >= 0).squeeze(1)
     position = flat[token]
-    row = token // max(positions.shape[1], 1)
+    row = token // max(time, 1)
+    begins = position == 0
+    begins[:1] = True
+    begins[1:] |= row[1:] != row[:-1]
+    last = torch.full((rows,), -1, dtype=torch.int64)
+    last.scatter_reduce_(0, row, torch.arange(len(token), dtype=torch.int64), reduce="amax")
+    head = torch.nonzero(begins).squeeze(1)
+    return Tokens(token, row, position, begins.cumsum(0) - 1, head, last)
+
+
+def check_counting(tokens: Tokens, time: int, continued: Tensor | None) -> None:
+    """See `Documents.check`."""
+    position, row = tokens.position, tokens.row
     before = torch.full_like(position, -1)
     before[1:] = position[:-1]
     row_begins = torch.ones_like(row, dtype=torch.bool)
     row_begins[1:] = row[1:] != row[:-1]
-    begins = row_begins | (position == 0)
     follows = position == before + 1
     if continued is not None:
         goes_on = continued.to(position.device)[row]
@@ -63,22 +162,17 @@ def find_documents(positions: Tensor, continued: Tensor | None = None) -> Docume
         follows = follows & ~row_begins
     wrong = ~(follows | (position == 0))
     if wrong.any():
-        where = int(token[wrong.nonzero()[0, 0]])
-        b, t = divmod(where, positions.shape[1])
+        at = int(wrong.nonzero()[0, 0])
+        b, t = divmod(int(tokens.token[at]), time)
         raise UserError(
-            f"position {int(flat[where])} at row {b}, column {t} (positions): a document counts "
+            f"position {int(position[at])} at row {b}, column {t} (positions): a document counts "
             "0, 1, 2, ... or goes on where its state stopped; mark padding with -1"
         )
-    document = begins.cumsum(0) - 1
-    last = torch.full((rows,), -1, dtype=torch.int64, device=positions.device)
-    index = torch.arange(len(token), dtype=torch.int64, device=row.device)
-    last.scatter_reduce_(0, row, index, reduce="amax")
-    return Documents(token, row, position, document, torch.nonzero(begins).squeeze(1), last)
 
 
-def anywhere(positions: Tensor) -> Tensor:
-    """`continued` of a state that does not know its position: [B], of -1."""
-    return torch.full((positions.shape[0],), -1, dtype=torch.int64, device=positions.device)
+def anywhere(batch: int) -> Tensor:
+    """`continued` of states that do not know their position: [B], of -1."""
+    return torch.full((batch,), -1, dtype=torch.int64)
 
 
 def chunk_grid(document: Tensor, coordinate: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -90,13 +184,12 @@ def chunk_grid(document: Tensor, coordinate: Tensor, size: int) -> tuple[Tensor,
     """
     documents = int(document.max()) + 1 if len(document) else 0
     chunk = coordinate // size
-    bounds = torch.zeros(2, documents, dtype=torch.int64, device=document.device)
+    bounds = torch.zeros(2, documents, dtype=torch.int64)
     low = bounds[0].scatter_reduce(0, document, chunk, reduce="amin", include_self=False)
     high = bounds[1].scatter_reduce(0, document, chunk, reduce="amax", include_self=False)
     count = high - low + 1
     base = count.cumsum(0) - count
-    total = int(count.sum())
-    first = torch.zeros(total, dtype=torch.bool, device=document.device)
+    first = torch.zeros(int(count.sum()), dtype=torch.bool)
     first[base] = True
     slot = (base[document] + chunk - low[document]) * size + coordinate % size
     return slot, first
@@ -107,6 +200,33 @@ def split_finite(x: Tensor) -> tuple[Tensor, Tensor]:
     a gradient): a product of the first lets no NaN through a weight of zero."""
     finite = torch.where(torch.isfinite(x), x, 0.0)
     return finite, (x - finite).detach()
+
+
+def each_document(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    inputs: list[Tensor],
+    state: Tensor,
+    documents: Documents,
+    like: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`run(*inputs, state)` on every document alone, in a loop: for the methods that exist to be
+    compared with.
+
+    inputs [B, T, ...], state [B, ...]; run takes and returns one row of both, (out [1, n, ...],
+    state [1, ...]), out of the shape and dtype of `like`. Returns out (0 at padding) and the states
+    after the rows' last.
+    """
+    tokens = documents.tokens
+    flat = [x.flatten(0, 1) for x in inputs]
+    whole, final = torch.zeros_like(like).flatten(0, 1), list(state.unbind(0))
+    for head, place in tokens.each():
+        row, home = int(tokens.row[head]), place.to(state.device)
+        fresh = int(tokens.position[head]) == 0
+        before = torch.zeros_like(state[:1]) if fresh else final[row][None]
+        out, end = run(*(x[home][None] for x in flat), before)
+        whole = whole.index_copy(0, home, out[0])
+        final[row] = end[0]
+    return whole.view(like.shape), torch.stack(final)
 
 
 def positions_from_cu_seqlens(
@@ -147,31 +267,39 @@ def positions_from_cu_seqlens(
     return positions
 
 
-def given_positions(
-    positions: Tensor | None, cu_seqlens: Tensor | None, x: Tensor, begin: Tensor | None = None
-) -> Tensor | None:
-    """`positions` checked against x [B, T, ...], or those that `cu_seqlens` means; None where
-    neither is given."""
+def given_documents(
+    positions: Tensor | Documents | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+    begin: Tensor | None = None,
+) -> Documents | None:
+    """The documents of x [B, T, ...] that `positions` or `cu_seqlens` tell; None where neither is
+    given: then each row is one document that goes on from its state.
+
+    begin: as in `positions_from_cu_seqlens`. Raises UserError or UserTypeError for what cannot be.
+    """
+    if positions is None and cu_seqlens is None:
+        return None
     batch, time = x.shape[:2]
-    for name, value in (("positions", positions), ("cu_seqlens", cu_seqlens)):
+    given = positions.positions if isinstance(positions, Documents) else positions
+    for name, value in (("positions", given), ("cu_seqlens", cu_seqlens)):
         if value is not None and value.device != x.device:
             raise UserError(f"{name} is on {value.device}, the input on {x.device}: move it there")
-    if positions is None:
-        return (
-            None
-            if cu_seqlens is None
-            else positions_from_cu_seqlens(cu_seqlens, batch, time, begin)
-        )
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise UserTypeError(f"positions are {positions.dtype}: pass int64")
-    if positions.shape != (batch, time):
+    if given is None:
+        assert cu_seqlens is not None
+        return Documents(positions_from_cu_seqlens(cu_seqlens, batch, time, begin))
+    if given.dtype not in (torch.int32, torch.int64):
+        raise UserTypeError(f"positions are {given.dtype}: pass int64")
+    if given.shape != (batch, time):
         raise UserError(
-            f"positions are {tuple(positions.shape)}: expected {(batch, time)}, like the input"
+            f"positions are {tuple(given.shape)}: expected {(batch, time)}, like the input"
         )
-    positions = positions.to(torch.int64)
-    if cu_seqlens is None:
-        return positions
-    meant = positions_from_cu_seqlens(cu_seqlens, batch, time, begin)
-    if readable(positions, meant) and not torch.equal(positions, meant):
-        raise UserError("positions and cu_seqlens disagree: pass one of them")
-    return positions
+    if isinstance(positions, Documents):
+        documents = positions
+    else:
+        documents = Documents(given.to(torch.int64))
+    if cu_seqlens is not None:
+        meant = positions_from_cu_seqlens(cu_seqlens, batch, time, begin)
+        if readable(given, meant) and not torch.equal(documents.positions, meant):
+            raise UserError("positions and cu_seqlens disagree: pass one of them")
+    return documents

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spectral_window.errors import UserError, UserTypeError
-from spectral_window.ops.dispatch import readable
+from spectral_window.ops.tracing import readable
 
 
 class Modes(NamedTuple):
@@ -34,15 +34,15 @@ class Modes(NamedTuple):
     frequency: Tensor
     gain: Tensor | None = None
 
-    def validated(self, channels: int, *, values: bool = True) -> Modes:
-        """These modes as [D, M] tensors, or an error that names what is wrong.
+    def named(self) -> tuple[tuple[str, Tensor | None], ...]:
+        """(name, tensor) of each field."""
+        return ("decay", self.decay), ("frequency", self.frequency), ("gain", self.gain)
 
-        Raises TypeError for a dtype below float32 (rounding decays to bfloat16 moves a 12-layer
-        model's logits by 20 %), ValueError for shapes, and, on a CPU outside torch.compile, for
-        NaN, infinity or a negative decay (unless not `values`).
-        """
-        named = [("decay", self.decay), ("frequency", self.frequency), ("gain", self.gain)]
-        for name, value in named:
+    def shaped(self, channels: int) -> Modes:
+        """These modes as [D, M] tensors, or an error that names what is wrong: TypeError for a
+        dtype below float32 (rounding decays to bfloat16 moves a 12-layer model's logits by 20 %),
+        ValueError for shapes."""
+        for name, value in self.named():
             if value is None:
                 continue
             if value.dtype not in (torch.float32, torch.float64):
@@ -59,19 +59,30 @@ class Modes(NamedTuple):
                     f"{name} has shape {tuple(value.shape)} (modes): expected [{channels}] or "
                     f"[{channels}, M], the same for decay, frequency and gain"
                 )
-            if values and value.device.type == "cpu" and readable(value):
-                if not bool(torch.isfinite(value).all()):
-                    raise UserError(
-                        f"{name} is not finite (modes): training diverged or a file is corrupt"
-                    )
-                if name == "decay" and bool((value < 0).any()):
-                    raise UserError(
-                        "decay is negative (modes): the kernel would grow; pass its absolute value"
-                    )
         if self.decay.dim() == 2:
             return self
         gain = None if self.gain is None else self.gain[:, None]
         return Modes(self.decay[:, None], self.frequency[:, None], gain)
+
+    def check_values(self) -> None:
+        """Raise ValueError, on a CPU outside torch.compile, for NaN, infinity or a negative
+        decay."""
+        for name, value in self.named():
+            if value is None or value.device.type != "cpu" or not readable(value):
+                continue
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(
+                    f"{name} is not finite (modes): training diverged or a file is corrupt"
+                )
+            if name == "decay" and bool((value < 0).any()):
+                raise UserError(
+                    "decay is negative (modes): the kernel would grow; pass its absolute value"
+                )
+
+    def validated(self, channels: int) -> Modes:
+        """`shaped`, with values that were checked."""
+        self.check_values()
+        return self.shaped(channels)
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
         """[B, D, M, 2], one complex number (re, im) a mode."""

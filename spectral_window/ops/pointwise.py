@@ -1,7 +1,7 @@
 """RMSNorm and the gate of SwiGLU: what a layer does between its matrix products.
 
-On a CPU, in float32 and bfloat16, compiled code does each in one pass (`pointwise`);
-everywhere else, and where torch.compile fuses such things itself, it is PyTorch's operations.
+On a CPU, in float32 and bfloat16, compiled code does each in one pass; everywhere else, and where
+torch.compile fuses such things itself, it is PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.errors import UserError, UserTypeError
-from spectral_window.ops.dispatch import HAS_NUMBA, is_recorded, is_transformed
+from spectral_window.ops.methods import (
+    HAS_NUMBA,
+    Method,
+    Reason,
+    enrol,
+    resolve,
+)
+from spectral_window.ops.tracing import PLAIN, is_recorded, is_transformed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,8 +37,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         )
     if not 0 <= eps < math.inf:
         raise UserError(f"eps is {eps} (rms_norm): expected a finite number >= 0")
-    if weight.is_floating_point() and _in_one_pass(x, weight):
-        return (_RMSNorm.apply if torch.is_grad_enabled() else _norm)(x, weight, eps)
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise UserTypeError(
             f"x is {x.dtype}, weight {weight.dtype} (rms_norm): expected floating dtypes"
@@ -40,32 +45,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise UserError(
             f"x is on {x.device}, weight on {weight.device} (rms_norm): move them together"
         )
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return resolve("rms_norm", "auto", x, weight).function(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [..., N] each and of one dtype."""
-    if up.dtype == gate.dtype and up.shape == gate.shape and _in_one_pass(gate, up):
-        return (_SwiGLU.apply if torch.is_grad_enabled() else _gated)(gate, up)
-    return F.silu(gate) * up
+    return resolve("swiglu", "auto", gate, up).function(gate, up)
 
 
-def _in_one_pass(x: Tensor, other: Tensor) -> bool:
+def _not_compiled(x: Tensor, other: Tensor | None = None) -> Reason:
     dtype = x.dtype
-    return (
-        HAS_NUMBA
-        and (dtype is torch.float32 or dtype is torch.bfloat16)
-        and x.is_cpu
-        and other.is_cpu
-        and type(x) in _PLAIN
-        and type(other) in _PLAIN
-        and x.numel() > 0
-        and not is_recorded()
-        and not is_transformed()
-    )
+    if not (HAS_NUMBA and (dtype is torch.float32 or dtype is torch.bfloat16) and x.is_cpu):
+        return "it needs numba, and float32 or bfloat16 on a CPU"
+    if is_recorded() or is_transformed():
+        return "graphs and transformations need torch's operations"
+    if type(x) not in PLAIN or not x.numel():
+        return "it needs a plain tensor that is not empty"
+    if other is not None and not (other.is_cpu and type(other) in PLAIN):
+        return "it needs plain tensors on one device"
+    return None
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def _not_gated(gate: Tensor, up: Tensor | None = None) -> Reason:
+    if up is not None and not (up.dtype == gate.dtype and up.shape == gate.shape):
+        return "it needs one dtype and one shape"
+    return _not_compiled(gate, up)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -117,3 +121,35 @@ class _SwiGLU(torch.autograd.Function):
             with torch.enable_grad():
                 return torch.autograd.grad(F.silu(gate) * up, (gate, up), grad, create_graph=True)
         return pointwise.swiglu_backward(gate, up, grad)
+
+
+def _norm_in_one_pass(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (_RMSNorm.apply if torch.is_grad_enabled() else _norm)(x, weight, eps)
+
+
+def _norm_by_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def _gated_in_one_pass(gate: Tensor, up: Tensor) -> Tensor:
+    return (_SwiGLU.apply if torch.is_grad_enabled() else _gated)(gate, up)
+
+
+def _gated_by_torch(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+_COMPILED, _TORCH = (
+    "one pass over memory in compiled code (numba), on a CPU",
+    "PyTorch's operations",
+)
+enrol(
+    "rms_norm",
+    Method("compiled", _norm_in_one_pass, _COMPILED, _not_compiled),
+    Method("torch", _norm_by_torch, _TORCH),
+)
+enrol(
+    "swiglu",
+    Method("compiled", _gated_in_one_pass, _COMPILED, _not_gated),
+    Method("torch", _gated_by_torch, _TORCH),
+)

@@ -80,6 +80,13 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, _like(index, x).expand(*index.shape, *x.shape[2:]))
 
 
+def since_head(marked: Tensor, head: Tensor) -> Tensor:
+    """[B, T] bool: is any token from the head of a token's document to itself `marked` [B, T]?"""
+    count = marked.to(torch.int64).cumsum(1)
+    before = torch.where(head > 0, count.gather(1, (head - 1).clamp(min=0)), 0)
+    return count > before
+
+
 # ---------------------------------------------------------------- the convolutions
 
 
@@ -141,7 +148,7 @@ def _power(modes: Modes, steps: int) -> Tensor:
 def convolve_taps(
     u: Tensor, weights: Tensor, state: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`tap_conv` for documents: u [B, T, D], weights [D, L], state [B, L - 1, D]."""
+    """`fir_conv` for documents: u [B, T, D], weights [D, L], state [B, L - 1, D]."""
     kept = weights.shape[1] - 1
     rows = tokens_first(positions)
     inputs = torch.cat((state, rows.gather(u)), 1)

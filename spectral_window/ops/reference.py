@@ -8,39 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_window.ops.modes import Modes, kernel, powers
+from spectral_window.ops.modes import Modes
 
 
 def spectral(u: Tensor, modes: Modes, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y_t = sum_{s <= t} K[t - s] u_s, plus what is left of `state` (paper section 1, spectral
-    branch).
+    """h_t = z h_{t-1} + u_t,  y_t = Re(sum_m gain_m h_t), z = exp(-decay + i frequency): the
+    paper's convolution (section 1, spectral branch) as the recurrence that it is.
 
-    u [B, T, D] float64, modes [D, M], state [B, D, M, 2] -> (y [B, T, D], final state [B, D, M,
-    2]), both float64.
+    u [B, T, D] float64, modes [D, M], state h [B, D, M, 2] as pairs (re, im), or None for zeros ->
+    (y [B, T, D], the final h), both float64.
     """
-    time = u.shape[1]
-    K = kernel(modes, time).T  # [T, D]
-    table = powers(
-        modes, torch.arange(time + 1, dtype=torch.int64, device=u.device)
-    )  # z^0 ... z^T: [D, M, T + 1, 2]
-    rows = [(K[: t + 1].flip(0) * u[:, : t + 1]).sum(1) for t in range(time)]
-    y = torch.stack(rows, 1) if rows else u.clone()
-    final = torch.einsum("btd,dmtc->bdmc", u, table[:, :, :time].flip(2))
-    if state is not None:
-        re, im = state.double().unbind(-1)
-        gain = 1.0 if modes.gain is None else modes.gain.double()
-        kept_re = (
-            re[..., None] * table[..., 0] - im[..., None] * table[..., 1]
-        )  # z^n h: [B, D, M, T + 1]
-        kept_im = re[..., None] * table[..., 1] + im[..., None] * table[..., 0]
-        left = kept_re.movedim(-1, -2) * (gain if modes.gain is None else gain[:, None, :])  # type: ignore[index]
-        y = y + left[:, :, 1:].sum(-1).transpose(1, 2)
-        final = final + torch.stack((kept_re[..., -1], kept_im[..., -1]), -1)
-    return y, final
+    z = torch.exp(torch.complex(-modes.decay.double(), modes.frequency.double()))
+    gain = torch.ones_like(modes.decay) if modes.gain is None else modes.gain
+    if state is None:
+        state = u.new_zeros(modes.state_shape(u.shape[0]))
+    h = torch.view_as_complex(state.double().contiguous())
+    y = []
+    for t in range(u.shape[1]):
+        h = z * h + u[:, t, :, None]
+        y.append((gain.double() * h.real).sum(-1))
+    return torch.stack(y, 1) if y else u.clone(), torch.view_as_real(h)
 
 
-def taps(u: Tensor, weights: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y_t = sum_{j < L} weights_j u_{t-j}: a Toeplitz matrix a channel, row by row.
+def fir(u: Tensor, weights: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y_t = sum_{j < L} weights_j u_{t-j}.
 
     u [B, T, D] float64, weights [D, L], state [B, L - 1, D] the inputs before u (or None: zeros) ->
     (y [B, T, D], the last L - 1 inputs).
@@ -50,8 +41,10 @@ def taps(u: Tensor, weights: Tensor, state: Tensor | None = None) -> tuple[Tenso
         state = u.new_zeros(u.shape[0], length - 1, u.shape[2])
     x = torch.cat((state, u), 1)
     W = weights.flip(1).T  # [L, D], oldest first
-    rows = [(W * x[:, t : t + length]).sum(1) for t in range(u.shape[1])]
-    return torch.stack(rows, 1) if rows else u.clone(), x[:, x.shape[1] - length + 1 :]
+    y = []
+    for t in range(u.shape[1]):
+        y.append((W * x[:, t : t + length]).sum(1))
+    return torch.stack(y, 1) if y else u.clone(), x[:, u.shape[1] :]
 
 
 def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
@@ -76,22 +69,19 @@ def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
 
 
 def window(q: Tensor, k: Tensor, v: Tensor, window: int, first: int = 0) -> Tensor:
-    """Dense softmax attention under `visible` (paper section 1, window branch); scale K^(-1/2).
+    """softmax(q k^T K^(-1/2)) v of every query over the keys that are `visible` to it (paper
+    section 1, window branch).
 
     q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] in float64, already rotated; keys are at
     positions first ... first + S - 1 and the queries are the last T of them. Returns [B, T, H, V].
     """
     key = torch.arange(first, first + k.shape[1], dtype=torch.int64, device=k.device)
-    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
-    seen = visible(key[k.shape[1] - q.shape[1] :, None], key, window)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    finite = torch.isfinite(v)
-    if finite.all():
-        return torch.einsum("bhts,bshv->bthv", weights, v)
-    # 0 * NaN is NaN: a value that is not finite reaches those alone that see it
-    out = torch.einsum("bhts,bshv->bthv", weights, torch.where(finite, v, 0.0))
-    spoilt = torch.einsum("ts,bshv->bthv", seen.to(v.dtype), (~finite).to(v.dtype))
-    return out.masked_fill(spoilt > 0, torch.nan)
+    out = []
+    for t in range(q.shape[1]):
+        seen = visible(key[k.shape[1] - q.shape[1] + t], key, window)
+        scores = torch.einsum("bhk,bshk->bhs", q[:, t], k[:, seen]) * q.shape[-1] ** -0.5
+        out.append(torch.einsum("bhs,bshv->bhv", scores.softmax(-1), v[:, seen]))
+    return torch.stack(out, 1) if out else v[:, :0]
 
 
 def delta(
@@ -110,13 +100,13 @@ def delta(
     q, k [B, T, H, K], v [B, T, H, V], beta and decay [B, T, H, 1] in float64, state S [B, H, K, V]
     (or None: zeros) -> (out [B, T, H, V], final S).
     """
-    batch, time, heads, size = k.shape
+    batch, _, heads, size = k.shape
     S = k.new_zeros(batch, heads, size, v.shape[3]) if state is None else state
-    rows = []
-    for t in range(time):
+    out = []
+    for t in range(k.shape[1]):
         if decay is not None:
             S = torch.exp(-decay[:, t, :, :, None]) * S
         held = torch.einsum("bhkv,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t] * (v[:, t] - held))
-        rows.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
-    return torch.stack(rows, 1) if rows else v.clone(), S
+        out.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+    return torch.stack(out, 1) if out else v.clone(), S

@@ -3,47 +3,45 @@
     y_t = sum_{s <= t} K[t - s] u_s,   K[t] = sum_m gain_m exp(-decay_m t) cos(frequency_m t)
 
 The paper computes it with an FFT. Because K is a sum of powers z^t, it is also a recurrence with
-two numbers of state a mode (see `modes`), which gives a linear-time method and a constant-state
-step:
-
-    chunked    products inside chunks, a scan between them (`chunked_spectral`).
-    scan       the recurrence itself, one pass over memory in compiled code, on a CPU (`scan`).
-    triton     the recurrence on a GPU, chunks of time in parallel (`triton_spectral`).
-    step       one token: h <- z h + u, y = Re(sum gain h).
-    fft        the paper's: zero-pad to >= 2T, multiply spectra, crop; float32 whatever the dtype.
-    reference  the direct sum in float64.
-
-A kernel that is free in every entry but finite is `Taps`, with methods of its own (`taps`).
+two numbers of state a mode (see `modes`), which gives linear-time methods and a constant-state
+step: h <- z h + u, y = Re(sum gain h). The table of methods is at the end. A kernel that is free in
+every entry but finite is no such sum: `fir`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_spectral import chunked
-from spectral_window.ops.dispatch import (
-    HAS_NUMBA,
-    is_recorded,
-    may_bypass,
-    readable,
+from spectral_window.ops.documents import Documents, anywhere, each_document, given_documents
+from spectral_window.ops.methods import (
+    Method,
+    Reason,
+    enrol,
+    first_of,
+    not_exported,
+    not_interpreted,
+    not_transformed,
+    numba_on_cpu,
+    one_token,
+    past_the_dispatcher,
     resolve,
+    triton_on_gpu,
 )
-from spectral_window.ops.documents import anywhere, find_documents, given_positions
 from spectral_window.ops.modes import Modes, exact_dtype, powers, times
 from spectral_window.ops.modes import kernel as impulse_response
-from spectral_window.ops.taps import Taps, tap_conv
+from spectral_window.ops.tracing import may_bypass, readable, takes_tangents
 
 
 def spectral_conv(
     u: Tensor,
-    kernel: Modes | Taps,
+    kernel: Modes,
     *,
     state: Tensor | None = None,
-    positions: Tensor | None = None,
+    positions: Tensor | Documents | None = None,
     cu_seqlens: Tensor | None = None,
     method: str = "auto",
     out: Tensor | None = None,
@@ -51,19 +49,17 @@ def spectral_conv(
     """Causal convolution of every channel of `u` with its kernel, from `state` (paper section 1).
 
     u:          [B, T, D] floating; any T >= 0 and B >= 0.
-    kernel:     `Modes` of [D] or [D, M], or `Taps` of [D, L], float32 or float64.
-    state:      what the tokens before left; None for none. For modes [B, D, M, 2] float64, h = (re,
-                im) of every mode; for taps [B, L - 1, D], the last inputs, in u's dtype. It enters
-                a row's first document unless that begins at position 0.
+    kernel:     `Modes` of [D] or [D, M], float32 or float64.
+    state:      what the tokens before left: [B, D, M, 2] float64, h = (re, im) of every mode; None
+                for none. It enters a row's first document unless that begins at position 0.
     positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method:     one of `dispatch.METHODS`, or "auto"; then a single token takes the
-                recurrence's step. Taps know "fft" and "reference", but no recurrence.
+    method:     a name in METHODS["spectral"], or "auto".
     out:        where y is written (and returned) instead of in fresh memory: [B, T, D] contiguous,
                 u's dtype and device, overlapping no input, with no gradient to record.
 
     Returns y [B, T, D] in u's dtype (0 at padding) and the state after each row's last token.
-    Differentiable, twice, in u, state, decay, frequency and gain, or weights. Raises ValueError or
-    TypeError before any work.
+    Differentiable, twice, in u, state, decay, frequency and gain. Raises UserError (a ValueError)
+    or UserTypeError (a TypeError) before any work.
     """
     if u.dim() != 3:
         raise UserError(
@@ -71,136 +67,170 @@ def spectral_conv(
         )
     if not u.dtype.is_floating_point:
         raise UserTypeError(f"u is {u.dtype} (spectral_conv): expected a floating dtype")
-    if isinstance(kernel, Taps):
-        kernel = kernel.validated(u.shape[2])
-        method, _ = resolve("taps", method, u, taps=kernel.weights.shape[1])
-        plain = False
-    else:
-        method, _ = resolve("spectral", method, u)
-        # in compiled code that is called directly, the modes' values are checked on the way
-        plain = method in ("scan", "step") and HAS_NUMBA and u.is_cpu
-        plain = plain and may_bypass(u, *kernel, state)
-        kernel = kernel.validated(u.shape[2], values=not plain)
-    for name, part in (*zip(kernel._fields, kernel, strict=True), ("state", state)):
-        if part is not None and part.device != u.device:
-            raise UserError(
-                f"{name} is on {part.device}, u on {u.device} (spectral_conv): move one"
-            )
-    _check_state(state, kernel, u)
+    if not isinstance(kernel, Modes):
+        raise UserTypeError(
+            f"kernel is a {type(kernel).__name__} (spectral_conv): pass Modes, or call fir_conv"
+        )
+    chosen = resolve("spectral", method, u, *kernel, state)
+    modes = kernel.shaped(u.shape[2])
+    check_like(u, "spectral_conv", *modes.named(), ("state", state))
+    check_state(state, modes, u, "spectral_conv")
     if out is not None:
-        inputs = {**kernel._asdict(), "state": state}
-        _check_out(out, u, inputs | {"positions": positions, "cu_seqlens": cu_seqlens})
-    # any beginning other than 0 continues the state; the state itself does not know its position
-    begin = None
-    if cu_seqlens is not None and state is not None:
-        begin = torch.ones(u.shape[0], dtype=torch.int64, device=u.device)
-    positions = given_positions(positions, cu_seqlens, u, begin)
-    if method == "step" and state is None and positions is not None and readable(positions):
-        _check_documents(positions, known=False)  # nothing goes on from nothing
-    if isinstance(kernel, Taps):
-        y, final = tap_conv(u, kernel, state, positions, method)
-    elif plain and u.numel():
-        return _compiled(u, kernel, state, positions, method, out)
-    else:
-        y, final = _by_method(method, u, kernel, state, positions)
-    return y if out is None else out.copy_(y), final
+        others = {"state": state, "cu_seqlens": cu_seqlens, **dict(modes.named())}
+        check_out(out, u, "spectral_conv", positions, **others)
+    documents = documents_after(state, positions, cu_seqlens, u)
+    if not u.numel():
+        modes.check_values()
+        empty = modes.state_shape(u.shape[0])
+        final = u.new_zeros(empty, dtype=exact_dtype(u.device)) if state is None else state
+        return (u.clone() if out is None else out), final.to(exact_dtype(u.device))
+    return chosen.function(u, modes, state, documents, out)
 
 
-def _check_state(state: Tensor | None, kernel: Modes | Taps, u: Tensor) -> None:
+# ----------------------------------------------------------- what convolutions check alike
+
+
+def check_like(u: Tensor, op: str, *others: tuple[str, Tensor | None]) -> None:
+    """Raise UserError for a tensor, given with its name, on another device than u."""
+    for name, part in others:
+        if part is not None and part.device != u.device:
+            raise UserError(f"{name} is on {part.device}, u on {u.device} ({op}): move one")
+
+
+def check_state(state: Tensor | None, kernel: object, u: Tensor, op: str) -> None:
+    """Raise UserError for a state of another kernel, batch or dtype."""
     if state is None:
         return
-    shape, dtype = kernel.state_shape(u.shape[0]), kernel.state_dtype(u.dtype, u.device)
+    shape, dtype = kernel.state_shape(u.shape[0]), kernel.state_dtype(u.dtype, u.device)  # type: ignore[attr-defined]
     if state.shape != shape or state.dtype not in (torch.float32, torch.float64, dtype):
         raise UserError(
-            f"state is {tuple(state.shape)} {state.dtype} (spectral_conv): expected {shape} in "
+            f"state is {tuple(state.shape)} {state.dtype} ({op}): expected {shape} in "
             f"{dtype}, as returned by a call with the same batch and modes or taps"
         )
 
 
-def _check_out(out: Tensor, u: Tensor, others: dict[str, Tensor | None]) -> None:
+def documents_after(
+    state: Tensor | None,
+    positions: Tensor | Documents | None,
+    cu_seqlens: Tensor | None,
+    u: Tensor,
+) -> Documents | None:
+    """The documents of u after a state that does not know its position: any beginning other than 0
+    continues it."""
+    begin = None
+    if cu_seqlens is not None and state is not None:
+        begin = torch.ones(u.shape[0], dtype=torch.int64, device=u.device)
+    documents = given_documents(positions, cu_seqlens, u, begin)
+    if documents is not None and (state is None or u.shape[1] > 1):
+        documents.check(None if state is None else anywhere(u.shape[0]))
+    return documents
+
+
+def check_out(
+    out: Tensor, u: Tensor, op: str, positions: Tensor | Documents | None, **others: Tensor | None
+) -> None:
+    """Raise UserError for memory that y cannot be written to."""
     if out.shape != u.shape or out.dtype != u.dtype or out.device != u.device:
         raise UserError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device} (spectral_conv): expected "
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device} ({op}): expected "
             f"{tuple(u.shape)} {u.dtype} on {u.device}, like u"
         )
     if not out.is_contiguous():
-        raise UserError("out is not contiguous (spectral_conv): pass contiguous memory")
-    given = {name: x for name, x in ({"u": u} | others).items() if x is not None}
+        raise UserError(f"out is not contiguous ({op}): pass contiguous memory")
+    at = positions.positions if isinstance(positions, Documents) else positions
+    others = {"u": u, "positions": at, **others}
+    given = {name: x for name, x in others.items() if x is not None}
     if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *given.values())):
         raise UserError(
-            "out with a gradient to record (spectral_conv): leave it away, or use torch.no_grad()"
+            f"out with a gradient to record ({op}): leave it away, or use torch.no_grad()"
         )
     if not readable(out, *given.values()) or not out.numel():
         return
     if out.is_neg():
-        raise UserError("out has its negative bit set (spectral_conv): pass other memory")
+        raise UserError(f"out has its negative bit set ({op}): pass other memory")
     for name, x in given.items():
         distance = out.data_ptr() - x.data_ptr()
         span = sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) + 1
         if x.numel() and -out.nbytes < distance < span * x.element_size():
-            raise UserError(f"out overlaps {name} (spectral_conv): pass other memory")
+            raise UserError(f"out overlaps {name} ({op}): pass other memory")
 
 
-def _forward_mode() -> bool:
-    """Whether forward-mode derivatives are being taken."""
-    return not is_recorded() and forward_ad._current_level >= 0
+# ------------------------------------------------------------------------------ the methods
+#
+# Each is called with u [B, T, D] not empty, modes [D, M] whose values are unchecked, state or None,
+# documents or None, and `out` or None.
 
 
-def _compiled(
+def _bare_scan(
     u: Tensor,
     modes: Modes,
     state: Tensor | None,
-    positions: Tensor | None,
-    method: str,
+    documents: Documents | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan, or a step as the scan of one token, straight in compiled code."""
+    """The scan straight in compiled code, which checks the modes' values on the way."""
     from spectral_window.ops.compiled.scan import run
 
-    if positions is not None and method == "scan":
-        _check_documents(positions, state is not None)
     before = None if state is None else state.to(torch.float64)
+    positions = None if documents is None else documents.positions
     done = run(u, modes, before, positions, refuse=True, out=out)
     if done is None:
-        modes.validated(u.shape[2])
+        modes.check_values()
         raise UserError("modes are not finite (spectral_conv)")
     return done[:2]
 
 
-def _check_documents(positions: Tensor, known: bool) -> None:
-    """Raise ValueError where positions neither begin a document nor count on."""
-    find_documents(positions, anywhere(positions) if known else None)
-
-
-def _by_method(
-    method: str, u: Tensor, modes: Modes, state: Tensor | None, positions: Tensor | None
+def _scan(
+    u: Tensor,
+    modes: Modes,
+    state: Tensor | None,
+    documents: Documents | None,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`method` for checked inputs."""
-    known = state is not None  # a state that is known is a caller's
-    exact = exact_dtype(u.device)
-    if method == "triton" and u.numel() and not _forward_mode():
-        return _in_triton(u, modes, None if state is None else state.to(exact), positions)
-    shape = modes.state_shape(u.shape[0])
-    state = u.new_zeros(shape, dtype=exact) if state is None else state.to(exact)
-    if u.numel() == 0:
-        return u.clone(), state
-    if method == "step":
-        return _step(u, modes, state, positions)
-    if method == "scan" and not _forward_mode():  # whose tangents the scan does not know
-        return _scanned(u, modes, state, positions, known)
-    if method in ("chunked", "scan", "triton"):
-        return chunked(u, modes, state, positions, known)
-    whole = _fft if method == "fft" else _reference
-    modes = modes.double()  # cast once, so that gradients are summed before they are rounded
-    if positions is None:
-        return whole(u, modes, state)
-    return _each_document(whole, u, modes, state, positions, known)
+    if may_bypass(u, *modes, state):
+        return _bare_scan(u, modes, state, documents, out)
+    from spectral_window.ops.compiled.scan import scan
+
+    modes.check_values()
+    before = u.new_zeros(modes.state_shape(u.shape[0]), dtype=torch.float64)
+    before = before if state is None else state.to(torch.float64)
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (u, *modes, before)
+    )
+    positions = None if documents is None else documents.positions
+    y, final, _ = scan(u, modes.decay, modes.frequency, modes.gain, before, positions, keep)
+    return y if out is None else out.copy_(y), final
+
+
+def _checked(method):
+    """`method(u, modes, state, documents) -> (y, state)` as the table has it."""
+
+    def run(u, modes, state, documents, out):
+        modes.check_values()
+        y, final = method(u, modes, state, documents)
+        return y if out is None else out.copy_(y), final
+
+    return run
+
+
+def _triton(
+    u: Tensor, modes: Modes, state: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    from spectral_window.ops.triton_spectral import convolve
+
+    before = None if state is None else state.to(exact_dtype(u.device))
+    # on a GPU positions are taken as they are: to look at them would wait for the device
+    return convolve(u, modes, before, None if documents is None else documents.positions)
 
 
 def _step(
-    u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None
+    u: Tensor, modes: Modes, state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
     """One token a row. A padded row keeps its state; a row at position 0 begins afresh."""
+    exact = exact_dtype(u.device)
+    shape = modes.state_shape(u.shape[0])
+    state = u.new_zeros(shape, dtype=exact) if state is None else state.to(exact)
+    positions = None if documents is None else documents.positions
     before = state
     if positions is not None:
         before = torch.where((positions == 0)[..., None, None], 0.0, state)
@@ -219,31 +249,22 @@ def _sum_modes(re: Tensor, modes: Modes) -> Tensor:
     return (re if modes.gain is None else re * modes.gain.to(re.dtype)).sum(-1)
 
 
-def _scanned(
-    u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None, known: bool
-) -> tuple[Tensor, Tensor]:
-    if u.device.type != "cpu":
-        raise UserError(f"method 'scan' needs a CPU, u is on {u.device}: use 'chunked' or 'auto'")
-    from spectral_window.ops.compiled.scan import scan
+def _exactly(whole):
+    """`whole(u, modes, state)` in float64, on every document alone."""
 
-    if positions is not None and readable(positions):
-        _check_documents(positions, known)
-    keep = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, *modes, state)
-    )
-    y, final, _ = scan(u, modes.decay, modes.frequency, modes.gain, state, positions, keep)
-    return y, final
+    def run(u, modes, state, documents):
+        exact = modes.double()  # cast once, so that gradients are summed before they are rounded
+        if state is None:
+            shape = modes.state_shape(u.shape[0])
+            begin = u.new_zeros(shape, dtype=exact_dtype(u.device))
+        else:
+            begin = state.to(exact_dtype(u.device))
+        if documents is None:
+            return whole(u, exact, begin)
+        documents.check(None if state is None else anywhere(u.shape[0]), wait=True)
+        return each_document(lambda x, before: whole(x, exact, before), [u], begin, documents, u)
 
-
-def _in_triton(
-    u: Tensor, modes: Modes, state: Tensor | None, positions: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    from spectral_window.ops.triton_spectral import convolve
-
-    # on a GPU positions are taken as they are: to look at them would wait for the device
-    if positions is not None and u.is_cpu and not torch.compiler.is_compiling():
-        _check_documents(positions, state is not None)
-    return convolve(u, modes, state, positions)
+    return run
 
 
 def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,23 +293,55 @@ def _reference(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
     return y.to(u.dtype), final
 
 
-def _each_document(
-    whole, u: Tensor, modes: Modes, state: Tensor, positions: Tensor, known: bool
-) -> tuple[Tensor, Tensor]:
-    """Run `whole` on every document alone, in a loop: for the methods that exist to be compared
-    with."""
-    _, time, channels = u.shape
-    docs = find_documents(positions, anywhere(positions) if known else None)
-    flat = u.reshape(-1, channels)
-    out = torch.zeros_like(flat)
-    final = list(state.unbind(0))
-    for tokens in docs.token.tensor_split(docs.head[1:].cpu()):
-        if not len(tokens):
-            continue
-        row = int(tokens[0]) // time
-        fresh = int(positions.reshape(-1)[tokens[0]]) == 0
-        begin = torch.zeros_like(state[:1]) if fresh else final[row][None]
-        y, end = whole(flat[tokens][None], modes, begin)
-        out = out.index_copy(0, tokens, y[0])
-        final[row] = end[0]
-    return out.reshape(u.shape), torch.stack(final)
+def _without_tangents(*_: object) -> Reason:
+    if takes_tangents():
+        return "it has no forward-mode derivatives"
+    return None
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+enrol(
+    "spectral",
+    Method(
+        "step_compiled",
+        _bare_scan,
+        "one token: the recurrence in compiled code (numba), constant state and time, on a CPU",
+        first_of(one_token, numba_on_cpu(), past_the_dispatcher),
+    ),
+    Method(
+        "step",
+        _checked(_step),
+        "one token: the recurrence in plain torch, constant state and time",
+        one_token,
+    ),
+    Method(
+        "scan",
+        _scan,
+        "the recurrence in one pass over memory, compiled by numba for this CPU, O(T)",
+        first_of(numba_on_cpu(), _without_tangents),
+        not_exported,
+    ),
+    Method(
+        "triton",
+        _checked(_triton),
+        "the recurrence in few passes over memory, Triton kernels for a GPU, O(T)",
+        first_of(triton_on_gpu(*FLOATS), _without_tangents),
+        first_of(not_interpreted, not_transformed),
+    ),
+    Method(
+        "chunked",
+        _checked(chunked),
+        "float64 products inside chunks and a scan between them, O(T), plain torch",
+    ),
+    Method(
+        "fft",
+        _checked(_exactly(_fft)),
+        "the paper's zero-padded FFT in float32, O(T log T)",
+    ),
+    Method(
+        "reference",
+        _checked(_exactly(_reference)),
+        "the recurrence in float64, token by token: the truth for the others",
+    ),
+)

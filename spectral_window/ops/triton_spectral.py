@@ -37,8 +37,8 @@ from torch import Tensor
 from spectral_window.ops import triton_spectral_gradients as backwards
 from spectral_window.ops import triton_spectral_kernels as forwards
 from spectral_window.ops.chunked_spectral import differentiate_again
-from spectral_window.ops.dispatch import may_bypass
 from spectral_window.ops.modes import Modes
+from spectral_window.ops.tracing import may_bypass
 
 LANES = 32
 ENOUGH = 768  # programs that fill a large GPU: 6 for each of 132 multiprocessors

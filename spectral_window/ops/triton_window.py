@@ -15,7 +15,6 @@ import triton
 from torch import Tensor
 
 from spectral_window.ops import triton_window_kernels as kernels
-from spectral_window.ops.documents import find_documents
 from spectral_window.ops.rotary import rotate
 from spectral_window.ops.triton_window_stream import (
     find_turns,
@@ -56,8 +55,8 @@ def attention(
     from position 0.
 
     Returns (out [B, T, H, V], key, value [B, 2W, H, *], position [B]): the last three are the state
-    after each row's last token. On a GPU positions are not checked, which would make the host wait:
-    wrong ones give wrong numbers.
+    after each row's last token. Positions are taken as they are: to look at them would make the
+    host wait.
     """
     batch, time = q.shape[:2]
     if positions is None and begin is None:
@@ -69,8 +68,6 @@ def attention(
         begin = torch.zeros(batch, dtype=torch.int64, device=device)
     if positions is None:
         positions = begin[:, None] + torch.arange(time, dtype=torch.int64, device=device)
-    elif device.type == "cpu":
-        find_documents(positions, begin)  # raises for positions that do not count on
     keys, values = k, v
     if ring is not None:
         before = begin[:, None] + torch.arange(-2 * window, 0, dtype=torch.int64, device=device)

@@ -1,8 +1,9 @@
 """What every method of an operator promises, as functions of the operator, so that broken ones can
 be tried too.
 
-`conv(u, modes, state=None, **documents) -> (y, state)`; `attend(q, k, v, window=..., state=None,
-**documents)`; `memory(q, k, v, beta, decay=None, state=None, **documents)`.
+    conv(u, modes, state=None, **documents) -> (y, state); with taps for `fir`
+    attend(q, k, v, window=..., state=None, **documents)
+    memory(q, k, v, beta, decay=None, state=None, **documents)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.ops import Modes, reference
+from spectral_window.ops import Modes, Taps, reference
 from spectral_window.ops.modes import kernel
 from tests.contracts.measure import BLOCK, block_error, relative
 
@@ -109,6 +110,59 @@ CONV_CONTRACT = [
     conv_carries_its_state,
     conv_is_exact_far_away,
 ]
+
+# --- fir_conv -----------------------------------------------------------------------------------
+
+
+def draw_taps(channels: int, length: int, dtype: torch.dtype = torch.float32) -> Taps:
+    return Taps(torch.randn(channels, length, dtype=torch.float64).to(dtype) / length**0.5)
+
+
+def fir_is_the_sum_over_the_last_inputs(conv: Callable, dtype=torch.float32) -> None:
+    for length in (1, 2, 4, 16, 17, 40):
+        for time in (1, 3, length, length + 1, 100):
+            taps, u = draw_taps(5, length, dtype), torch.randn(2, time, 5, dtype=dtype)
+            y, state = conv(u, taps)
+            truth = torch.zeros_like(u, dtype=torch.float64)
+            for t in range(time):
+                for j in range(min(t + 1, length)):
+                    truth[:, t] += taps.weights[:, j].double() * u[:, t - j].double()
+            assert y.dtype == dtype
+            assert block_error(y, truth) <= BARS[dtype]
+            assert state.shape == (2, length - 1, 5)
+
+
+def fir_carries_its_state_to_the_bit(conv: Callable) -> None:
+    for length in (1, 4, 40):
+        taps, u = draw_taps(5, length), torch.randn(3, 90, 5)
+        whole, end = conv(u, taps)
+        for sizes in ([40, 1, 1, 30, 18], [3, 87]):
+            state, parts = None, []
+            for part in u.split(sizes, 1):
+                y, state = conv(part, taps, state=state)
+                parts.append(y)
+            assert relative(torch.cat(parts, 1), whole) <= 2e-6
+            assert torch.equal(state, end)
+
+
+FIR_CONTRACT = [fir_is_the_sum_over_the_last_inputs, fir_carries_its_state_to_the_bit]
+
+# --- linear_maps --------------------------------------------------------------------------------
+
+
+def maps_equal_the_exact_products(maps: Callable) -> None:
+    with torch.no_grad():
+        for size in (1, 3, 60, 63, 200):
+            x = torch.randn(2, 1, size)
+            weights = [torch.randn(rows, size) for rows in (1, 2, 61)]
+            biases = [None, torch.randn(2), torch.randn(61)]
+            for y, w, b in zip(maps(x, weights, biases), weights, biases, strict=True):
+                exact = x.double() @ w.double().T + (0 if b is None else b.double())
+                assert y.shape == exact.shape
+                assert relative(y, exact) <= BARS[torch.float32]
+
+
+LINEAR_CONTRACT = [maps_equal_the_exact_products]
 
 # --- window_attention ---------------------------------------------------------------------------
 

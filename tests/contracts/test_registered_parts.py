@@ -11,7 +11,8 @@ from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
 from spectral_window.nn.layers import no_weight_decay
 from spectral_window.nn.mixers import BRANCHES, MIXERS, map_state
-from spectral_window.ops import Modes, Taps, resolve, spectral_conv
+from spectral_window.ops import Modes, Taps, resolve
+from spectral_window.ops.methods import serving
 from tests.contracts.measure import block_error, relative
 
 DIM, HEADS, WINDOW = 16, 2, 5
@@ -41,12 +42,7 @@ def options_id(options: dict) -> str:
 
 def by_spectra(kernel: torch.nn.Module) -> bool:
     """Is this kernel convolved by an FFT, whose rounding mixes all positions?"""
-    return isinstance(kernel(), Taps) and resolve_taps(kernel) == "fft"
-
-
-def resolve_taps(kernel: torch.nn.Module) -> str:
-    length = kernel().weights.shape[1]
-    return resolve("taps", "auto", torch.empty(1, 2, DIM), taps=length)[0]
+    return resolve(kernel.operator, "auto", torch.empty(1, 2, DIM), *kernel()).name == "fft"
 
 
 def build(name: str, options: dict) -> mixers.Mixer:
@@ -58,7 +54,12 @@ def test_every_registered_mixer_is_tried():
 
 
 def methods(kernel: torch.nn.Module) -> list[str]:
-    return ["fft", "shifts"] if isinstance(kernel(), Taps) else ["scan", "chunked", "fft"]
+    served = serving(kernel.operator, torch.empty(1, 2, DIM), *kernel())
+    return [name for name in served if name != "reference"]
+
+
+def convolve(kernel: torch.nn.Module, u: torch.Tensor, method: str = "auto"):
+    return kernel.convolve(u, state=None, positions=None, method=method)
 
 
 @every_kernel
@@ -67,10 +68,10 @@ def test_kernel_yields_what_all_methods_agree_on(name):
     given = kernel()
     assert isinstance(given, Modes | Taps)
     u = torch.randn(2, 70, DIM)
-    truth, end = spectral_conv(u.double(), given, method="reference")
+    truth, end = convolve(kernel, u.double(), "reference")
     assert end.shape == given.state_shape(2)
     for method in methods(kernel):
-        y, state = spectral_conv(u, given, method=method)
+        y, state = convolve(kernel, u, method)
         assert block_error(y, truth) <= 4e-6
         assert relative(state, end) <= 1e-10
         assert state.dtype == given.state_dtype(u.dtype, u.device)
@@ -82,7 +83,7 @@ def test_kernel_gradients_reach_all_parameters_and_agree(name):
     u = torch.randn(2, 70, DIM)
     grads = {}
     for method in (*methods(kernel), "reference"):
-        y, _ = spectral_conv(u, kernel(), method=method)
+        y, _ = convolve(kernel, u, method)
         grads[method] = torch.autograd.grad(y.square().sum(), list(kernel.parameters()))
     for method in methods(kernel):
         for mine, truth in zip(grads[method], grads["reference"], strict=True):
@@ -96,7 +97,7 @@ def test_kernel_begins_with_an_output_of_the_scale_of_its_input(name):
     and the learning rate mean the same for every kernel."""
     kernel = KERNELS[name](128)
     with torch.no_grad():
-        y, _ = spectral_conv(torch.randn(1, 4096, 128), kernel())
+        y, _ = convolve(kernel, torch.randn(1, 4096, 128))
     spread = y[0, 2048:].var(0)
     assert 0.4 < float(spread.median()) < 1.6
     assert torch.isfinite(spread).all()

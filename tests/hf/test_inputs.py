@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_window.hf import SWHForCausalLM
-from spectral_window.hf.inputs import next_start, resolve_positions
+from spectral_window.hf.inputs import next_start, resolve_documents
 from tests.hf.small import small_model, tokens
 
 ids = tokens(2, 6)
@@ -78,9 +78,10 @@ def _resolve(mask: Any = None, position_ids: Any = None, past: int = 0, start: A
     given = [None if t is None else torch.tensor(t) for t in (mask, position_ids, start)]
     rows, time = next((len(t), len(t[0])) for t in (position_ids, mask) if t is not None)
     x = torch.empty(rows, time - (past if position_ids is None else 0), 1)
-    found = resolve_positions(given[0], given[1], tokens=x, past=past, start=given[2])
+    found = resolve_documents(given[0], given[1], tokens=x, past=past, start=given[2])
     following = next_start(found, given[2], past, x.shape[1])
-    return [None if t is None else t.tolist() for t in (found, following)]
+    positions = None if found is None else found.positions
+    return [None if t is None else t.tolist() for t in (positions, following)]
 
 
 def test_positions_of_left_padding_interior_padding_and_packing() -> None:

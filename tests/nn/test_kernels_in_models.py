@@ -19,7 +19,7 @@ from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS, Kernel
 from spectral_window.nn.layers import no_weight_decay
 from spectral_window.nn.mixers import map_state
-from spectral_window.ops.dispatch import METHODS
+from spectral_window.ops import METHODS
 from tests.hf.small import error, small_model, tokens
 
 OWNERS = {"kernel": "kernel", "fusion": "fusion", "mixer": "memory"}
@@ -242,8 +242,8 @@ def test_info_names_the_method_of_finite_filters(capsys: Any) -> None:
         facts = json.loads(capsys.readouterr().out)
         methods = {(row["op"], row["use"]): row["method"] for row in facts["methods"]}
         if prefill:
-            assert methods["taps", "prefill"] == prefill
-            assert methods["taps", "step"] == "step"
+            assert methods["fir", "prefill"] == prefill
+            assert methods["fir", "step"] == "step"
         else:
             assert methods["spectral", "prefill"] in METHODS["spectral"]
         rows = facts["contexts"]

@@ -196,7 +196,7 @@ def test_registered_operators_pass_opcheck(theta, remembered):
     if remembered:
         _, state = window_attention(*draw_qkv(2, 9, 2, 6, 5), window=4)
         ring, begin = [x.requires_grad_() for x in state[:2]], state.position
-    call = (q, k, v, 4, theta, *ring, begin, None)
+    call = (q, k, v, 4, theta, *ring, begin, None, False)
     torch.library.opcheck(operator, call)
     given = torch.randn(2, 20, 2, 5), torch.randn(2, 8, 2, 6), torch.randn(2, 8, 2, 5)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in call]

@@ -7,61 +7,37 @@ from functools import partial
 import pytest
 import torch
 
-from spectral_window.ops import Modes, WindowState, spectral_conv, window, window_attention
-from tests.contracts import operators
-from tests.contracts.operators import ATTENTION_CONTRACT, CONV_CONTRACT
+from spectral_window.ops import (
+    METHODS,
+    Modes,
+    WindowState,
+    chunked_window,
+    spectral_conv,
+    window_attention,
+)
+from tests.contracts import methods, operators
+from tests.contracts.operators import ATTENTION_CONTRACT
 
 CHUNKED = partial(spectral_conv, method="chunked")
 SCAN = partial(spectral_conv, method="scan")
-FFT = partial(spectral_conv, method="fft")
-DIRECT = partial(spectral_conv, method="reference")
 ATTEND = partial(window_attention, method="chunked", rope_theta=None)
-TILED = partial(window_attention, method="tiled")
 
 
-def stepwise(op):
-    """The operator called one token at a time, as in decoding."""
-
-    def run(*inputs, state=None, **options):
-        tensors = [x for x in inputs if isinstance(x, torch.Tensor) and not isinstance(x, Modes)]
-        rest = inputs[len(tensors) :]
-        parts = []
-        for t in range(tensors[0].shape[1]):
-            y, state = op(*(x[:, t : t + 1] for x in tensors), *rest, state=state, **options)
-            parts.append(y)
-        return torch.cat(parts, 1), state
-
-    return run
+@pytest.mark.parametrize(("op", "method", "promise"), methods.cases())
+def test_every_method_in_the_table_keeps(op, method, promise):
+    methods.keep(op, method, promise)
 
 
-@pytest.mark.parametrize("promise", CONV_CONTRACT, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("conv", [CHUNKED, SCAN], ids=["chunked", "scan"])
-def test_linear_time_convolution_keeps(conv, promise):
-    promise(conv)
+def test_every_operator_with_several_methods_has_a_contract():
+    pointwise = {"rms_norm", "swiglu"}  # in test_pointwise: no state, no documents
+    several = {op for op, table in METHODS.items() if len(table) > 1}
+    assert several - pointwise == set(methods.CONTRACTS)
 
 
-@pytest.mark.parametrize(
-    "promise", [p for p in CONV_CONTRACT if "far" not in p.__name__], ids=lambda f: f.__name__
-)
-@pytest.mark.parametrize("conv", [DIRECT, stepwise(spectral_conv)], ids=["reference", "step"])
-def test_convolution_keeps(promise, conv):
-    promise(conv)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_fft_agrees_where_the_signal_is_not_far_louder_elsewhere(dtype):
-    # an FFT's error is relative to the loudest position, so it is held to the whole sequence and
-    # to short ones
-    operators.conv_equals_the_direct_sum(FFT, dtype, times=(1, 2, 31, 33, 64))
-
-
-def test_step_by_step_is_exact_far_away():
-    operators.conv_is_exact_far_away(stepwise(spectral_conv), time=4096)
-
-
-@pytest.mark.parametrize("conv", [CHUNKED, SCAN], ids=["chunked", "scan"])
-def test_convolution_meets_the_float64_bar(conv):
-    operators.conv_equals_the_direct_sum(conv, torch.float64)
+@pytest.mark.parametrize("method", ["chunked", "scan", "fft", "reference"])
+def test_convolution_meets_the_float64_bar(method):
+    conv = partial(spectral_conv, method=method)
+    operators.conv_equals_the_direct_sum(conv, torch.float64, times=(1, 2, 31, 33, 64))
 
 
 @pytest.mark.slow
@@ -70,25 +46,15 @@ def test_convolution_is_exact_at_a_million(conv):
     operators.conv_is_exact_far_away(conv, time=1_048_576)
 
 
-@pytest.mark.parametrize("promise", ATTENTION_CONTRACT, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(
-    "attend",
-    [ATTEND, TILED, partial(window_attention, method="reference"), stepwise(window_attention)],
-    ids=["chunked", "tiled", "reference", "step"],
-)
-def test_window_attention_keeps(promise, attend):
-    promise(attend)
-
-
-@pytest.mark.parametrize("attend", [ATTEND, stepwise(window_attention)], ids=["chunked", "step"])
-def test_window_attention_meets_the_float64_bar(attend):
-    operators.attention_equals_dense_softmax(attend, torch.float64)
+@pytest.mark.parametrize("method", ["chunked", "step", "reference"])
+def test_window_attention_meets_the_float64_bar(method):
+    operators.attention_equals_dense_softmax(methods.by_method("window", method), torch.float64)
 
 
 @pytest.mark.parametrize("promise", ATTENTION_CONTRACT, ids=lambda f: f.__name__)
 def test_window_attention_by_the_fused_kernel_keeps(promise, monkeypatch):
     # what other devices run; on a CPU it is not chosen, and would otherwise never be tried
-    monkeypatch.setattr(window, "_by_products", window._by_fused_kernel)
+    monkeypatch.setattr(chunked_window, "_by_products", chunked_window._by_fused_kernel)
     promise(ATTEND)
 
 

@@ -197,7 +197,9 @@ def test_compiled_powers_are_exact(scale):
 def test_forward_mode_and_vmap_reach_through_the_compiled_methods():
     modes = draw_modes(3, dtype=torch.float32)
     u = torch.randn(2, 2, 9, 3)
-    for method in ("scan", "chunked"):
+    with pytest.raises(UserError, match=r"'scan'.*no forward-mode derivatives"):
+        torch.func.jvp(lambda x: spectral_conv(x, modes, method="scan")[0], (u[0],), (u[1],))
+    for method in ("auto", "chunked"):
         conv = partial(spectral_conv, kernel=modes, method=method)
         _, tangent = torch.func.jvp(lambda x, f=conv: f(x)[0], (u[0],), (u[1],))
         assert relative(tangent, conv(u[1])[0]) <= 2e-6  # the convolution is linear
@@ -513,7 +515,7 @@ Q = torch.randn(2, 8, 1, 4)
         ),
         (
             ValueError,
-            "goes on at 8",
+            "row 1, column 0 .* goes on where its state stopped",
             lambda: window_attention(
                 Q[:, :1],
                 Q[:, :1],

@@ -15,7 +15,7 @@ import torch
 
 from spectral_window.errors import UserError
 from spectral_window.ops import Modes, spectral_conv
-from spectral_window.ops.dispatch import HAS_TRITON, resolve
+from spectral_window.ops.methods import HAS_TRITON, resolve
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -58,7 +58,7 @@ def test_a_gpu_gets_the_kernels_and_a_reason(dtype, monkeypatch):
 
 
 def test_a_gpu_without_triton_gets_plain_torch(monkeypatch):
-    monkeypatch.setattr("spectral_window.ops.dispatch.HAS_TRITON", False)
+    monkeypatch.setattr("spectral_window.ops.methods.HAS_TRITON", False)
     assert resolve("spectral", "auto", on("cuda"))[0] == "chunked"
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from spectral_window.lab.bench.race import Call, Race, disqualified, reason, relative_error
 from spectral_window.ops import Modes, spectral_conv, window_attention
+from spectral_window.ops.methods import resolve, serving
 from spectral_window.ops.modes import kernel
 from spectral_window.ops.rotary import angles
 
@@ -74,7 +75,7 @@ def spectral_lineup(u: Tensor, modes: Modes, backward: bool) -> dict[str, Call]:
     source = u.detach()
     calls: dict[str, Call] = {
         name: partial(_call, operator, (u, *modes[:2]), gradient)
-        for name, operator in SPECTRAL.items()
+        for name, operator in spectral_operators().items()
     }
     into = torch.ones_like(y)
     copies: dict[str, Call] = {
@@ -128,11 +129,14 @@ def paper_fft(u: Tensor, decay: Tensor, frequency: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n=2 * time)[..., :time].transpose(1, 2).to(u.dtype)
 
 
-SPECTRAL: dict[str, Operator] = {
-    "scan": _by("scan"),
-    "chunked": _by("chunked"),
-    "the paper's FFT": paper_fft,
-}
+SPECTRAL: dict[str, Operator] = {"the paper's FFT": paper_fft}  # what others would take
+
+
+def spectral_operators() -> dict[str, Operator]:
+    """Our linear-time methods that run here, as the table has them, and the others."""
+    served = serving("spectral", torch.empty(1, 2, 2))
+    ours = [name for name in served if name not in ("fft", "reference")]
+    return {**{name: _by(name) for name in ours}, **SPECTRAL}
 
 
 def _check_spectral(dtype: torch.dtype) -> dict[str, str]:
@@ -147,7 +151,7 @@ def _check_spectral(dtype: torch.dtype) -> dict[str, str]:
 
         return operator
 
-    operators = {**SPECTRAL, GIVEN: into(torch.empty_like), FRESH: into(fresh_like)}
+    operators = {**spectral_operators(), GIVEN: into(torch.empty_like), FRESH: into(fresh_like)}
     return _gate(operators, (u, *modes[:2]), truth, BARS[dtype])
 
 
@@ -175,7 +179,8 @@ def far_errors(time: int, channels: int) -> list[dict[str, Any]]:
         return {"status": "ok", "error": float(f"{float(off.max()):.3g}")}
 
     about = {"length": time, "pass": "error, no damping", "channels": channels}
-    return [{**about, "contestant": name, **error(SPECTRAL[name])} for name in SPECTRAL]
+    found = spectral_operators().items()
+    return [{**about, "contestant": name, **error(operator)} for name, operator in found]
 
 
 def direct_blocks(
@@ -236,9 +241,12 @@ def window_operators(window: int) -> dict[str, Operator]:
 
         return operator
 
+    probe = torch.empty(1, 2, 1, 2)
+    taken = ("reference", resolve("window", "auto", probe).name)
+    others = [name for name in serving("window", probe) if name not in taken]
     return {
         "ours": ours("auto"),
-        "ours, chunked": ours("chunked"),
+        **{f"ours, {name}": ours(name) for name in others},
         "naive chunks (the paper's)": partial(naive_chunks, window=window),
         "local-attention": local_attention(window),
     }

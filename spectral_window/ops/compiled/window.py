@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_window.ops.chunked_window import chunked
 from spectral_window.ops.compiled.addresses import INT64, address, dense
 from spectral_window.ops.compiled.float32_lanes import BYTES, LANES, store
 from spectral_window.ops.compiled.threads import float32s, int64s, kernel, take
@@ -65,8 +66,9 @@ from spectral_window.ops.compiled.window_tiles import (
     score,
     softmax,
 )
-from spectral_window.ops.dispatch import may_bypass
-from spectral_window.ops.documents import find_documents
+from spectral_window.ops.documents import Documents
+from spectral_window.ops.tracing import may_bypass
+from spectral_window.ops.window_state import WindowState
 
 
 def _attend_words(parts, call, out):
@@ -171,17 +173,19 @@ def attention(
     ring: tuple[Tensor, Tensor] | None,
     begin: Tensor | None,
     positions: Tensor | None,
+    checked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k [B, T, H, K], v [B, T, H, V], not turned yet, T >= 1; float32 or bfloat16 on a CPU.
 
     ring: keys and values of the state [B, 2W, H, *]; begin [B] int64: the position of its next
-    token. positions: [B, T] int64; None where all rows are one document without padding.
+    token. positions: [B, T] int64; None where all rows are one document without padding. checked:
+    they are known to count on.
 
     Returns (out [B, T, H, V], key, value [B, 2W, H, *], position [B]): the last three are the state
     after each row's last token.
     """
     key, value = ring or (None, None)
-    call = (q, k, v, window, theta, key, value, begin, positions)
+    call = (q, k, v, window, theta, key, value, begin, positions, checked)
     # torch's dispatcher takes as long as a short call
     return (_forward if may_bypass(q, k, v, key, value) else window_attention)(*call)
 
@@ -194,13 +198,13 @@ def _call(q, k, v, window, theta, key, value, begin, positions):
     return call
 
 
-def _order(positions: Tensor | None, begin: Tensor | None) -> Tensor | None:
+def _order(positions: Tensor | None, begin: Tensor | None, checked: bool) -> Tensor | None:
     """The order of the B*T tokens in which those of a document lie side by side and a continued one
     begins in column 0, as the kernels want it; None where it is so already. Raises ValueError where
     positions do not count on."""
     if positions is None:
         return None
-    find_documents(positions, torch.zeros_like(positions[:, 0]) if begin is None else begin)
+    Documents(positions, checked=checked).check(begin)
     if not bool(((positions[:, 1:] > 0) & (positions[:, 1:] != positions[:, :-1] + 1)).any()):
         return None
     order = (positions < 0).to(torch.int8).argsort(dim=1, stable=True)  # tokens, then padding
@@ -217,8 +221,8 @@ def _spread(order: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).flatten(0, 1).index_copy_(0, order, x.flatten(0, 1)).view(x.shape)
 
 
-def _forward(q, k, v, window, theta, ring_key, ring_value, begin, positions):
-    order = _order(positions, begin)
+def _forward(q, k, v, window, theta, ring_key, ring_value, begin, positions, checked):
+    order = _order(positions, begin, checked)
     if order is not None:
         q, k, v, positions = _gathered(order, q, k, v, positions)
     batch, time, heads, key_dim = q.shape
@@ -243,13 +247,14 @@ def window_attention(
     ring_value: Tensor | None,
     begin: Tensor | None,
     positions: Tensor | None,
+    checked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `attention`."""
-    return _forward(q, k, v, window, theta, ring_key, ring_value, begin, positions)
+    return _forward(q, k, v, window, theta, ring_key, ring_value, begin, positions, checked)
 
 
 @window_attention.register_fake
-def _(q, k, v, window, theta, ring_key, ring_value, begin, positions):
+def _(q, k, v, window, theta, ring_key, ring_value, begin, positions, checked):
     batch, _, heads, key_dim = q.shape
     key = q.new_empty(batch, 2 * window, heads, key_dim)
     value = q.new_empty(batch, 2 * window, heads, v.shape[3])
@@ -275,7 +280,7 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and of the ring (empty where there is none), given those of the
     output and, unless None, of the new ring."""
-    order = _order(positions, begin)
+    order = _order(positions, begin, True)
     if order is not None:
         q, k, v, grad, positions = _gathered(order, q, k, v, grad, positions)
     call = _call(q, k, v, window, theta, ring_key, ring_value, begin, positions)
@@ -296,7 +301,7 @@ def _(q, k, v, window, theta, ring_key, ring_value, begin, positions, grad, grad
 
 
 def _save(ctx, inputs, output):
-    q, k, v, ctx.window, ctx.theta, *rest = inputs
+    q, k, v, ctx.window, ctx.theta, *rest, _ = inputs
     ctx.save_for_backward(q, k, v, *rest)
     ctx.set_materialize_grads(False)
 
@@ -315,28 +320,18 @@ def _differentiate(ctx, grad, grad_key, grad_value, _):
         return _differentiate_again(*call, grad, grad_key, grad_value)
     *d_qkv, d_key, d_value = window_attention_backward(*call, grad, grad_key, grad_value)
     d_ring = (None, None) if ring_key is None else (d_key, d_value)
-    return *d_qkv, None, None, *d_ring, None, None
+    return *d_qkv, None, None, *d_ring, None, None, None
 
 
 def _differentiate_again(
     q, k, v, window, theta, ring_key, ring_value, begin, positions, grad, grad_key, grad_value
 ):
     """The same gradients by operations that can be differentiated themselves."""
-    from spectral_window.ops import window as operator
-
     leaves = [x for x in (q, k, v, ring_key, ring_value) if x is not None and x.requires_grad]
+    documents = None if positions is None else Documents(positions, checked=True)
     with torch.enable_grad():
-        state = None if ring_key is None else operator.WindowState(ring_key, ring_value, begin)
-        out, after = operator.window_attention(
-            q,
-            k,
-            v,
-            window=window,
-            rope_theta=theta,
-            state=state,
-            positions=positions,
-            method="chunked",
-        )
+        state = None if ring_key is None else WindowState(ring_key, ring_value, begin)
+        out, after = chunked(q, k, v, window, theta, state, documents)
         given = [
             (y, g)
             for y, g in ((out, grad), (after.key, grad_key), (after.value, grad_value))
@@ -348,7 +343,7 @@ def _differentiate_again(
         )
     by_id = {id(x): d for x, d in zip(leaves, found, strict=True)}
     d_q, d_k, d_v, d_key, d_value = (by_id.get(id(x)) for x in (q, k, v, ring_key, ring_value))
-    return d_q, d_k, d_v, None, None, d_key, d_value, None, None
+    return d_q, d_k, d_v, None, None, d_key, d_value, None, None, None
 
 
 window_attention.register_autograd(_differentiate, setup_context=_save)

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_window.ops import Taps, spectral_conv
-from spectral_window.ops.taps import fast_size
+from spectral_window.ops import METHODS, Taps, fir_conv
+from spectral_window.ops.fir import fast_size
 from tests.contracts.measure import block_error, relative
 
-METHODS = ["auto", "fft", "shifts"]
+WHOLE = ["auto", "fft", "shifts"]
 LENGTHS = [1, 2, 4, 16, 17, 40]  # few taps go by shifts, more than 16 by an FFT
 
 
@@ -30,12 +30,12 @@ def by_hand(u: torch.Tensor, taps: Taps) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("method", [*METHODS, "reference"])
+@pytest.mark.parametrize("method", [*WHOLE, "reference"])
 def test_every_method_is_the_sum_over_the_last_inputs(method, length):
     for dtype, bar in ((torch.float32, 2e-6), (torch.float64, 1e-11)):
         for time in (1, 3, length, length + 1, 100):
             taps, u = draw_taps(5, length, dtype), torch.randn(2, time, 5, dtype=dtype)
-            y, state = spectral_conv(u, taps, method=method)
+            y, state = fir_conv(u, taps, method=method)
             truth = by_hand(u.double(), Taps(taps.weights.double()))
             assert y.dtype == dtype
             assert block_error(y, truth) <= bar
@@ -43,14 +43,14 @@ def test_every_method_is_the_sum_over_the_last_inputs(method, length):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE)
 def test_any_split_gives_the_same_output_and_the_same_state_to_the_bit(method, length):
     taps, u = draw_taps(5, length), torch.randn(3, 90, 5)
-    whole, end = spectral_conv(u, taps, method=method)
+    whole, end = fir_conv(u, taps, method=method)
     for sizes in ([1] * 90, [40, 1, 1, 30, 18], [3, 87], [0, 90]):
         state, parts = None, []
         for part in u.split(sizes, 1):
-            y, state = spectral_conv(part, taps, state=state, method=method)
+            y, state = fir_conv(part, taps, state=state, method=method)
             parts.append(y)
         assert relative(torch.cat(parts, 1), whole) <= 2e-6
         assert torch.equal(state, end)
@@ -60,12 +60,12 @@ def test_any_split_gives_the_same_output_and_the_same_state_to_the_bit(method, l
 def test_half_precision_is_rounded_once(length):
     for dtype in (torch.bfloat16, torch.float16):
         taps, u = draw_taps(6, length), torch.randn(2, 80, 6).to(dtype)
-        truth, _ = spectral_conv(u.double(), taps, method="reference")
-        y, state = spectral_conv(u, taps)
+        truth, _ = fir_conv(u.double(), taps, method="reference")
+        y, state = fir_conv(u, taps)
         assert y.dtype == state.dtype == dtype
         assert relative(y, truth) <= 1.25 * relative(truth.to(dtype), truth)
-        last, _ = spectral_conv(u[:, :1], taps, state=state)
-        both, _ = spectral_conv(torch.cat((u, u[:, :1]), 1), taps)
+        last, _ = fir_conv(u[:, :1], taps, state=state)
+        both, _ = fir_conv(torch.cat((u, u[:, :1]), 1), taps)
         assert relative(last, both[:, -1:]) <= 2 * torch.finfo(dtype).eps
 
 
@@ -78,7 +78,7 @@ def packed(draw) -> tuple[list[list[tuple[int, int]]], bool]:
 
 
 @settings(max_examples=60)
-@given(packed(), st.sampled_from([1, 4, 20]), st.sampled_from([*METHODS, "reference"]), st.data())
+@given(packed(), st.sampled_from([1, 4, 20]), st.sampled_from([*WHOLE, "reference"]), st.data())
 def test_documents_packed_together_are_each_document_alone(case, length, method, data):
     rows, known = case
     time = 1 + max(sum(a + b for a, b in row) for row in rows)
@@ -95,12 +95,12 @@ def test_documents_packed_together_are_each_document_alone(case, length, method,
             goes_on = known and i == 0 and data.draw(st.booleans())
             text = torch.randn(1, size, 3)
             before = state[b : b + 1] if goes_on else None
-            alone, end = spectral_conv(text, taps, state=before, method="reference")
+            alone, end = fir_conv(text, taps, state=before, method="reference")
             u[b, at : at + size], expected[b, at : at + size] = text[0], alone[0]
             positions[b, at : at + size] = torch.arange(size) + (5 if goes_on else 0)
             ends[b] = end[0]
             at += size
-    y, final = spectral_conv(u, taps, state=state, positions=positions, method=method)
+    y, final = fir_conv(u, taps, state=state, positions=positions, method=method)
     assert torch.equal(y[positions < 0], torch.zeros_like(y[positions < 0]))
     assert relative(y, expected) <= 2e-6
     assert torch.equal(final, ends)
@@ -111,8 +111,8 @@ def test_offsets_say_the_same_as_positions():
     positions = torch.tensor([[*range(4), *range(6)], [*range(10)]])
     offsets = torch.tensor([0, 4, 10, 20])
     for a, b in zip(
-        spectral_conv(u, taps, positions=positions),
-        spectral_conv(u, taps, cu_seqlens=offsets),
+        fir_conv(u, taps, positions=positions),
+        fir_conv(u, taps, cu_seqlens=offsets),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -128,7 +128,7 @@ def test_gradients_are_right_once_and_twice(length):
     for at in (None, positions):
 
         def run(u, weights, state, at=at):
-            return spectral_conv(u, Taps(weights), state=state, positions=at)
+            return fir_conv(u, Taps(weights), state=state, positions=at)
 
         assert torch.autograd.gradcheck(run, (u, weights, state))
         assert torch.autograd.gradgradcheck(run, (u, weights, state))
@@ -139,7 +139,7 @@ def test_the_future_does_not_reach_the_past(length):
     taps, u = draw_taps(4, length), torch.randn(2, 60, 4)
     changed = u.clone()
     changed[:, 31:] = 1e6 * torch.randn(2, 29, 4)
-    y, other = (spectral_conv(x, taps)[0][:, :31] for x in (u, changed))
+    y, other = (fir_conv(x, taps)[0][:, :31] for x in (u, changed))
     if length <= 16:
         assert torch.equal(y, other)
     else:
@@ -150,7 +150,7 @@ def test_nothing_is_seen_beyond_the_last_tap():
     taps, u = draw_taps(4, 5), torch.randn(1, 30, 4)
     changed = u.clone()
     changed[:, 10] += 1.0
-    y, other = (spectral_conv(x, taps)[0] for x in (u, changed))
+    y, other = (fir_conv(x, taps)[0] for x in (u, changed))
     differs = (y != other).any(-1).any(0)
     assert differs.nonzero().flatten().tolist() == [10, 11, 12, 13, 14]
 
@@ -159,61 +159,60 @@ def test_a_nan_stays_in_its_document_or_is_refused():
     u = torch.randn(1, 12, 3)
     u[0, 2] = torch.nan
     positions = torch.tensor([[*range(6), *range(6)]])
-    y, _ = spectral_conv(u, draw_taps(3, 4), positions=positions)
+    y, _ = fir_conv(u, draw_taps(3, 4), positions=positions)
     assert bool(y[:, 6:].isfinite().all())
     assert bool(y[:, :2].isfinite().all())
     with pytest.raises(ValueError, match="not finite"):
-        spectral_conv(u, draw_taps(3, 40), positions=positions)
+        fir_conv(u, draw_taps(3, 40), positions=positions)
 
 
 def test_the_state_holds_its_own_memory_alone():
     """A view of the input would keep a whole prompt alive for the length of a session."""
-    _, state = spectral_conv(torch.randn(1, 1000, 3), draw_taps(3, 5))
+    _, state = fir_conv(torch.randn(1, 1000, 3), draw_taps(3, 5))
     assert state.untyped_storage().nbytes() == 4 * 3 * 4
 
 
 def test_many_short_documents_cost_what_their_tokens_cost(monkeypatch):
     """One long document beside many short ones: the rows are not all as long as the longest."""
-    from spectral_window.ops import taps as module
-
     rows = []
-    convolve = module._convolve
-    monkeypatch.setattr(
-        module, "_convolve", lambda x, *rest: rows.append(x.shape[:2]) or convolve(x, *rest)
+    fft = METHODS["fir"]["fft"]
+    counted = fft._replace(
+        function=lambda x, taps: rows.append(x.shape[:2]) or fft.function(x, taps)
     )
+    monkeypatch.setitem(METHODS["fir"], "fft", counted)
     positions = torch.tensor([[*range(1000), *([0] * 500), *([0, 1, 2] * 100)]])
-    y, _ = spectral_conv(torch.randn(1, 1800, 2), draw_taps(2, 700), positions=positions)
+    y, _ = fir_conv(torch.randn(1, 1800, 2), draw_taps(2, 700), positions=positions)
     assert y.shape == (1, 1800, 2)
     assert sum(a * b for a, b in rows) <= 4 * 1800
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (0, 0, 3)])
 def test_nothing_in_nothing_out(shape):
-    y, state = spectral_conv(torch.zeros(shape), draw_taps(3, 20))
+    y, state = fir_conv(torch.zeros(shape), draw_taps(3, 20))
     assert y.shape == shape
     assert state.shape == (shape[0], 19, 3)
     given = torch.randn(shape[0], 19, 3)
-    assert torch.equal(spectral_conv(torch.zeros(shape), draw_taps(3, 20), state=given)[1], given)
+    assert torch.equal(fir_conv(torch.zeros(shape), draw_taps(3, 20), state=given)[1], given)
 
 
 def test_padding_alone_is_silent_and_keeps_the_state():
     given, padding = torch.randn(2, 19, 3), torch.full((2, 4), -1)
-    y, state = spectral_conv(torch.randn(2, 4, 3), draw_taps(3, 20), state=given, positions=padding)
+    y, state = fir_conv(torch.randn(2, 4, 3), draw_taps(3, 20), state=given, positions=padding)
     assert not y.any()
     assert torch.equal(state, given)
 
 
 def test_meta_tensors_give_meta_tensors():
     taps = Taps(torch.empty(4, 40, device="meta"))
-    y, state = spectral_conv(torch.empty(2, 9, 4, device="meta"), taps)
+    y, state = fir_conv(torch.empty(2, 9, 4, device="meta"), taps)
     assert y.device.type == state.device.type == "meta"
 
 
 def test_output_goes_where_it_is_asked_for():
     u, taps = torch.randn(2, 30, 3), draw_taps(3, 20)
     out = torch.empty_like(u)
-    assert spectral_conv(u, taps, out=out)[0] is out
-    assert torch.equal(out, spectral_conv(u, taps)[0])
+    assert fir_conv(u, taps, out=out)[0] is out
+    assert torch.equal(out, fir_conv(u, taps)[0])
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 161, 513, 641, 2047, 2049])
@@ -227,31 +226,29 @@ U, F = torch.randn(2, 8, 3), Taps(torch.randn(3, 20))
 @pytest.mark.parametrize(
     ("error", "says", "call"),
     [
-        (ValueError, "unknown taps method 'scan'", lambda: spectral_conv(U, F, method="scan")),
+        (ValueError, "unknown fir method 'scan'", lambda: fir_conv(U, F, method="scan")),
         (
             ValueError,
-            "unknown taps method 'chunked'",
-            lambda: spectral_conv(U, F, method="chunked"),
+            "unknown fir method 'chunked'",
+            lambda: fir_conv(U, F, method="chunked"),
         ),
-        (ValueError, "one token a call", lambda: spectral_conv(U, F, method="step")),
-        (TypeError, "float32 or float64", lambda: spectral_conv(U, Taps(F.weights.bfloat16()))),
-        (ValueError, r"expected \[3, L\]", lambda: spectral_conv(U, Taps(F.weights.T))),
-        (ValueError, r"expected \[3, L\]", lambda: spectral_conv(U, Taps(F.weights[:, :0]))),
-        (ValueError, r"expected \[3, L\]", lambda: spectral_conv(U, Taps(F.weights[:, 0]))),
-        (ValueError, "not finite", lambda: spectral_conv(U, Taps(F.weights / 0))),
-        (ValueError, "same batch", lambda: spectral_conv(U, F, state=torch.zeros(1, 19, 3))),
-        (ValueError, "same batch", lambda: spectral_conv(U, F, state=torch.zeros(2, 20, 3))),
+        (ValueError, "one token a call", lambda: fir_conv(U, F, method="step")),
+        (TypeError, "float32 or float64", lambda: fir_conv(U, Taps(F.weights.bfloat16()))),
+        (ValueError, r"expected \[3, L\]", lambda: fir_conv(U, Taps(F.weights.T))),
+        (ValueError, r"expected \[3, L\]", lambda: fir_conv(U, Taps(F.weights[:, :0]))),
+        (ValueError, r"expected \[3, L\]", lambda: fir_conv(U, Taps(F.weights[:, 0]))),
+        (ValueError, "not finite", lambda: fir_conv(U, Taps(F.weights / 0))),
+        (ValueError, "same batch", lambda: fir_conv(U, F, state=torch.zeros(1, 19, 3))),
+        (ValueError, "same batch", lambda: fir_conv(U, F, state=torch.zeros(2, 20, 3))),
         (
             ValueError,
             "counts 0, 1, 2",
-            lambda: spectral_conv(U, F, positions=torch.arange(3, 11).expand(2, -1)),
+            lambda: fir_conv(U, F, positions=torch.arange(3, 11).expand(2, -1)),
         ),
         (
             ValueError,
             "gradient to record",
-            lambda: spectral_conv(
-                U, Taps(F.weights.clone().requires_grad_()), out=torch.empty_like(U)
-            ),
+            lambda: fir_conv(U, Taps(F.weights.clone().requires_grad_()), out=torch.empty_like(U)),
         ),
     ],
 )
@@ -266,7 +263,7 @@ def test_torch_compile_has_no_graph_break(length):
     state = torch.randn(2, length - 1, 3)
 
     def run(u, weights, state):
-        return spectral_conv(u, Taps(weights), state=state)
+        return fir_conv(u, Taps(weights), state=state)
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for x in (u, u[:, :1]):

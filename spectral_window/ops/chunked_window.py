@@ -1,0 +1,240 @@
+"""Window attention in chunks: one attention call over all of them, linear time in plain torch, on
+any device, differentiable twice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_window.ops import recorded, reference
+from spectral_window.ops.documents import Documents, Tokens, chunk_grid, split_finite
+from spectral_window.ops.rotary import rotate
+from spectral_window.ops.tracing import is_exported, is_recorded
+from spectral_window.ops.window_state import WindowState, empty_state, held_positions
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    theta: float | None,
+    state: WindowState | None,
+    documents: Documents | None,
+) -> tuple[Tensor, WindowState]:
+    """`window_attention` for checked inputs, none of them empty."""
+    if state is None and (documents is not None or is_exported()):
+        state = empty_of(k, v, window)
+    if state is None:
+        q, k = turned(q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device))
+        return _rows(q, k, v, window), last_two_chunks(k, v, window)
+    documents = documents_from(state, documents, q)
+    q, k = turned(q, k, theta, documents.positions)
+    if is_recorded():
+        return _recorded(q, k, v, window, state, documents.positions)
+    documents.check(state.position, wait=True)
+    return _documents(q, k, v, window, state, documents), next_state(k, v, window, state, documents)
+
+
+def empty_of(k: Tensor, v: Tensor, window: int) -> WindowState:
+    """The state before any token, for keys and values like these."""
+    batch, _, heads, size = k.shape
+    return empty_state(batch, window, heads, size, v.shape[3], dtype=k.dtype, device=k.device)
+
+
+def documents_from(state: WindowState, documents: Documents | None, q: Tensor) -> Documents:
+    """The documents given, or those of rows that go on from their states."""
+    if documents is not None:
+        return documents
+    counting = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)
+    return Documents(state.position[:, None] + counting, checked=True)
+
+
+def turned(q: Tensor, k: Tensor, theta: float | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k turned to their positions, unless they are already."""
+    if theta is None:
+        return q, k
+    return rotate(q, positions, theta), rotate(k, positions, theta)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over [G, W, H, *] queries and [G, 2W, H, *] keys, mask [G, W, 2W].
+
+    By PyTorch's fused kernel, except in float64, where it is not twice differentiable, and on a
+    CPU: there its masked backward pass takes 2 to 5 times as long as plain products, and one way
+    for training and inference gives both the same bits.
+    """
+    dtype, cpu = q.dtype, q.device.type == "cpu"
+    if cpu and dtype in (torch.bfloat16, torch.float16):
+        q, k, v = q.float(), k.float(), v.float()  # as fast on a CPU, and rounded once
+    softmax = _by_products if cpu or dtype == torch.float64 else _by_fused_kernel
+    out = softmax(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None])
+    return out.transpose(1, 2).to(dtype)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):  # which would round to bfloat16
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def _by_fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
+    """Attention over G chunks laid end to end: [G, W, H, *] each, first [G] marks chunks with
+    nothing before."""
+    window = q.shape[1]
+    place = torch.arange(2 * window, dtype=torch.int64, device=q.device)
+    mask = reference.visible(
+        place[window:, None], place, window
+    )  # a query's chunk is the second of its two
+    mask = mask & ~(first[:, None, None] & (place < window))
+
+    def previous(x: Tensor) -> Tensor:
+        # zeros and not the neighbour's values where a document begins: 0 * NaN would let a NaN
+        # cross
+        before = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
+        return torch.where(first[:, None, None, None], 0.0, before)
+
+    # nor may 0 * NaN bring one back from the future: what is not finite is added to those that see
+    v, spoilt = split_finite(v)
+    spoilt = spoilt.cumsum(1)
+    out = attend(q, torch.cat((previous(k), k), 1), torch.cat((previous(v), v), 1), mask)
+    return out + spoilt + previous(spoilt)[:, -1:]
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    batch, time = q.shape[:2]
+    per_row = (time + window - 1) // window
+
+    def grid(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, per_row * window - time)).reshape(-1, window, *x.shape[2:])
+
+    first = torch.arange(batch * per_row, dtype=torch.int64, device=q.device) % per_row == 0
+    out = _attend_chunks(grid(q), grid(k), grid(v), first)
+    return out.reshape(batch, per_row * window, *out.shape[2:])[:, :time]
+
+
+class _Grid(NamedTuple):
+    """Keys in reach of a call's documents, in chunks of W laid end to end: those that the states
+    remember, then the call's own tokens.
+
+    row, slot:  [m] the ring and the slot of each key that is remembered.
+    token:      [n] the call's tokens among all B*T.
+    place:      [m + n] where the keys lie in the grid.
+    first:      [G] bool, chunks with nothing before.
+    """
+
+    row: Tensor
+    slot: Tensor
+    token: Tensor
+    place: Tensor
+    first: Tensor
+
+
+def _cut(tokens: Tokens, window: int) -> _Grid:
+    heads = tokens.head[tokens.goes_on]
+    # a row goes on where its state stopped: so the positions say what the rings hold
+    held = held_positions(tokens.position[heads], window)  # [continued, 2W], -1: a dead slot
+    which, slot = (held >= 0).nonzero(as_tuple=True)
+    document = torch.cat((tokens.document[heads][which], tokens.document))
+    position = torch.cat((held[which, slot], tokens.position))
+    place, first = chunk_grid(document, position, window)
+    return _Grid(tokens.row[heads][which], slot, tokens.token, place, first)
+
+
+def _documents(
+    q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState, documents: Documents
+) -> Tensor:
+    grid = documents.plan(("window", window), lambda tokens: _cut(tokens, window))
+    tokens = len(grid.token)
+    if not tokens:
+        return torch.where((state.position < 0)[:, None, None, None], v, 0.0)  # padding alone
+
+    def reached(x: Tensor, ring: Tensor) -> Tensor:
+        own = x.flatten(0, 1).index_select(0, grid.token)
+        return torch.cat((ring[grid.row, grid.slot], own))
+
+    def cells(x: Tensor, at: Tensor) -> Tensor:
+        room = x.new_zeros(len(grid.first) * window, *x.shape[1:])
+        return room.index_copy(0, at, x).view(-1, window, *x.shape[1:])
+
+    at = grid.place[-tokens:]
+    query = q.flatten(0, 1).index_select(0, grid.token)
+    out = _attend_chunks(
+        cells(query, at),
+        cells(reached(k, state.key), grid.place),
+        cells(reached(v, state.value), grid.place),
+        grid.first,
+    )
+    out = out.flatten(0, 1).index_select(0, at)
+    return torch.zeros_like(v).flatten(0, 1).index_copy(0, grid.token, out).view(v.shape)
+
+
+def _recorded(
+    q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState, positions: Tensor
+) -> tuple[Tensor, WindowState]:
+    """`_documents` and `next_state` where no shape may depend on positions."""
+    context = recorded.remembered(k, v, window, state, positions)
+    blocks = recorded.reachable(q, context, window)
+    out = attend(*(x.flatten(0, 1) for x in blocks)).unflatten(0, blocks.mask.shape[:2])
+    return recorded.answered(out, context, window), recorded.next_state(context, window, state)
+
+
+def last_two_chunks(k: Tensor, v: Tensor, window: int) -> WindowState:
+    """The state of rows that are one document from position 0, without padding."""
+    batch, time = k.shape[:2]
+    position = torch.full((batch,), time, dtype=torch.int64, device=k.device)
+    held = held_positions(position[:1], window)[0]
+    live = (held >= 0)[:, None, None]
+    at = held.clamp(min=0)
+    key = torch.where(live, k.index_select(1, at), 0.0)
+    return WindowState(key, torch.where(live, v.index_select(1, at), 0.0), position)
+
+
+class _Ring(NamedTuple):
+    """What the rings hold afterwards. position: [B] of each row's next token, where it has any;
+    alive: [B] bool, rows with any; token: [B, 2W] the token that a slot takes, among all B*T;
+    recent: [B, 2W] bool, slots that take one; live: [B, 2W] bool, slots that a later query sees."""
+
+    position: Tensor
+    alive: Tensor
+    token: Tensor
+    recent: Tensor
+    live: Tensor
+
+
+def _ring(tokens: Tokens, window: int) -> _Ring:
+    alive = tokens.last >= 0
+    last = tokens.last.clamp(min=0)
+    position = torch.where(alive, tokens.position[last] + 1, 0)
+    held = held_positions(position, window)  # [B, 2W]
+    # where this call's part of the last document begins
+    begin = tokens.position[tokens.head[tokens.document[last]]]
+    recent = alive[:, None] & (held >= begin[:, None])
+    index = (last[:, None] - (position[:, None] - 1 - held)).clamp(min=0)
+    token = tokens.token[torch.where(recent, index, 0)]
+    return _Ring(position, alive, token, recent, held >= 0)
+
+
+def next_state(
+    k: Tensor, v: Tensor, window: int, state: WindowState, documents: Documents
+) -> WindowState:
+    """The state after each row's last document; rows without a token keep theirs."""
+    if not len(documents.tokens.token):
+        return state
+    plan = documents.plan(("window ring", window), lambda tokens: _ring(tokens, window))
+    alive = plan.alive[:, None, None, None]
+
+    def ring(new: Tensor, old: Tensor) -> Tensor:
+        live, fresh = plan.live[..., None, None], plan.recent[..., None, None]
+        kept = torch.where(alive, torch.where(live, old, 0.0), old)
+        return torch.where(fresh, new.flatten(0, 1)[plan.token], kept)
+
+    position = torch.where(plan.alive, plan.position, state.position)
+    return WindowState(ring(k, state.key), ring(v, state.value), position)

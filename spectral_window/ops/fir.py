@@ -1,0 +1,313 @@
+"""Taps: kernels of finite length, and their convolution (a FIR filter a channel).
+
+    y_t = sum_{j < L} weights_j u_{t-j}
+
+A kernel that is free in every entry is no sum of damped oscillators, so it has no recurrence of two
+numbers. But its memory ends after L tokens, and that is a state of constant size too: the last
+L - 1 inputs of the current document, kept as they came, so that any split of a text gives the same
+state to the bit. The price is said honestly: L - 1 numbers a channel, where an oscillator needs
+two; and what lies L tokens back is not seen at all. The table of methods is at the end.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_window.errors import UserError, UserTypeError
+from spectral_window.ops import recorded, reference
+from spectral_window.ops.documents import Documents, Tokens, anywhere
+from spectral_window.ops.methods import Method, Reason, enrol, one_token, resolve
+from spectral_window.ops.spectral import check_like, check_out, check_state, documents_after
+from spectral_window.ops.tracing import is_recorded, readable
+
+FEW = 16  # taps; more are served better by an FFT
+
+
+class Taps(NamedTuple):
+    """weights: [D, L] float32 or float64, L >= 1; weights[:, j] multiplies the input j tokens
+    back."""
+
+    weights: Tensor
+
+    def validated(self, channels: int) -> Taps:
+        """These taps, or an error that names what is wrong: TypeError for a dtype below float32,
+        ValueError for a shape and, on a CPU outside torch.compile, for NaN or infinity."""
+        weights = self.weights
+        if weights.dtype not in (torch.float32, torch.float64):
+            raise UserTypeError(
+                f"weights are {weights.dtype} (taps): keep them in float32 or float64, "
+                "lower precision changes the kernel"
+            )
+        if weights.dim() != 2 or weights.shape[0] != channels or not weights.shape[1]:
+            raise UserError(
+                f"weights have shape {tuple(weights.shape)} (taps): expected [{channels}, L], L > 0"
+            )
+        looked_at = weights.device.type == "cpu" and readable(weights)
+        if looked_at and not bool(torch.isfinite(weights).all()):
+            raise UserError("weights are not finite (taps): training diverged or a file is corrupt")
+        return self
+
+    def state_shape(self, batch: int) -> tuple[int, ...]:
+        """[B, L - 1, D], the last inputs, oldest first."""
+        channels, length = self.weights.shape
+        return batch, length - 1, channels
+
+    def state_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """The inputs' own dtype: they are kept as they came."""
+        return dtype
+
+    def flops_per_token(self) -> int:
+        """A multiply-add a tap, as a step does; an FFT over a long text does fewer."""
+        return 2 * self.weights.numel()
+
+
+def fir_conv(
+    u: Tensor,
+    taps: Taps,
+    *,
+    state: Tensor | None = None,
+    positions: Tensor | Documents | None = None,
+    cu_seqlens: Tensor | None = None,
+    method: str = "auto",
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal convolution of every channel of `u` with a finite filter, from `state`.
+
+    u:      [B, T, D] floating; any T >= 0 and B >= 0.
+    taps:   `Taps` of [D, L], float32 or float64.
+    state:  the last inputs [B, L - 1, D], oldest first, in u's dtype; None for none. They enter a
+            row's first document unless that begins at position 0.
+    positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
+    method: a name in METHODS["fir"], or "auto".
+    out:    where y is written (and returned), as in `spectral_conv`.
+
+    Returns y [B, T, D] (0 at padding) and the state after each row's last token, both in u's dtype.
+    Computed in float32 (float64 for float64) and rounded once. Differentiable any number of times
+    in u, weights and state. Raises UserError (a ValueError) or UserTypeError (a TypeError) before
+    any work.
+    """
+    if u.dim() != 3:
+        raise UserError(
+            f"u has shape {tuple(u.shape)} (fir_conv): expected [batch, time, channels]"
+        )
+    if not u.dtype.is_floating_point:
+        raise UserTypeError(f"u is {u.dtype} (fir_conv): expected a floating dtype")
+    if not isinstance(taps, Taps):
+        raise UserTypeError(
+            f"taps are a {type(taps).__name__} (fir_conv): pass Taps; Modes are for spectral_conv"
+        )
+    weights = taps.validated(u.shape[2]).weights
+    chosen = resolve("fir", method, u, weights)
+    check_like(u, "fir_conv", ("weights", weights), ("state", state))
+    check_state(state, taps, u, "fir_conv")
+    if out is not None:
+        others = {"weights": weights, "state": state, "cu_seqlens": cu_seqlens}
+        check_out(out, u, "fir_conv", positions, **others)
+    documents = documents_after(state, positions, cu_seqlens, u)
+    y, final = _convolve(u, weights, state, documents, chosen.function)
+    return y if out is None else out.copy_(y), final
+
+
+def _convolve(
+    u: Tensor, weights: Tensor, state: Tensor | None, documents: Documents | None, method
+) -> tuple[Tensor, Tensor]:
+    """`fir_conv` for checked inputs, by a method of the table."""
+    batch, time, channels = u.shape
+    kept = weights.shape[1] - 1
+    before = None if state is None else state.to(u.dtype)
+    if not u.numel():
+        return u.clone(), u.new_zeros(batch, kept, channels) if before is None else before
+    if documents is not None and is_recorded():
+        known = u.new_zeros(batch, kept, channels) if before is None else before
+        return recorded.convolve_taps(u, weights, known, documents.positions)
+    if documents is not None:
+        documents.check(None if state is None else anywhere(batch), wait=True)
+        return _each_document(u, weights, before, documents, method)
+    if before is None:  # of a text shorter than the filter, only the first T taps are of any use
+        before = u.new_zeros(batch, min(kept, time - 1), channels)
+    x = torch.cat((before, u), 1)
+    y = method(x, weights[:, : before.shape[1] + 1])
+    x = F.pad(x, (0, 0, max(kept - x.shape[1], 0), 0))
+    return y, x[:, x.shape[1] - kept :].clone()  # a view would keep all of x in memory
+
+
+class _Group(NamedTuple):
+    """Documents of like length, up to a power of two, each in a row of its own.
+
+    inputs: [n, reach + longest] where their inputs lie in the pool.
+    reach:  inputs before the first token; filled [n, longest] bool: where there are tokens.
+    place:  [tokens] where the outputs go, among all B*T.
+    """
+
+    inputs: Tensor
+    reach: int
+    filled: Tensor
+    place: Tensor
+
+
+class _Pool(NamedTuple):
+    """One pool of inputs holds the tokens, then the states' inputs, then a row of zeros for
+    "nothing there". token: [n] the tokens among all B*T; groups: how many there are; last: [B,
+    L - 1] what each row's state holds afterwards; alive: [B] bool, rows with any token."""
+
+    token: Tensor
+    groups: int
+    last: Tensor
+    alive: Tensor
+
+
+def _each_document(
+    u: Tensor, weights: Tensor, state: Tensor | None, documents: Documents, convolve
+) -> tuple[Tensor, Tensor]:
+    """Move documents to rows of their own, convolve, move back.
+
+    Documents of like length go together (up to a power of two), so that the rows and what they are
+    filled with hold at most four times the tokens.
+    """
+    batch, time, channels = u.shape
+    kept = weights.shape[1] - 1
+    before = u.new_zeros(batch, kept, channels) if state is None else state
+    plan = documents.plan(("fir", kept), lambda tokens: _pool(tokens, kept))
+    if not len(plan.token):
+        return torch.zeros_like(u), before
+    tokens = u.reshape(-1, channels).index_select(0, plan.token)
+    pool = torch.cat((tokens, before.reshape(-1, channels), u.new_zeros(1, channels)))
+
+    def inputs(index: Tensor) -> Tensor:
+        return pool.index_select(0, index.reshape(-1)).reshape(*index.shape, channels)
+
+    places, parts = [], []
+    for n in range(plan.groups):
+        group = documents.plan(("fir", kept, n), partial(_group, kept=kept, n=n))
+        y = convolve(inputs(group.inputs), weights[:, : group.reach + 1])
+        places.append(group.place)
+        parts.append(y.reshape(-1, channels).index_select(0, group.filled))
+    out = u.new_zeros(batch * time, channels).index_copy(0, torch.cat(places), torch.cat(parts))
+    final = inputs(plan.last)
+    return out.reshape(u.shape), torch.where(plan.alive[:, None, None], final, before)
+
+
+def _pool(tokens: Tokens, kept: int) -> _Pool:
+    last = tokens.last.clamp(min=0)
+    alive = tokens.last >= 0
+    if not len(tokens.token):
+        return _Pool(tokens.token, 0, last[:, None].expand(-1, kept), alive)
+    document = tokens.document[last]
+    back = torch.arange(1 - kept, 1, dtype=torch.int64)
+    index = _places(tokens, kept, document, (last - tokens.head[document])[:, None] + back)
+    return _Pool(tokens.token, len(_kinds(tokens).unique()), index, alive)
+
+
+def _kinds(tokens: Tokens) -> Tensor:
+    """[documents]: equal for documents that go together."""
+    return 2 * torch.frexp((tokens.length - 1).double()).exponent + tokens.goes_on
+
+
+def _group(tokens: Tokens, kept: int, n: int) -> _Group:
+    kinds = _kinds(tokens)
+    kind = int(kinds.unique()[n])
+    document = torch.nonzero(kinds == kind).squeeze(1)
+    length = tokens.length[document]
+    longest = int(length.max())
+    reach = kept if kind % 2 else min(kept, longest - 1)
+    offset = torch.arange(-reach, longest, dtype=torch.int64).expand(len(document), -1)
+    filled = offset[:, reach:] < length[:, None]
+    place = tokens.token[(tokens.head[document, None] + offset[:, reach:])[filled]]
+    index = _places(tokens, kept, document, offset)
+    return _Group(index, reach, torch.nonzero(filled.reshape(-1)).squeeze(1), place)
+
+
+def _places(tokens: Tokens, kept: int, document: Tensor, offset: Tensor) -> Tensor:
+    """Where in the pool the inputs lie at `offset` [n, N] from the begin of each `document` [n]."""
+    document = document[:, None]
+    count, rows = len(tokens.token), len(tokens.last)
+    token = tokens.head[document] + offset
+    earlier = count + tokens.row[tokens.head][document] * kept + kept + offset  # in the state
+    remembered = tokens.goes_on[document] & (offset < 0) & (offset >= -kept)
+    inside = (offset >= 0) & (offset < tokens.length[document])
+    nothing = count + rows * kept
+    return torch.where(inside, token, torch.where(remembered, earlier, nothing))
+
+
+# ------------------------------------------------------------------------------ the methods
+#
+# Each is called with x [B, L - 1 + N, D], the L - 1 inputs before and the N to answer, and weights
+# [D, L], and returns [B, N, D] in x's dtype.
+
+
+def _exact(x: Tensor, weights: Tensor) -> Tensor:
+    exact, back = x.double(), weights.shape[1] - 1
+    return reference.fir(exact[:, back:], weights.double(), exact[:, :back])[0].to(x.dtype)
+
+
+def _in_float32(method):
+    """`method` computed in float32, or float64 for float64."""
+
+    def run(x: Tensor, weights: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return method(x.to(dtype), weights.to(dtype)).to(x.dtype)
+
+    return run
+
+
+def _step(x: Tensor, weights: Tensor) -> Tensor:
+    return (x * weights.flip(1).T).sum(1, keepdim=True)
+
+
+def _shifts(x: Tensor, weights: Tensor) -> Tensor:
+    count, back = x.shape[1], weights.shape[1] - 1
+    y = weights[:, 0] * x[:, back:]
+    for j in range(1, back + 1):
+        y = torch.addcmul(y, weights[:, j], x[:, back - j : count - j])
+    return y
+
+
+def _fft(x: Tensor, weights: Tensor) -> Tensor:
+    """By spectra. A cyclic convolution of as many points as there are inputs wraps into
+    the first L - 1 outputs alone, and those are not asked for."""
+    count, back = x.shape[1], weights.shape[1] - 1
+    if readable(x) and not bool(torch.isfinite(x).all()):
+        raise UserError(
+            "u is not finite (fir_conv, method fft): an FFT would spread it over all positions"
+        )
+    size = fast_size(count)
+    spectrum = torch.fft.rfft(x.transpose(1, 2), size) * torch.fft.rfft(weights, size)
+    return torch.fft.irfft(spectrum, size)[..., back:count].transpose(1, 2)
+
+
+def fast_size(count: int) -> int:
+    """The smallest of 2^k, 5/8 2^k and 3/4 2^k that is at least `count`: FFTs of such sizes are
+    quick."""
+    power = 1 << max(count - 1, 7).bit_length()
+    return next(size for size in (power * 5 // 8, power * 3 // 4, power) if size >= count)
+
+
+def _few_taps(x: Tensor, weights: Tensor | None = None, *_: object) -> Reason:
+    if weights is None or weights.shape[1] <= FEW:
+        return None
+    return f"an FFT is quicker than more than {FEW} passes over memory"
+
+
+enrol(
+    "fir",
+    Method(
+        "step",
+        _in_float32(_step),
+        "one token: a weighted sum of the last L inputs, constant state and time",
+        one_token,
+    ),
+    Method(
+        "shifts",
+        _in_float32(_shifts),
+        "a multiply-add of the whole input for each tap, causal to the bit, O(T L), plain torch",
+        None,
+        _few_taps,
+    ),
+    Method("fft", _in_float32(_fft), "zero-padded FFT in float32, O(T log T)"),
+    Method("reference", _exact, "the direct sum in float64, O(T L): the truth for the others"),
+)

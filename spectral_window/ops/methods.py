@@ -1,0 +1,197 @@
+"""The table of methods: how each operator can be computed, in order of preference.
+
+A method is a choice of speed, never of architecture: all methods of an operator compute the same
+function, and no config file names one. An operator's module enrols its methods; `resolve` takes the
+first that runs on the tensors of a call and pays there, and tells why those before it do not.
+
+    spectral     convolution with damped oscillators      `spectral.spectral_conv`
+    fir          convolution with finite filters          `fir.fir_conv`
+    window       chunked sliding-window attention         `window.window_attention`
+    delta        key-value memory by the delta rule       `delta_memory.delta_memory`
+    linear       several linear maps of one input         `linear.linear_maps`
+    rms_norm, swiglu                                      `pointwise`
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectral_window.errors import UserError, unknown
+from spectral_window.ops.tracing import is_exported, is_recorded, is_transformed, may_bypass
+
+HAS_NUMBA = find_spec("numba") is not None
+HAS_TRITON = find_spec("triton") is not None
+
+Reason = str | None
+
+
+class Method(NamedTuple):
+    """One way to compute an operator.
+
+    name:     what `method=` takes.
+    function: called by the operator with its checked inputs.
+    cost:     one line: what it does, its order of work, where.
+    runs_on:  called with the tensors of a call (the input [B, T, ...] first): why it cannot serve
+              them, or None; absent: it serves all.
+    pays:     likewise why another is quicker there, asked under "auto" alone; absent: it pays.
+
+    Reasons are fixed texts: to name a size in one would tie a recorded graph to that size.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    cost: str
+    runs_on: Callable[..., Reason] | None = None
+    pays: Callable[..., Reason] | None = None
+
+
+class Choice(NamedTuple):
+    """What `resolve` chose. reason: the method's cost, or that it was asked for by name; passed:
+    the names of the methods preferred to it, each with the reason why it was passed over."""
+
+    name: str
+    reason: str
+    passed: tuple[tuple[str, str], ...]
+    function: Callable[..., Any]
+
+
+METHODS: dict[str, dict[str, Method]] = {}
+
+
+def enrol(op: str, *methods: Method, before: str | None = None) -> None:
+    """Add `methods` to operator `op`, in order of preference: behind those it has, or `before` the
+    method of that name. Raises UserError for a name that it has."""
+    table = METHODS.setdefault(op, {})
+    for method in methods:
+        if method.name in table or method.name == "auto":
+            raise UserError(f"method '{method.name}' of '{op}' is enrolled already: rename it")
+    if before is not None and before not in table:
+        raise unknown(f"{op} method", before, table)
+    entries = list(table.values())
+    at = len(entries) if before is None else list(table).index(before)
+    entries[at:at] = methods
+    table.clear()
+    table.update((method.name, method) for method in entries)
+
+
+def resolve(op: str, method: str, x: Tensor, *others: Any) -> Choice:
+    """The method that computes operator `op` for the input `x` [B, T, ...] and the `others` that
+    it takes (an operator's own; where they are left away they stand in nobody's way).
+
+    method: a name, or "auto". Raises UserError for an unknown operator or method, naming the
+    nearest one, and for a method that cannot serve these tensors, with the reason.
+    """
+    if op not in METHODS:
+        raise unknown("operator", op, METHODS)
+    table = METHODS[op]
+    if method == "auto":
+        passed: tuple[tuple[str, str], ...] = ()
+        for each in table.values():
+            why = None if each.runs_on is None else each.runs_on(x, *others)
+            if why is None and each.pays is not None:
+                why = each.pays(x, *others)
+            if why is None:
+                return Choice(each.name, each.cost, passed, each.function)
+            passed = (*passed, (each.name, why))
+        raise UserError(f"no method serves {x.dtype} on {x.device} ({op}): {passed}")
+    if method not in table:
+        raise unknown(f"{op} method", method, [*table, "auto"])
+    chosen = table[method]
+    why = None if chosen.runs_on is None else chosen.runs_on(x, *others)
+    if why is not None:
+        given = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        raise UserError(f"method '{method}' ({op}): {why}, not {given}: use 'auto'")
+    return Choice(method, "asked for by name", (), chosen.function)
+
+
+def serving(op: str, x: Tensor, *others: Any) -> list[str]:
+    """The methods of `op` that serve these tensors, in order of preference."""
+    return [
+        each.name
+        for each in METHODS[op].values()
+        if each.runs_on is None or each.runs_on(x, *others) is None
+    ]
+
+
+# ------------------------------------------------------------------ reasons that methods share
+
+
+def one_token(x: Tensor, *_: Any) -> Reason:
+    """For steps."""
+    if x.dim() > 1 and x.shape[1] == 1:
+        return None
+    return "it takes one token a call"
+
+
+def numba_on_cpu(*dtypes: torch.dtype) -> Callable[..., Reason]:
+    """For compiled code: numba, a CPU, one of `dtypes` (none given: any)."""
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    needs = f"it needs numba, and {names} on a CPU" if names else "it needs numba and a CPU"
+
+    def reason(x: Tensor, *_: Any) -> Reason:
+        if not HAS_NUMBA:
+            return "it needs numba, which is not installed"
+        if x.device.type != "cpu" or (dtypes and x.dtype not in dtypes):
+            return needs
+        return None
+
+    return reason
+
+
+def triton_on_gpu(*dtypes: torch.dtype) -> Callable[..., Reason]:
+    """For kernels in Triton: on a CPU only in the interpreter (TRITON_INTERPRET=1), slowly, for
+    tests."""
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    needs = f"it needs the package triton and a GPU (or TRITON_INTERPRET=1 on a CPU), and {names}"
+
+    def reason(x: Tensor, *_: Any) -> Reason:
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+        there = HAS_TRITON and x.device.type == ("cpu" if interpreted else "cuda")
+        if not there or x.dtype not in dtypes:
+            return needs
+        return "the graph may run elsewhere" if is_exported() else None
+
+    return reason
+
+
+def not_exported(*_: Any) -> Reason:
+    """For code of our own, under "auto"."""
+    return "the graph may run elsewhere: plain torch" if is_exported() else None
+
+
+def not_transformed(*_: Any) -> Reason:
+    """For what torch.func's transformations and forward-mode derivatives cannot see into."""
+    if is_transformed() and not is_recorded():
+        return "torch.func and forward-mode derivatives know plain torch alone"
+    return None
+
+
+def not_interpreted(x: Tensor, *_: Any) -> Reason:
+    """For Triton, under "auto"."""
+    return "Triton's interpreter is for tests" if x.device.type == "cpu" else None
+
+
+def past_the_dispatcher(*tensors: Tensor | None) -> Reason:
+    """For compiled code that is called on the tensors' memory."""
+    if may_bypass(*tensors):
+        return None
+    return "gradients, graphs and transformations need torch's own operations"
+
+
+def first_of(*reasons: Callable[..., Reason]) -> Callable[..., Reason]:
+    """The first reason that is one."""
+
+    def reason(*args: Any) -> Reason:
+        for each in reasons:
+            why = each(*args)
+            if why is not None:
+                return why
+        return None
+
+    return reason
