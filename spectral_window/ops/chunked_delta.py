@@ -93,9 +93,12 @@ def _cut(tokens: Tokens) -> _Grid:
     order = chunks.argsort(descending=True)  # documents by rank
     rank = order.argsort()
     most = int(chunks.max()) if len(length) else 0
-    count = (chunks > torch.arange(most, dtype=torch.int64)[:, None]).sum(1)
+    count = (chunks > torch.arange(most, dtype=torch.int64, device="cpu")[:, None]).sum(1)
     begin = count.cumsum(0) - count
-    place = torch.arange(len(tokens.token), dtype=torch.int64) - tokens.head[tokens.document]
+    place = (
+        torch.arange(len(tokens.token), dtype=torch.int64, device="cpu")
+        - tokens.head[tokens.document]
+    )
     slot = (begin[place // size] + rank[tokens.document]) * size + place % size
     # documents end in the order of their chunks, and of equally many by rank
     turn = chunks[order].argsort(stable=True).argsort()
@@ -122,7 +125,7 @@ def _documents(
     value = inputs[2].to(state.dtype)
     grid = documents.plan("chunked_delta", _cut)
     if not grid.total:  # padding alone: zeros
-        return value.masked_fill(torch.ones_like(value, dtype=torch.bool), 0.0), state
+        return value.masked_fill(torch.ones_like(value, dtype=torch.bool, device="cpu"), 0.0), state
     heads, size, total = value.shape[2], grid.size, grid.total
 
     def cells(x: Tensor) -> Tensor:
@@ -205,7 +208,7 @@ def _over_chunks(
     rows = [count * heads for count in counts]
     if len(inputs) > 4:
         since = -inputs[4].cumsum(1)  # G_t
-        later = torch.ones_like(overlap, dtype=torch.bool).triu(1)
+        later = torch.ones_like(overlap, dtype=torch.bool, device="cpu").triu(1)
         between = (since - since.transpose(1, 2)).masked_fill(later, -torch.inf).exp()
         overlap, seen = overlap * between, seen * between
         written_keys, q = written_keys * since.exp(), q * since.exp()

@@ -43,7 +43,7 @@ class _Grid(NamedTuple):
 
 
 def _cut(tokens: Tokens) -> _Grid:
-    index = torch.arange(len(tokens.token), dtype=torch.int64)
+    index = torch.arange(len(tokens.token), dtype=torch.int64, device="cpu")
     slot, first = chunk_grid(tokens.document, index - tokens.head[tokens.document], CHUNK)
     continues = tokens.head[tokens.goes_on]
     last = slot[tokens.last.clamp(min=0)] if len(slot) else tokens.last

@@ -141,8 +141,10 @@ def read_tokens(positions: Tensor) -> Tokens:
     begins = position == 0
     begins[:1] = True
     begins[1:] |= row[1:] != row[:-1]
-    last = torch.full((rows,), -1, dtype=torch.int64)
-    last.scatter_reduce_(0, row, torch.arange(len(token), dtype=torch.int64), reduce="amax")
+    last = torch.full((rows,), -1, dtype=torch.int64, device="cpu")
+    last.scatter_reduce_(
+        0, row, torch.arange(len(token), dtype=torch.int64, device="cpu"), reduce="amax"
+    )
     head = torch.nonzero(begins).squeeze(1)
     return Tokens(token, row, position, begins.cumsum(0) - 1, head, last)
 
@@ -152,7 +154,7 @@ def check_counting(tokens: Tokens, time: int, continued: Tensor | None) -> None:
     position, row = tokens.position, tokens.row
     before = torch.full_like(position, -1)
     before[1:] = position[:-1]
-    row_begins = torch.ones_like(row, dtype=torch.bool)
+    row_begins = torch.ones_like(row, dtype=torch.bool, device="cpu")
     row_begins[1:] = row[1:] != row[:-1]
     follows = position == before + 1
     if continued is not None:
@@ -172,7 +174,7 @@ def check_counting(tokens: Tokens, time: int, continued: Tensor | None) -> None:
 
 def anywhere(batch: int) -> Tensor:
     """`continued` of states that do not know their position: [B], of -1."""
-    return torch.full((batch,), -1, dtype=torch.int64)
+    return torch.full((batch,), -1, dtype=torch.int64, device="cpu")
 
 
 def chunk_grid(document: Tensor, coordinate: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -184,12 +186,12 @@ def chunk_grid(document: Tensor, coordinate: Tensor, size: int) -> tuple[Tensor,
     """
     documents = int(document.max()) + 1 if len(document) else 0
     chunk = coordinate // size
-    bounds = torch.zeros(2, documents, dtype=torch.int64)
+    bounds = torch.zeros(2, documents, dtype=torch.int64, device="cpu")
     low = bounds[0].scatter_reduce(0, document, chunk, reduce="amin", include_self=False)
     high = bounds[1].scatter_reduce(0, document, chunk, reduce="amax", include_self=False)
     count = high - low + 1
     base = count.cumsum(0) - count
-    first = torch.zeros(int(count.sum()), dtype=torch.bool)
+    first = torch.zeros(int(count.sum()), dtype=torch.bool, device="cpu")
     first[base] = True
     slot = (base[document] + chunk - low[document]) * size + coordinate % size
     return slot, first

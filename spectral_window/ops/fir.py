@@ -198,7 +198,7 @@ def _pool(tokens: Tokens, kept: int) -> _Pool:
     if not len(tokens.token):
         return _Pool(tokens.token, 0, last[:, None].expand(-1, kept), alive)
     document = tokens.document[last]
-    back = torch.arange(1 - kept, 1, dtype=torch.int64)
+    back = torch.arange(1 - kept, 1, dtype=torch.int64, device="cpu")
     index = _places(tokens, kept, document, (last - tokens.head[document])[:, None] + back)
     return _Pool(tokens.token, len(_kinds(tokens).unique()), index, alive)
 
@@ -215,7 +215,9 @@ def _group(tokens: Tokens, kept: int, n: int) -> _Group:
     length = tokens.length[document]
     longest = int(length.max())
     reach = kept if kind % 2 else min(kept, longest - 1)
-    offset = torch.arange(-reach, longest, dtype=torch.int64).expand(len(document), -1)
+    offset = torch.arange(-reach, longest, dtype=torch.int64, device="cpu").expand(
+        len(document), -1
+    )
     filled = offset[:, reach:] < length[:, None]
     place = tokens.token[(tokens.head[document, None] + offset[:, reach:])[filled]]
     index = _places(tokens, kept, document, offset)

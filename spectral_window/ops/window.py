@@ -234,8 +234,10 @@ def _reference(
         row, first = int(tokens.row[head]), int(tokens.position[head])
         query, key, value = (x[place.to(q.device)] for x in flat)
         if first:
-            (held,) = held_positions(torch.tensor([first]), window)
-            slots = torch.tensor([s for s in held.argsort().tolist() if held[s] >= 0])
+            integers = {"dtype": torch.int64, "device": "cpu"}
+            (held,) = held_positions(torch.tensor([first], **integers), window)
+            seen = [slot for slot in held.argsort().tolist() if held[slot] >= 0]
+            slots = torch.tensor(seen, **integers)
             first = int(held[slots[0]])
             key = torch.cat((state.key[row, slots], key))
             value = torch.cat((state.value[row, slots], value))

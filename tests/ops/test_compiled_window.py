@@ -200,4 +200,4 @@ def test_registered_operators_pass_opcheck(theta, remembered):
     torch.library.opcheck(operator, call)
     given = torch.randn(2, 20, 2, 5), torch.randn(2, 8, 2, 6), torch.randn(2, 8, 2, 5)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in call]
-    torch.library.opcheck(window_attention_backward, (*plain, *given))
+    torch.library.opcheck(window_attention_backward, (*plain[:-1], *given))

@@ -52,7 +52,7 @@ def on(device: str, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_gpu_gets_the_kernels_and_a_reason(dtype, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    method, reason = resolve("spectral", "auto", on("cuda", dtype))
+    method, reason, *_ = resolve("spectral", "auto", on("cuda", dtype))
     assert method == "triton"
     assert "GPU" in reason
 
