@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectral_window.errors import UserError
+from spectral_window.errors import SpectralWindowError, UserError, is_out_of_memory
 from spectral_window.hf import SWHForCausalLM
 from spectral_window.lab.analyze import alone, read_kernels, spectral_window_mixers
 from spectral_window.nn.fusions import Fusion
@@ -53,17 +53,11 @@ class Finding(NamedTuple):
     numbers: dict[str, float] = {}  # noqa: RUF012 (never changed)
 
 
-class FaultFound(UserError):
-    """The doctor found a fault (exit code 7)."""
-
-    exit_code = 7
-
-
 def examine(model: SWHForCausalLM, context: int) -> list[Finding]:
     """Every check of this module on `model` (in eval mode), for texts of `context` tokens.
 
-    A check that cannot be carried out, because the model raises an error, is a fault with that
-    error's words. Raises UserError for a context below 1.
+    A check that cannot be carried out, because an operator (ours or torch's) refuses what the model
+    gives it, is a fault with that error's words. Raises UserError for a context below 1.
     """
     if context < 1:
         raise UserError(f"context is {context} (doctor): give at least 1 token")
@@ -73,7 +67,9 @@ def examine(model: SWHForCausalLM, context: int) -> list[Finding]:
         for name, check in CHECKS.items():
             try:
                 found += check(model, context)
-            except (ValueError, TypeError, RuntimeError) as error:
+            except (SpectralWindowError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 words = " ".join(str(error).split())
                 todo = "repair what the error names"
                 found.append(Finding(name, "fault", words, "the model cannot be run", todo))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from spectral_window.errors import UserError, UserTypeError
+from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_spectral import chunked
 from spectral_window.ops.dispatch import (
@@ -163,7 +163,7 @@ def _compiled(
     done = run(u, modes, before, positions, refuse=True, out=out)
     if done is None:
         modes.validated(u.shape[2])
-        raise UserError("modes are not finite (spectral_conv)")
+        raise NotFiniteError("modes are not finite (spectral_conv)")
     return done[:2]
 
 
@@ -252,7 +252,7 @@ def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
     time = u.shape[1]
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if readable(u) and not bool(torch.isfinite(u).all()):
-        raise UserError(
+        raise NotFiniteError(
             "u is not finite (spectral_conv, method fft): an FFT would spread it over all positions"
         )
     x = u.to(dtype).transpose(1, 2)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.errors import UserError, UserTypeError
+from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops import recorded, reference
 from spectral_window.ops.dispatch import is_recorded, readable
 from spectral_window.ops.documents import anywhere, find_documents
@@ -50,7 +50,9 @@ class Taps(NamedTuple):
             )
         looked_at = values and weights.device.type == "cpu" and readable(weights)
         if looked_at and not bool(torch.isfinite(weights).all()):
-            raise UserError("weights are not finite (taps): training diverged or a file is corrupt")
+            raise NotFiniteError(
+                "weights are not finite (taps): training diverged or a file is corrupt"
+            )
         return self
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
@@ -174,7 +176,7 @@ def _fft(x: Tensor, weights: Tensor) -> Tensor:
     the first L - 1 outputs alone, and those are not asked for."""
     count, back = x.shape[1], weights.shape[1] - 1
     if readable(x) and not bool(torch.isfinite(x).all()):
-        raise UserError(
+        raise NotFiniteError(
             "u is not finite (spectral_conv, method fft): an FFT would spread it over all positions"
         )
     size = fast_size(count)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from spectral_window.commands import doctor as command
 from spectral_window.data.tokenizers import load_tokenizer
-from spectral_window.errors import IntegrityError, UserError
+from spectral_window.errors import FaultFound, IntegrityError, UserError
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.lab import doctor
-from spectral_window.lab.doctor import FaultFound, Finding, examine
+from spectral_window.lab.doctor import Finding, examine
 from spectral_window.nn import mixers
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS, Kernel
