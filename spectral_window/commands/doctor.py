@@ -6,6 +6,7 @@ that are damaged, 4 for numbers that broke down while training.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def run(*, model: str, overrides: list[str], context: int | None, device: str, j
 def _find(name: str, overrides: list[str], device: str) -> tuple[SWHForCausalLM, str]:
     """The model to examine, and what it is: a checkpoint, or a recipe's or a config.json's model
     with its first weights."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name in RECIPES:
         from spectral_window.training.trainer import model_config
 

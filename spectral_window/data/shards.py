@@ -381,7 +381,7 @@ def signed_text(index: dict[str, Any]) -> str:
 
 def tokenizer_identity(spec: str) -> str:
     """The spec, and for a folder also the sha256 of what is in it."""
-    path = Path(spec).expanduser() / "tokenizer.json"
+    path = Path(os.path.expanduser(spec)) / "tokenizer.json"
     return f"{spec} {sha256(path)}" if path.is_file() else spec
 
 

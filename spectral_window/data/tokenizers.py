@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def load_tokenizer(
         return _wrap(_gpt2())
     if spec.startswith("bpe:"):
         return _wrap(_bpe(bpe_size(spec), train_texts))
-    if spec and Path(spec).expanduser().is_dir():
-        return _from_folder(Path(spec).expanduser())
+    if spec and Path(os.path.expanduser(spec)).is_dir():
+        return _from_folder(Path(os.path.expanduser(spec)))
     raise UserError(f"no tokenizer '{spec}': choose bytes, bpe:4096, gpt2 or a tokenizer's folder")
 
 

@@ -55,9 +55,9 @@ def find_model(path: str | os.PathLike[str]) -> tuple[Path, list[str]]:
         raise UserError(f"a URL is not a model ({text[:80]}): download it, then give its folder")
     try:
         text.encode("utf-8")
-        folder = Path(text).expanduser()
+        folder = Path(os.path.expanduser(text))
         exists, is_folder = folder.exists(), folder.is_dir()
-    except (OSError, ValueError, RuntimeError):  # not UTF-8, too long, a NUL, no home
+    except (OSError, ValueError):  # not UTF-8, too long, a NUL
         raise UserError(f"not a usable path ({text[:80]}): give a model's folder") from None
     if not is_folder:
         what = "a file, not a folder" if exists else "no such folder"
