@@ -17,7 +17,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from spectral_window.errors import ResourceError, SpectralWindowError, UserError
+from spectral_window.errors import (
+    ResourceError,
+    SpectralWindowError,
+    UserError,
+    is_out_of_memory,
+)
 
 _T = TypeVar("_T")
 _SETTLING = 0.1  # seconds
@@ -126,7 +131,8 @@ def _as_told(error: Exception) -> tuple[type[SpectralWindowError], str]:
     """The class and the words by which other processes raise this one's error."""
     if isinstance(error, SpectralWindowError):
         return type(error), str(error)
-    kind = ResourceError if isinstance(error, OSError) else SpectralWindowError
+    lacking = isinstance(error, OSError) or is_out_of_memory(error)
+    kind = ResourceError if lacking else SpectralWindowError
     return kind, f"{type(error).__name__} in the first process: {error}"
 
 
