@@ -269,7 +269,9 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
         files = _check_files(folder, index)
         dtype, vocab_size, separator = (index[k] for k in ("dtype", "vocab_size", "separator"))
         if not 0 <= separator < vocab_size:
-            raise broken(folder / INDEX, f"separator {separator} of {vocab_size} ids")
+            raise broken(
+                folder / INDEX, f"not an index of tokens, separator {separator} of {vocab_size} ids"
+            )
         if dtype == "uint16" and vocab_size > 1 << 16:
             raise broken(folder / INDEX, f"uint16 cannot hold {vocab_size} ids")
         for split in SPLITS:
@@ -279,7 +281,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
             files |= {tokens_file: tokens.sha256, documents_file: documents.sha256}
             counts = {kind: index["splits"][split][kind] for kind in COUNTS}
             if not all(type(count) is int and count > 0 for count in counts.values()):
-                raise broken(folder / INDEX, f"counts of {split} that cannot be, {counts}")
+                raise broken(folder / INDEX, f"not an index of tokens, {split}: {counts}")
             if (len(tokens), len(documents)) != (counts["tokens"], counts["documents"]):
                 raise broken(folder / tokens_file, f"not {counts['tokens']} tokens")
             if tokens.largest >= vocab_size:

@@ -187,6 +187,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a b", verbose=False)  # some senseless settings are met only in use
     except Exception as error:  # the library raises whatever a bad file makes it raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"no usable tokenizer in the folder ({folder}): {reason}") from None

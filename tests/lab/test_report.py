@@ -392,3 +392,9 @@ def test_what_a_sample_lacks_is_empty(lost, tmp_path):
     page = report.write([folder], tmp_path / "page.html").read_text(encoding="utf-8")
     for kept in sample.values():
         assert kept in page
+
+
+def test_half_a_surrogate_pair_in_a_runs_files_is_shown_and_no_bug(tmp_path):
+    folder = make_run(tmp_path / "run", environment={"cpu": "half \udc80"})
+    page = report.write([folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert r"half \udc80" in page
