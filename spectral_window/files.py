@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from spectral_window.errors import ResourceError, UserError
 
 _SCRATCH = "spectral-window-"
@@ -72,7 +74,8 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, needs: int = 0)
         sync_folder(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or _of_rust(error):
+        # tokenizers has no class of its own for a file that it cannot write
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
             raise cannot_write(error, folder, needs) from error
         raise
 
@@ -147,12 +150,6 @@ def cannot_write(error: BaseException, path: Path, needs: int = 0) -> ResourceEr
     return ResourceError(
         f"cannot write: {reason} ({path}): {space}; make room or choose another folder"
     )
-
-
-def _of_rust(error: BaseException) -> bool:
-    """Whether a library written in Rust (safetensors, tokenizers) failed to write: it has no
-    OSError, but says the number."""
-    return isinstance(error, Exception) and "(os error " in str(error)
 
 
 def _temporary(path: Path, kind: str = "") -> Path:

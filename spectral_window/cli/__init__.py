@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 import typer
 
-from spectral_window.cli import lab, models  # noqa: F401 - they fill the table
+from spectral_window.cli import lab, models, usage  # noqa: F401 - they fill the table
 from spectral_window.cli.app import app
 from spectral_window.commands.failures import PROGRAM, explain, say, show_messages
-from spectral_window.errors import UserError
+from spectral_window.errors import SpectralWindowError
 from spectral_window.training.interrupt import asked, raise_on_signals
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 traceback.print_exc()
             signum = asked()
-            if signum and not isinstance(error, (UserError, KeyboardInterrupt)):
+            if signum and not isinstance(error, (SpectralWindowError, KeyboardInterrupt)):
                 # an import turned what the signal raised into an error of its own
                 line, code = "interrupted", 128 + signum
             else:
@@ -59,6 +59,8 @@ def _run(arguments: list[str]) -> int:
             command.invoke(context)
     except typer.Exit as done:
         return done.exit_code
+    except usage.ClickError as error:
+        raise usage.explain(error, PROGRAM) from error
     return 0
 
 

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from spectral_window.cli.usage import Commands
 from spectral_window.commands.failures import PROGRAM
 
 app = typer.Typer(
     name=PROGRAM,
+    cls=Commands,
     help="Language models of linear time and constant state, the Spectral-Window Hybrid, on your "
     "own text: train one, measure it, let it write.",
     epilog=f"A first look: {PROGRAM} demo. Your own text: {PROGRAM} train tiny --data texts/",

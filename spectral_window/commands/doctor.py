@@ -6,15 +6,21 @@ that are damaged, 4 for numbers that broke down while training.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 from spectral_window.commands.show import print_json, print_table, tell
-from spectral_window.errors import IntegrityError, UserError, unknown
+from spectral_window.errors import FaultFound, UserError, unknown
 from spectral_window.hf import SWHConfig, SWHForCausalLM
-from spectral_window.lab.doctor import FaultFound, Finding, examine, summary
-from spectral_window.training.loading import choose_device, load, load_config
+from spectral_window.lab.doctor import Finding, examine, summary
+from spectral_window.training.loading import (
+    WeightsNotFinite,
+    choose_device,
+    load,
+    load_config,
+)
 from spectral_window.training.recipes import RECIPES
 from spectral_window.training.recipes import resolve as resolve_recipe
 
@@ -25,9 +31,7 @@ def run(*, model: str, overrides: list[str], context: int | None, device: str, j
     """Print what each check found; raises FaultFound (exit code 7) if one found a fault."""
     try:
         patient, source = _find(model, overrides, device)
-    except IntegrityError as error:
-        if "not finite" not in str(error):
-            raise  # a damaged file is not a sick model
+    except WeightsNotFinite as error:  # a damaged file, though, is not a sick model
         findings = [
             Finding("finite numbers", "fault", str(error), "every output is NaN",
                     "go back to an earlier checkpoint, and lower lr")
@@ -48,7 +52,7 @@ def run(*, model: str, overrides: list[str], context: int | None, device: str, j
 def _find(name: str, overrides: list[str], device: str) -> tuple[SWHForCausalLM, str]:
     """The model to examine, and what it is: a checkpoint, or a recipe's or a config.json's model
     with its first weights."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name in RECIPES:
         from spectral_window.training.trainer import model_config
 

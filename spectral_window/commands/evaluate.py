@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def run(
 
 def _run_of(model: str) -> Path | None:
     """The run folder that `model` is, or None for a model from elsewhere."""
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     return folder if (folder / "data").is_dir() and (folder / "config.json").is_file() else None
 
 

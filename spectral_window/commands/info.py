@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -77,7 +78,7 @@ def _describe(name: str, overrides: list[str]) -> tuple[SWHConfig, str, torch.dt
         from spectral_window.training.trainer import model_config
 
         return model_config(recipe, _vocabulary(recipe)), f"recipe {name}", torch.float32
-    if not Path(name).expanduser().exists() and "/" not in name:
+    if not Path(os.path.expanduser(name)).exists() and "/" not in name:
         error = unknown("recipe", name, RECIPES)
         raise UserError(f"no such folder, and {error}")
     if overrides:

@@ -26,12 +26,13 @@ from spectral_window.data.formats import (
     utf8_blocks,
 )
 from spectral_window.data.kinds import split_suffix
-from spectral_window.errors import NetworkError, UserError
+from spectral_window.errors import NetworkError, SpectralWindowError, UserError
 
 MAX_RECORD = 1 << 24  # bytes of a JSON line, characters of an array's: it has to fit in memory
 CSV_BYTES = 4  # that the csv module takes for a character: a CSV record may be so much shorter
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
+STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)  # of JSON, as far as its end
 
 
 class Row(NamedTuple):
@@ -207,7 +208,9 @@ def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
                 raise fault("nested too deeply") from None
             except json.JSONDecodeError as error:
                 # Where the text only ends too early, the fault is at its end or an open string.
-                late = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated")
+                string_begins = text.startswith('"', error.pos)
+                is_open = string_begins and not STRING.match(text, error.pos)
+                late = error.pos >= len(text) - 16 or is_open
                 if ended or not late:
                     raise fault(error.msg) from None
             except ValueError as error:  # a key twice, a number of 5000 digits
@@ -318,7 +321,7 @@ def hub_rows(spec: str) -> Iterator[Row]:
                 columns = ", ".join(list(record)[:20])
                 raise UserError(f"no 'text' column ({spec}): its columns are {columns}")
             yield _row(f"{spec}, row {number}", record)
-    except UserError:
+    except SpectralWindowError:
         raise
     except (FileNotFoundError, ValueError) as error:  # no such data set, configuration or split
         raise UserError(f"cannot read the data set ({spec}): {_one_line(error)}") from None

@@ -30,7 +30,7 @@ from spectral_window.data.blocks import TokenStream
 from spectral_window.data.formats import ReadReport
 from spectral_window.data.holdout import Part
 from spectral_window.data.tokenizers import HFTokenizer, plain_text, vocabulary_size
-from spectral_window.errors import ResourceError, UserError, UserTypeError
+from spectral_window.errors import IntegrityError, ResourceError, UserError
 
 FORMAT, SCHEMA = "spectral-window tokens", 1
 INDEX = "corpus.json"
@@ -269,7 +269,9 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
         files = _check_files(folder, index)
         dtype, vocab_size, separator = (index[k] for k in ("dtype", "vocab_size", "separator"))
         if not 0 <= separator < vocab_size:
-            raise UserTypeError(f"separator {separator} of {vocab_size} ids")
+            raise broken(
+                folder / INDEX, f"not an index of tokens, separator {separator} of {vocab_size} ids"
+            )
         if dtype == "uint16" and vocab_size > 1 << 16:
             raise broken(folder / INDEX, f"uint16 cannot hold {vocab_size} ids")
         for split in SPLITS:
@@ -279,7 +281,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
             files |= {tokens_file: tokens.sha256, documents_file: documents.sha256}
             counts = {kind: index["splits"][split][kind] for kind in COUNTS}
             if not all(type(count) is int and count > 0 for count in counts.values()):
-                raise UserTypeError(f"{split}: {counts}")
+                raise broken(folder / INDEX, f"not an index of tokens, {split}: {counts}")
             if (len(tokens), len(documents)) != (counts["tokens"], counts["documents"]):
                 raise broken(folder / tokens_file, f"not {counts['tokens']} tokens")
             if tokens.largest >= vocab_size:
@@ -293,7 +295,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
             raise broken(folder / INDEX, "its files are not those of its fingerprint")
     except OSError as error:
         raise broken(Path(error.filename or folder), error.strerror or str(error)) from None
-    except UserError:
+    except IntegrityError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise broken(folder / INDEX, f"not an index of tokens, {error!r}") from None
@@ -305,7 +307,7 @@ def _check_files(folder: Path, index: dict[str, Any]) -> dict[str, str | None]:
     files: dict[str, str | None] = {}
     for name, entry in {**dict.fromkeys(CONTENT), **index["files"]}.items():
         if name not in CONTENT and not TOKENIZER_FILE.fullmatch(name):
-            raise UserError(f"a file {name!r}")
+            raise broken(folder / INDEX, f"not an index of tokens, a file {name!r}")
         size = (folder / name).stat().st_size
         if size != entry["size"]:
             raise broken(folder / name, f"{size} bytes instead of {entry['size']}")
@@ -354,16 +356,15 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     """The index, and in it whether it is `signed`; None if there is none."""
     path = folder / INDEX
     try:
-        if path.stat().st_size > LARGEST_INDEX:
-            raise broken(path, f"larger than {LARGEST_INDEX >> 20} MiB")
-        text = path.read_bytes().decode()
+        size = path.stat().st_size
+        text = path.read_bytes().decode() if size <= LARGEST_INDEX else "null"
         index = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except UserError:
-        raise
     except (ValueError, OSError, RecursionError) as error:
         raise broken(path, f"unreadable, {error}") from None
+    if size > LARGEST_INDEX:
+        raise broken(path, f"larger than {LARGEST_INDEX >> 20} MiB")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise broken(path, f"the mark '{FORMAT}' is missing")
     if index.get("schema") != SCHEMA:
@@ -382,7 +383,7 @@ def signed_text(index: dict[str, Any]) -> str:
 
 def tokenizer_identity(spec: str) -> str:
     """The spec, and for a folder also the sha256 of what is in it."""
-    path = Path(spec).expanduser() / "tokenizer.json"
+    path = Path(os.path.expanduser(spec)) / "tokenizer.json"
     return f"{spec} {sha256(path)}" if path.is_file() else spec
 
 

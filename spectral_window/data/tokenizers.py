@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def load_tokenizer(
         return _wrap(_gpt2())
     if spec.startswith("bpe:"):
         return _wrap(_bpe(bpe_size(spec), train_texts))
-    if spec and Path(spec).expanduser().is_dir():
-        return _from_folder(Path(spec).expanduser())
+    if spec and Path(os.path.expanduser(spec)).is_dir():
+        return _from_folder(Path(os.path.expanduser(spec)))
     raise UserError(f"no tokenizer '{spec}': choose bytes, bpe:4096, gpt2 or a tokenizer's folder")
 
 
@@ -186,6 +187,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a b", verbose=False)  # some senseless settings are met only in use
     except Exception as error:  # the library raises whatever a bad file makes it raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"no usable tokenizer in the folder ({folder}): {reason}") from None

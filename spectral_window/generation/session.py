@@ -30,7 +30,7 @@ import torch
 from tokenizers import decoders
 from torch import Tensor
 
-from spectral_window.errors import DivergedError, IntegrityError, UserError
+from spectral_window.errors import DivergedError, IntegrityError, UserError, is_out_of_memory
 from spectral_window.generation import session_file
 from spectral_window.generation.decoding import (
     MAX_STOP_LENGTH,
@@ -330,6 +330,8 @@ class Session:
             )
             session._check()
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise IntegrityError(
                 f"the session does not fit the model, {' '.join(str(error).split())[:300]} "
                 f"({path}): begin a new one"
@@ -337,7 +339,7 @@ class Session:
         return session
 
     def _check(self) -> None:
-        """ValueError for facts that contradict each other: their hash proves no sense."""
+        """IntegrityError for facts that contradict each other: their hash proves no sense."""
         seen = self.layers[0].seen
         unseen = self.waiting is not None
         known = range(self.vocab_size)
@@ -357,12 +359,13 @@ class Session:
         right["held"] = len(self.held) < MAX_STOP_LENGTH
         wrong = [name for name, good in right.items() if not good]
         if wrong:
-            raise UserError(f"{', '.join(wrong)} cannot be")
+            raise IntegrityError(f"{', '.join(wrong)} cannot be")
 
     def _restore(self, tensors: dict[str, Tensor], seen: int) -> None:
-        """Fill the layers' states; KeyError or ValueError for a missing or misshapen tensor."""
+        """Fill the layers' states; KeyError or IntegrityError for a missing or
+        misshapen tensor."""
         if seen < 0:
-            raise UserError(f"state_seen is {seen}")
+            raise IntegrityError(f"state_seen is {seen}")
         if not seen:
             return
         model, config = self.model.model, self.model.config
@@ -377,13 +380,13 @@ class Session:
                 tensor = tensors[name]
                 shape = [size or kept for size in like.shape]
                 if list(tensor.shape) != shape or tensor.dtype != like.dtype:
-                    raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+                    raise IntegrityError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
                 if name.endswith(".position"):  # of one text without padding
                     counting = torch.arange(seen, dtype=torch.int64, device=tensor.device)
                     if not bool((tensor == (counting if tensor.dim() == 2 else seen)).all()):
-                        raise UserError(f"{name} is not what {seen} tokens leave")
+                        raise IntegrityError(f"{name} is not what {seen} tokens leave")
                 elif not bool(tensor.isfinite().all()):
-                    raise UserError(f"{name} is not finite")
+                    raise IntegrityError(f"{name} is not finite")
                 return tensor.to(like.device)
 
             layer.state, layer.seen = map_state(empty, stored), seen

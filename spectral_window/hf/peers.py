@@ -6,27 +6,49 @@ head: Llama and RecurrentGemma by the width of their feed-forward layers, Mamba2
 by its number of layers. On a CPU the two recurrent ones run in plain torch: their fast kernels
 need a GPU.
 
-`remember` gives a model a cache as after a long context without running it: the cost of a token
-depends on how much is remembered, not on what.
+What differs between these models, SWH among them, is a `Peer` each: how it is built, what its cache
+is called, and how it is given one as after a long context without running it (`remember`): the cost
+of a token depends on how much is remembered, not on what.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, RecurrentGemmaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Mamba2Config,
+    PretrainedConfig,
+    RecurrentGemmaConfig,
+)
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from spectral_window.errors import UserError
-from spectral_window.hf.cache import SWHCacheLayer
 from spectral_window.hf.config import SWHConfig
+from spectral_window.hf.model import SWHForCausalLM
 from spectral_window.nn.mixers import map_state
 
-Build = Callable[[SWHConfig, int], Any]
+Build = Callable[[SWHConfig, int, torch.dtype], nn.Module]
+
+
+class Peer(NamedTuple):
+    """A kind of model, told by the class of its config.
+
+    build:  (a config to be like, parameters beside embedding and head, dtype) -> the model.
+    cache:  the argument and the output of its forward that carry the cache.
+    past:   (model, tokens, static) -> (a cache as after so many tokens of one row, the bytes of the
+            state in it); None where no cache can be made so.
+    """
+
+    config: type[PretrainedConfig]
+    build: Build
+    cache: str = "past_key_values"
+    past: Callable[[Any, int, bool], tuple[Any, int]] | None = None
 
 
 def _llama(like: SWHConfig, width: int) -> LlamaConfig:
@@ -76,25 +98,31 @@ def _attention(like: SWHConfig) -> dict[str, Any]:
     }
 
 
-PEERS: dict[str, Build] = {
-    "Llama": _llama,
-    "Mamba2": _mamba2,
-    "RecurrentGemma": _recurrent_gemma,
-}
-
-
 def build_peer(name: str, like: SWHConfig, parameters: int, dtype: torch.dtype) -> nn.Module:
-    """The peer `name` (a key of PEERS) with `parameters` beside embedding and head, as near as its
+    """The model `name` (a key of PEERS) with `parameters` beside embedding and head, as near as its
     width or depth allows; in evaluation mode."""
-    build = PEERS[name]
+    return PEERS[name].build(like, parameters, dtype).eval()
 
-    def count(size: int) -> int:
-        with torch.device("meta"):
-            return count_inner(AutoModelForCausalLM.from_config(build(like, size)))
 
-    step = count(2) - count(1)
-    size = max(1, 1 + round((parameters - count(1)) / step))
-    return AutoModelForCausalLM.from_config(build(like, size), dtype=dtype).eval()
+def _itself(like: SWHConfig, parameters: int, dtype: torch.dtype) -> nn.Module:
+    """The model that the others are made equal to."""
+    return nn.Module.to(SWHForCausalLM(like), dtype)
+
+
+def _equal(config_of: Callable[[SWHConfig, int], PretrainedConfig]) -> Build:
+    """Build by `config_of(like, size)`, whose parameters grow by as many with every size, a width
+    or a number of layers."""
+
+    def build(like: SWHConfig, parameters: int, dtype: torch.dtype) -> nn.Module:
+        def count(size: int) -> int:
+            with torch.device("meta"):
+                return count_inner(AutoModelForCausalLM.from_config(config_of(like, size)))
+
+        step = count(2) - count(1)
+        size = max(1, 1 + round((parameters - count(1)) / step))
+        return AutoModelForCausalLM.from_config(config_of(like, size), dtype=dtype)
+
+    return build
 
 
 def count_inner(model: Any) -> int:
@@ -104,59 +132,76 @@ def count_inner(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in outer)
 
 
+def peer_of(model: Any) -> Peer:
+    """The record of what `model` is. Raises UserError for a kind that has none."""
+    for peer in PEERS.values():
+        if type(model.config) is peer.config:
+            return peer
+    raise UserError(
+        f"no record of {type(model).__name__} (peers): choose one of {', '.join(PEERS)}"
+    )
+
+
 def next_token(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """(logits [B, 1, vocab] of the last token, the cache to go on from): what every model here is
     timed at."""
-    word = "cache_params" if model.config.model_type == "mamba2" else "past_key_values"
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{word: cache})
-    return out.logits, out.get(word)  # RecurrentGemma keeps its own
+    name = peer_of(model).cache
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+    return out.logits, out.get(name)  # RecurrentGemma keeps its own
 
 
 @torch.no_grad()
 def remember(model: Any, context: int, *, static: bool = False) -> tuple[Any, int]:
-    """(a cache as after `context` tokens of one row, its bytes), filled with random numbers where
-    it holds keys and values.
+    """(a cache as after `context` tokens of one row, the bytes of the state in it), filled with
+    random numbers where it holds keys and values.
 
     static: Llama's keys and values in memory set aside for them, instead of growing.
-    Raises ValueError where the model cannot be given a past.
+    Raises UserError where the model cannot be given a past.
     """
-    config = model.config
-    heads = getattr(config, "num_attention_heads", 0)
-    if config.model_type == "llama":
-        size = config.hidden_size // heads
-        past = torch.randn(1, heads, 1000, size, dtype=model.dtype)
-        shape = (1, heads, context, size)
-        past = past.repeat(1, 1, -(-context // 1000), 1)[:, :, :context]
-        assert past.shape == shape
-        cache: Cache = DynamicCache(config=config)
-        if static:
-            cache = StaticCache(config=config, max_cache_len=context + 64)
-        for layer in range(config.num_hidden_layers):
-            cache.update(past, past, layer)  # both kinds copy
-        return cache, 2 * config.num_hidden_layers * past.nbytes
-    start = torch.zeros(1, 130, dtype=torch.int64)
-    cache = next_token(model, start)[1]
-    if config.model_type == SWHConfig.model_type:
-        return _shifted(cache, context), model.state_bytes(context)
-    if config.model_type == "mamba2":  # no positions: a state of 130 tokens is one of a million
-        return cache, sum(_bytes(layer) for layer in cache.layers)
-    raise UserError(f"{config.model_type} (remember): its cache cannot be set to a context")
+    past = peer_of(model).past
+    if past is None:
+        raise UserError(f"{type(model).__name__} (remember): its cache cannot be set to a context")
+    return past(model, context, static)
 
 
-def _shifted(cache: Cache, context: int) -> Cache:
-    """An SWH cache whose rows stand at position `context`; the ring's contents stay."""
-    cache = copy.copy(cache)
+def _keys_and_values(model: Any, context: int, static: bool) -> tuple[Cache, int]:
+    config, heads = model.config, model.config.num_attention_heads
+    some = torch.randn(1, heads, 1000, config.hidden_size // heads, dtype=model.dtype)
+    past = some.repeat(1, 1, -(-context // 1000), 1)[:, :, :context]
+    cache: Cache = DynamicCache(config=config)
+    if static:
+        cache = StaticCache(config=config, max_cache_len=context + 64)
+    for layer in range(config.num_hidden_layers):
+        cache.update(past, past, layer)  # both kinds copy
+    return cache, 2 * config.num_hidden_layers * past.nbytes
+
+
+def _after_a_few(model: Any) -> Any:
+    """The cache after some real tokens."""
+    return next_token(model, torch.zeros(1, 130, dtype=torch.int64))[1]
+
+
+def _any_state(model: Any, context: int, static: bool) -> tuple[Any, int]:
+    """A state without positions: that of a few tokens is one of a million."""
+    cache = _after_a_few(model)
+    states = [s for x in cache.layers for s in (x.conv_states, x.recurrent_states)]
+    return cache, sum(tensor.nbytes for state in states for tensor in state.values())
+
+
+def _shifted(model: Any, context: int, static: bool) -> tuple[Cache, int]:
+    """An SWH cache whose row stands at position `context`; the ring's contents stay."""
+    cache = copy.copy(_after_a_few(model))
     for layer in cache.layers:
-        assert isinstance(layer, SWHCacheLayer)
         layer.state = map_state(
             layer.state, lambda t: t if t.is_floating_point() else torch.full_like(t, context)
         )
         layer.seen = context
-    return cache
+    return cache, model.state_bytes(context)
 
 
-def _bytes(layer: Any) -> int:
-    found = 0
-    for states in (layer.conv_states, layer.recurrent_states):
-        found += sum(tensor.nbytes for tensor in states.values())
-    return found
+PEERS = {
+    "SWH": Peer(SWHConfig, _itself, past=_shifted),
+    "Llama": Peer(LlamaConfig, _equal(_llama), past=_keys_and_values),
+    "Mamba2": Peer(Mamba2Config, _equal(_mamba2), "cache_params", past=_any_state),
+    "RecurrentGemma": Peer(RecurrentGemmaConfig, _equal(_recurrent_gemma)),
+}

@@ -24,18 +24,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import singledispatch
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spectral_window.data.blocks import TokenStream
-from spectral_window.errors import UserError
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.hf import SWHForCausalLM
 from spectral_window.nn.fusions import Fusion
-from spectral_window.nn.mixers import BRANCHES, SpectralWindowMixer
+from spectral_window.nn.mixers import BRANCHES, Mixer
 from spectral_window.ops.modes import Modes, kernel
+from spectral_window.ops.fir import Taps
 from spectral_window.training.evaluate import evaluate
 
 QUANTILES = {"p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "longest": 1.0}
@@ -64,47 +66,69 @@ class Kernels(NamedTuple):
 
 def read_kernels(model: SWHForCausalLM) -> list[Kernels]:
     """The kernels of every layer, in order. Raises UserError where a model has none."""
-    mixers, config = spectral_window_mixers(model), model.config
-    if not any("spectral" in mixer.branches for mixer in mixers):
+    mixers, config = with_branch(model, "spectral"), model.config
+    if not mixers:
         raise UserError(
             f"no learned kernels (mixer {config.mixer}, branches {', '.join(config.branches)}): "
             "give a model with the spectral branch"
         )
-    return [_read(mixer.kernel) for mixer in mixers]
+    with torch.no_grad():
+        return [_read(mixer.kernel()) for mixer in mixers]
 
 
-@torch.no_grad()
-def _read(part: Any) -> Kernels:
-    found = part()
-    if isinstance(found, Modes):
-        decay = found.decay.double().abs().cpu().numpy()
-        life = math.log(2) / np.maximum(decay, 1e-12)
-        slowest = life if life.ndim == 1 else life.max(1)
-        return Kernels(life.ravel(), found.frequency.double().cpu().numpy().ravel(), slowest, found)
-    energy = found.weights.double().cpu().numpy() ** 2
+@singledispatch
+def _read(found: Any) -> Kernels:
+    """What a kernel module yields, as arrays. Sums of oscillators and learned filters are read
+    differently, so this and the next two functions have one form for each."""
+    raise UserTypeError(f"a kernel that yields {type(found).__name__} cannot be read (analyze)")
+
+
+@_read.register
+def _(found: Modes) -> Kernels:
+    decay = found.decay.detach().double().abs().cpu().numpy()
+    life = math.log(2) / np.maximum(decay, 1e-12)
+    slowest = life if life.ndim == 1 else life.max(1)
+    frequency = found.frequency.detach().double().cpu().numpy().ravel()
+    return Kernels(life.ravel(), frequency, slowest, found)
+
+
+@_read.register
+def _(found: Taps) -> Kernels:
+    energy = found.weights.detach().double().cpu().numpy() ** 2
     left = energy[:, ::-1].cumsum(1)[:, ::-1]  # from lag t on
     # a filter of a single zero lag has no energy; its half-life is 0
     life = (left > left[:, :1] / 4).sum(1).astype(float)
     return Kernels(life, None, life, found)
 
 
+@singledispatch
 def impulse_response(modes: Any, length: int) -> np.ndarray:
     """K[t] of every channel, t = 0 ... length - 1: [D, length]."""
-    with torch.no_grad():
-        if isinstance(modes, Modes):
-            two = modes.validated(modes.decay.shape[0])
-            return kernel(two, length).cpu().numpy()
-        taps = modes.weights.double().cpu().numpy()[:, :length]
-    return np.pad(taps, ((0, 0), (0, length - taps.shape[1])))
+    raise UserTypeError(f"no impulse response of {type(modes).__name__} (analyze)")
 
 
+@impulse_response.register
+@torch.no_grad()
+def _(modes: Modes, length: int) -> np.ndarray:
+    return kernel(modes.validated(modes.decay.shape[0]), length).cpu().numpy()
+
+
+@impulse_response.register
+def _(taps: Taps, length: int) -> np.ndarray:
+    weights = taps.weights.detach().double().cpu().numpy()[:, :length]
+    return np.pad(weights, ((0, 0), (0, length - weights.shape[1])))
+
+
+@singledispatch
 def frequency_response(modes: Any, angles: np.ndarray) -> np.ndarray:
     """|H| of every channel at `angles` (radians a token): [D, len(angles)]; infinite at the
     frequency of a mode that never decays."""
+    raise UserTypeError(f"no frequency response of {type(modes).__name__} (analyze)")
+
+
+@frequency_response.register
+def _(modes: Modes, angles: np.ndarray) -> np.ndarray:
     turn = np.exp(-1j * angles)
-    if not isinstance(modes, Modes):
-        taps = modes.weights.detach().double().cpu().numpy()
-        return np.abs(taps @ turn[None, :] ** np.arange(taps.shape[1])[:, None])
     two = modes.validated(modes.decay.shape[0])
     decay, frequency = (part.detach().double().cpu().numpy() for part in two[:2])
     z = np.exp(-decay + 1j * frequency)[..., None]
@@ -113,6 +137,12 @@ def frequency_response(modes: Any, angles: np.ndarray) -> np.ndarray:
     if two.gain is not None:
         each = each * two.gain.detach().double().cpu().numpy()[..., None]
     return np.abs(each.sum(1))
+
+
+@frequency_response.register
+def _(taps: Taps, angles: np.ndarray) -> np.ndarray:
+    weights = taps.weights.detach().double().cpu().numpy()
+    return np.abs(weights @ np.exp(-1j * angles)[None, :] ** np.arange(weights.shape[1])[:, None])
 
 
 def chosen_channels(kernels: Kernels) -> dict[str, int]:
@@ -157,9 +187,14 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 # ------------------------------------------------------------------------------------- the branches
 
 
-def spectral_window_mixers(model: torch.nn.Module) -> list[SpectralWindowMixer]:
-    """The mixers of all layers that are the paper's, in order."""
-    return [part for part in model.modules() if isinstance(part, SpectralWindowMixer)]
+def mixers_of(model: SWHForCausalLM) -> list[Mixer]:
+    """The mixers of all layers, in order."""
+    return [layer.mixer for layer in cast(Any, model.model.layers)]
+
+
+def with_branch(model: SWHForCausalLM, *branches: str) -> list[Any]:
+    """The mixers of all layers that have one of the branches, in order."""
+    return [mixer for mixer in mixers_of(model) if set(branches) & set(mixer.branches)]
 
 
 def alone(args: tuple[Any, ...], branch: str) -> tuple[Any, ...]:
@@ -170,7 +205,7 @@ def alone(args: tuple[Any, ...], branch: str) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _before_fusion(mixers: list[SpectralWindowMixer], hook: Callable[..., Any]) -> Iterator[None]:
+def _before_fusion(mixers: list[Any], hook: Callable[..., Any]) -> Iterator[None]:
     """Call hook(fusion, its arguments) before each fusion; what it returns replaces these."""
     handles = [mixer.fusion.register_forward_pre_hook(hook) for mixer in mixers]
     try:
@@ -188,7 +223,7 @@ def branch_energy(
     Energies are mean squares per channel and token, under the branch's name; `spectral_share` is
     spectral / (spectral + window).
     """
-    mixers = spectral_window_mixers(model)
+    mixers = with_branch(model, *BRANCHES)
     sums: dict[Fusion, dict[str, float]] = {
         m.fusion: dict.fromkeys(m.branches, 0.0) for m in mixers
     }
@@ -223,7 +258,7 @@ def silenced_loss(
 ) -> float:
     """Held-out loss, nats a token, with `branch` zeroed where it enters the fusion, in one layer
     (from 0) or in all."""
-    mixers = spectral_window_mixers(model)
+    mixers = with_branch(model, *BRANCHES)
 
     def silence(fusion: Fusion, args: tuple[Any, ...]) -> tuple[Any, ...]:
         own = BRANCHES.index(branch)
@@ -251,7 +286,7 @@ def _fresh(part: Any) -> list[Kernels]:
     """Draws of the initial distribution of a kernel like `part`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return [_read(type(part)(part.channels)) for _ in range(FRESH)]
+        return [_read(type(part)(part.channels)()) for _ in range(FRESH)]
 
 
 def ks_statistic(one: np.ndarray, other: np.ndarray) -> float:
@@ -307,7 +342,7 @@ def analyze(
 
     Raises UserError for a model without a spectral branch (a Transformer has no kernels).
     """
-    mixers, kernels, config = spectral_window_mixers(model), read_kernels(model), model.config
+    mixers, kernels, config = with_branch(model, *BRANCHES), read_kernels(model), model.config
     text = {"length": length, "max_tokens": max_tokens}
     total = 1 + len(config.branches) * (1 + len(mixers))
     loss, energies = branch_energy(model, stream, **text)

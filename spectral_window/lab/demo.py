@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from spectral_window.errors import ResourceError, UserError
+from spectral_window.errors import ResourceError, UserError, from_exit_code
 from spectral_window.training.interrupt import Interrupted, catch_signals
 
 # folder -> knobs: in so short a training attention wants narrower initial weights
@@ -131,9 +131,7 @@ def _train(arguments: Sequence[str], folder: Path, progress: bool) -> None:
             raise Interrupted(stop.signum)
         if child.returncode:
             said = _last_line(errors) if errors else "its error is above"
-            error = UserError(f"training failed ({folder}): {said}")
-            error.exit_code = child.returncode if child.returncode > 0 else 1
-            raise error
+            raise from_exit_code(child.returncode, f"training failed ({folder}): {said}")
 
 
 def _wait(child: subprocess.Popen[bytes], stop: object) -> None:

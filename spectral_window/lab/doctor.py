@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectral_window.errors import UserError
+from spectral_window.errors import SpectralWindowError, UserError, is_out_of_memory
 from spectral_window.hf import SWHForCausalLM
-from spectral_window.lab.analyze import alone, read_kernels, spectral_window_mixers
+from spectral_window.lab.analyze import alone, mixers_of, read_kernels, with_branch
 from spectral_window.nn.fusions import Fusion
-from spectral_window.nn.mixers import Mixer, SpectralWindowMixer
+from spectral_window.nn.mixers import Mixer
 from spectral_window.ops.spectral import spectral_conv
 
 HALF = (torch.bfloat16, torch.float16)
@@ -53,17 +53,11 @@ class Finding(NamedTuple):
     numbers: dict[str, float] = {}  # noqa: RUF012 (never changed)
 
 
-class FaultFound(UserError):
-    """The doctor found a fault (exit code 7)."""
-
-    exit_code = 7
-
-
 def examine(model: SWHForCausalLM, context: int) -> list[Finding]:
     """Every check of this module on `model` (in eval mode), for texts of `context` tokens.
 
-    A check that cannot be carried out, because the model raises an error, is a fault with that
-    error's words. Raises UserError for a context below 1.
+    A check that cannot be carried out, because an operator (ours or torch's) refuses what the model
+    gives it, is a fault with that error's words. Raises UserError for a context below 1.
     """
     if context < 1:
         raise UserError(f"context is {context} (doctor): give at least 1 token")
@@ -73,7 +67,9 @@ def examine(model: SWHForCausalLM, context: int) -> list[Finding]:
         for name, check in CHECKS.items():
             try:
                 found += check(model, context)
-            except (ValueError, TypeError, RuntimeError) as error:
+            except (SpectralWindowError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 words = " ".join(str(error).split())
                 todo = "repair what the error names"
                 found.append(Finding(name, "fault", words, "the model cannot be run", todo))
@@ -81,10 +77,6 @@ def examine(model: SWHForCausalLM, context: int) -> list[Finding]:
 
 
 # ------------------------------------------------------------------------------------------ looking
-
-
-def _spectral(model: nn.Module) -> list[SpectralWindowMixer]:
-    return [mixer for mixer in spectral_window_mixers(model) if "spectral" in mixer.branches]
 
 
 def _tokens(model: SWHForCausalLM, length: int) -> Tensor:
@@ -133,14 +125,14 @@ def finite_numbers(model: SWHForCausalLM, context: int) -> list[Finding]:
 
     varied = _tokens(model, 256)
     constant = torch.full_like(_tokens(model, max(context, 256)), int(varied[0, 0]))
-    with _watch([mixer.fusion for mixer in _spectral(model)], look):
+    with _watch([mixer.fusion for mixer in with_branch(model, "spectral")], look):
         for tokens in (varied, constant):
             finite = bool(model(tokens, use_cache=False).logits.isfinite().all()) and finite
     lengths = f"{varied.shape[1]} random and {constant.shape[1]:,} equal tokens"
     if not finite:
         measured = f"NaN or infinity on {lengths}"
         return [Finding(name, "fault", measured, "the output overflows", todo)]
-    words = f", spectral output at most {largest:.3g}" if _spectral(model) else ""
+    words = f", spectral output at most {largest:.3g}" if with_branch(model, "spectral") else ""
     why, numbers = "overflow is the first thing to fail", {"largest_spectral_output": largest}
     return [Finding(name, "ok", f"all finite on {lengths}{words}", why, "", numbers)]
 
@@ -149,7 +141,7 @@ def finite_numbers(model: SWHForCausalLM, context: int) -> list[Finding]:
 def kernel_precision(model: SWHForCausalLM, context: int) -> list[Finding]:
     """Do the kernels stay in float32, now and after the model is cast?"""
     name, why = "kernel precision", "rounded decays and frequencies change a 12-layer model by 20 %"
-    mixers = _spectral(model)
+    mixers = with_branch(model, "spectral")
     for index, mixer in enumerate(mixers):
         for key, value in mixer.kernel.named_parameters():
             where = f"layer {index + 1}, {key}"
@@ -182,9 +174,9 @@ def _word(value: Tensor) -> str:
 def convolution_in_half(model: SWHForCausalLM, context: int) -> list[Finding]:
     """The error of the convolution on half-precision input, in units of rounding its result: by
     the method that the model uses and by the paper's FFT."""
-    if not _spectral(model):
+    if not with_branch(model, "spectral"):
         return []
-    mixer = _spectral(model)[0]
+    mixer = with_branch(model, "spectral")[0]
     kernel, worst, at = mixer.kernel(), 0.0, ""
     for dtype in HALF:
         u = torch.randn(1, 256, mixer.hidden_size, device=model.device).to(dtype)
@@ -221,7 +213,7 @@ def bfloat16(model: SWHForCausalLM, context: int) -> list[Finding]:
 def growth(model: SWHForCausalLM, context: int) -> list[Finding]:
     """How memory and work grow with the text: what training keeps (measured on one layer), and the
     state and work of generating (counted)."""
-    mixer = _mixer(model)
+    mixer = mixers_of(model)[0]
     short = max(256, 4 * mixer.window)
     kept = [_saved_bytes(mixer, time) for time in (short, 2 * short)]
     power = math.log2(kept[1] / kept[0])
@@ -245,10 +237,6 @@ def growth(model: SWHForCausalLM, context: int) -> list[Finding]:
     why = "full attention: a fused kernel is linear in memory, its state grows by every token"
     todo = "time is quadratic all the same: mixer=spectral_window for long texts"
     return [Finding("growth", "warning", measured, why, todo, numbers)]
-
-
-def _mixer(model: nn.Module) -> Mixer:
-    return next(part for part in model.modules() if isinstance(part, Mixer))
 
 
 def _saved_bytes(mixer: Mixer, time: int) -> int:
@@ -275,19 +263,16 @@ def visibility(model: SWHForCausalLM, context: int) -> list[Finding]:
     """Which keys each query sees, read from the attention itself; and that no future reaches the
     past through the whole model."""
     found = []
-    mixer = _mixer(model)
-    config = model.config
-    full = not isinstance(mixer, SpectralWindowMixer)
-    if full or "window" in getattr(mixer, "branches", ()):
-        # two whole chunks and the beginnings of two more: every case of the mask
-        time = 64 if full else 3 * config.window + 2
-        seen = visible_keys(mixer, time)
-        t = torch.arange(time)
-        want = t + 1 if full else t % config.window + 1 + config.window * (t >= config.window)
+    mixer, config = mixers_of(model)[0], model.config
+    # two whole chunks and the beginnings of two more: every case of the window's mask
+    t = torch.arange(3 * config.window + 2)
+    want = mixer.count_visible(t, config.window)
+    if bool(want.any()):
+        seen = visible_keys(mixer, len(t))
         first = t[:, None] - t[None, :]
         right = (first >= 0) & (first < want[:, None])  # the last `want` keys, itself included
         wrong = (seen != right).any(1)
-        why = "a query sees its chunk up to itself and all of the chunk before it"
+        why = f"a query sees {mixer.visible}"
         name, numbers = "visible keys", {"wrong_queries": float(wrong.sum())}
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
@@ -297,8 +282,7 @@ def visibility(model: SWHForCausalLM, context: int) -> list[Finding]:
             todo = f"window {config.window} in the config is not what is computed: check the mask"
             found.append(Finding(name, "fault", measured, why, todo, numbers))
         else:
-            formula = "t + 1" if full else "(t mod W) + 1 + W, in the first chunk t + 1"
-            measured = f"{formula}: exact for {time} queries"
+            measured = f"1 to {int(want.max())}, exact for {len(t)} queries"
             found.append(Finding(name, "ok", measured, why, "", numbers))
     tokens = _tokens(model, min(256, max(context, 2)))
     half = tokens.shape[1] // 2
@@ -352,7 +336,7 @@ def visible_keys(mixer: Mixer, time: int) -> Tensor:
 @torch.no_grad()
 def memory(model: SWHForCausalLM, context: int) -> list[Finding]:
     """Do any kernels reach across the context asked for?"""
-    if not _spectral(model):
+    if not with_branch(model, "spectral"):
         return []
     window = model.config.window
     life = np.concatenate([each.half_life for each in read_kernels(model)])
@@ -380,7 +364,7 @@ def memory(model: SWHForCausalLM, context: int) -> list[Finding]:
 def accumulators(model: SWHForCausalLM, context: int) -> list[Finding]:
     """Channels that never forget, and whether slow channels, whose sums grow, drown the others in
     the norm that all channels share."""
-    mixers = _spectral(model)
+    mixers = with_branch(model, "spectral")
     if not mixers:
         return []
     life = np.concatenate([each.half_life for each in read_kernels(model)])
@@ -410,7 +394,7 @@ def initial_width(model: SWHForCausalLM, context: int) -> list[Finding]:
     """Does initializer_range suit the convolution? It wants wider weights than attention does in a
     short training."""
     std, dim = model.config.initializer_range, model.config.hidden_size
-    if std is None or not _spectral(model):
+    if std is None or not with_branch(model, "spectral"):
         return []
     gain = std * math.sqrt(dim)
     bad = gain < NARROW

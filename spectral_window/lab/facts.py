@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spectral_window.errors import SpectralWindowError
 from spectral_window.lab import figures
 from spectral_window.lab.runs import Run
 
@@ -131,7 +132,7 @@ def state_bytes(run: Run) -> list[tuple[int, int]]:
         return []
     try:
         config = SWHConfig.from_pretrained(run.folder / "model")
-    except (OSError, ValueError, TypeError):
+    except (OSError, SpectralWindowError, ValueError, TypeError):
         return []
     with torch.device("meta"):
         model = SWHForCausalLM(config)

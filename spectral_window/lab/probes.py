@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spectral_window.data.tasks import IGNORED, Batch, Task, generator, make
-from spectral_window.errors import DivergedError
+from spectral_window.errors import DivergedError, NotFiniteError
 from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
@@ -181,9 +181,7 @@ def _loss(model: SWHForCausalLM, batch: Batch, device: str) -> Tensor:
     """Mean cross entropy of the questions; NaN where the model itself refuses its numbers."""
     try:
         logits, labels = _answers(model, batch, device)
-    except ValueError as error:
-        if "not finite" not in str(error):
-            raise
+    except NotFiniteError:
         return torch.tensor(torch.nan)
     return F.cross_entropy(logits.float(), labels)
 

@@ -74,7 +74,8 @@ def render(template: str, out_html: Path, **content: Any) -> Path:
     page = _environment().get_template(template).render(**content)
     out_html.parent.mkdir(parents=True, exist_ok=True)
     part = out_html.with_name(out_html.name + ".part")
-    part.write_text(page, encoding="utf-8")
+    # JSON can spell half a surrogate pair, UTF-8 cannot
+    part.write_text(page, encoding="utf-8", errors="backslashreplace")
     part.replace(out_html)
     return out_html
 

@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 
-MIXER_LABELS = {
-    "spectral_window": "SWH",
-    "attention": "Transformer",
-    "memory": "SWH with memory",
-}
+from spectral_window.nn.mixers import MIXERS
+
+SAMPLE = ("prompt", "text", "settings")  # what a sample says; what it lacks is empty
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,8 @@ def read(folder: Path | str, label: str | None = None) -> Run:
     if (folder / "samples.json").exists():
         found = _read_json(folder / "samples.json", missing)
         if isinstance(found, list):
-            samples = tuple(item for item in found if isinstance(item, Mapping))
+            whole = dict.fromkeys(SAMPLE, "")
+            samples = tuple({**whole, **item} for item in found if isinstance(item, Mapping))
     else:
         missing.append("samples.json")
     if not (folder / "model" / "config.json").is_file():
@@ -144,7 +143,8 @@ def read_all(folders: list[Path]) -> list[Run]:
 def _label(folder: Path, config: Mapping[str, Any]) -> str:
     model = config.get("model")
     mixer = model.get("mixer") if isinstance(model, Mapping) else None
-    return MIXER_LABELS.get(str(mixer), folder.name)
+    known = MIXERS.get(str(mixer))
+    return (known and known.label) or folder.name
 
 
 def _read_json(path: Path, missing: list[str]) -> Any:

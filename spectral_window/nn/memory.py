@@ -80,6 +80,7 @@ class MemoryMixer(SpectralWindowMixer):
     paper's parameters there are 5 D + 2 H (D + 1), H memory heads.
     """
 
+    label = "SWH with memory"
     state_type = MemoryState
     memory_heads = 1
 

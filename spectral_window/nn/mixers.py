@@ -65,7 +65,10 @@ class Mixer(nn.Module):
     norms: every mixer takes all of them and uses what it needs.
     """
 
+    label = ""  # what a reader calls a model of this mixer; "": by its own name
     constant_state = True  # the state after any number of tokens has the same size
+    branches: tuple[str, ...] = ()  # of `BRANCHES`, those it computes with
+    visible = ""  # the keys that a query sees, in words; "": there is no attention
 
     def __init__(
         self,
@@ -127,6 +130,11 @@ class Mixer(nn.Module):
         `context` tokens."""
         raise NotImplementedError
 
+    def count_visible(self, positions: Tensor, window: int) -> Tensor:
+        """How many keys a query at each of `positions` in a document sees in a model of this
+        `window`, itself and the last ones before it: int64; 0 where there is no attention."""
+        return torch.zeros_like(positions)
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))
 
@@ -148,6 +156,8 @@ class SpectralWindowMixer(Mixer):
     projection alone has a bias. `branches` switches one of them off for ablations.
     """
 
+    label = "SWH"
+    visible = "its chunk up to itself and all of the chunk before it"
     state_type: type[Any] = SpectralWindowState
 
     def __init__(self, **options: Any):
@@ -282,6 +292,11 @@ class SpectralWindowMixer(Mixer):
             total += int(4 * self.hidden_size * seen)  # scores and weighted sum
         return total
 
+    def count_visible(self, positions: Tensor, window: int) -> Tensor:
+        if "window" not in self.branches:
+            return super().count_visible(positions, window)
+        return positions % window + 1 + window * (positions >= window)
+
 
 def _mean_window(context: int, window: int) -> float:
     """Mean number of keys a query sees in a document of `context` tokens: (t mod W) + 1, and W
@@ -307,7 +322,9 @@ class AttentionMixer(Mixer):
     """Full causal attention with RoPE, by PyTorch's fused kernel: the Transformer baseline. No
     biases."""
 
+    label = "Transformer"
     constant_state = False
+    visible = "itself and all tokens before it"
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -405,6 +422,9 @@ class AttentionMixer(Mixer):
 
     def flops_per_token(self, context: int) -> int:
         return 2 * sum(p.numel() for p in self.parameters()) + 2 * self.hidden_size * (context + 1)
+
+    def count_visible(self, positions: Tensor, window: int) -> Tensor:
+        return positions + 1
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

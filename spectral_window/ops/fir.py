@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.errors import UserError, UserTypeError
+from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops import recorded, reference
 from spectral_window.ops.documents import Documents, Tokens, anywhere
 from spectral_window.ops.methods import Method, Reason, enrol, one_token, resolve
@@ -49,7 +49,9 @@ class Taps(NamedTuple):
             )
         looked_at = weights.device.type == "cpu" and readable(weights)
         if looked_at and not bool(torch.isfinite(weights).all()):
-            raise UserError("weights are not finite (taps): training diverged or a file is corrupt")
+            raise NotFiniteError(
+                "weights are not finite (taps): training diverged or a file is corrupt"
+            )
         return self
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
@@ -274,7 +276,7 @@ def _fft(x: Tensor, weights: Tensor) -> Tensor:
     the first L - 1 outputs alone, and those are not asked for."""
     count, back = x.shape[1], weights.shape[1] - 1
     if readable(x) and not bool(torch.isfinite(x).all()):
-        raise UserError(
+        raise NotFiniteError(
             "u is not finite (fir_conv, method fft): an FFT would spread it over all positions"
         )
     size = fast_size(count)

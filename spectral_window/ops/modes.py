@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectral_window.errors import UserError, UserTypeError
+from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops.tracing import readable
 
 
@@ -71,7 +71,7 @@ class Modes(NamedTuple):
             if value is None or value.device.type != "cpu" or not readable(value):
                 continue
             if not bool(torch.isfinite(value).all()):
-                raise UserError(
+                raise NotFiniteError(
                     f"{name} is not finite (modes): training diverged or a file is corrupt"
                 )
             if name == "decay" and bool((value < 0).any()):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_window.errors import UserError, UserTypeError
+from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_spectral import chunked
 from spectral_window.ops.documents import Documents, anywhere, each_document, given_documents
@@ -176,7 +176,7 @@ def _bare_scan(
     done = run(u, modes, before, positions, refuse=True, out=out)
     if done is None:
         modes.check_values()
-        raise UserError("modes are not finite (spectral_conv)")
+        raise NotFiniteError("modes are not finite (spectral_conv)")
     return done[:2]
 
 
@@ -273,7 +273,7 @@ def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
     time = u.shape[1]
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if readable(u) and not bool(torch.isfinite(u).all()):
-        raise UserError(
+        raise NotFiniteError(
             "u is not finite (spectral_conv, method fft): an FFT would spread it over all positions"
         )
     x = u.to(dtype).transpose(1, 2)

@@ -234,10 +234,10 @@ def _reference(
         row, first = int(tokens.row[head]), int(tokens.position[head])
         query, key, value = (x[place.to(q.device)] for x in flat)
         if first:
-            integers = {"dtype": torch.int64, "device": "cpu"}
-            (held,) = held_positions(torch.tensor([first], **integers), window)
-            seen = [slot for slot in held.argsort().tolist() if held[slot] >= 0]
-            slots = torch.tensor(seen, **integers)
+            at = torch.tensor([first], dtype=torch.int64, device="cpu")
+            (held,) = held_positions(at, window)
+            slots = held.argsort()
+            slots = slots[held[slots] >= 0]
             first = int(held[slots[0]])
             key = torch.cat((state.key[row, slots], key))
             value = torch.cat((state.value[row, slots], value))

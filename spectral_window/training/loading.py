@@ -30,6 +30,11 @@ SHOWN = 10  # tensors that an error names
 LARGEST_JSON = 1 << 20
 
 
+class WeightsNotFinite(IntegrityError):
+    """Stored weights that hold NaN or infinity: an intact copy of a model that broke down, or a
+    damaged one."""
+
+
 class Loaded(NamedTuple):
     """A model in eval mode, its tokenizer, where they came from, and lines worth telling."""
 
@@ -50,9 +55,9 @@ def find_model(path: str | os.PathLike[str]) -> tuple[Path, list[str]]:
         raise UserError(f"a URL is not a model ({text[:80]}): download it, then give its folder")
     try:
         text.encode("utf-8")
-        folder = Path(text).expanduser()
+        folder = Path(os.path.expanduser(text))
         exists, is_folder = folder.exists(), folder.is_dir()
-    except (OSError, ValueError, RuntimeError):  # not UTF-8, too long, a NUL, no home
+    except (OSError, ValueError):  # not UTF-8, too long, a NUL
         raise UserError(f"not a usable path ({text[:80]}): give a model's folder") from None
     if not is_folder:
         what = "a file, not a folder" if exists else "no such folder"
@@ -103,7 +108,7 @@ def load(path: str | os.PathLike[str], *, device: str = "auto") -> Loaded:
         )
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if bad:
-        raise IntegrityError(
+        raise WeightsNotFinite(
             f"weights are not finite ({folder}): {_some(bad)}; use an earlier checkpoint"
         )
     tokenizer = load_tokenizer(os.fspath(folder))
@@ -144,13 +149,13 @@ def _made_by_a_run(folder: Path) -> bool:
 
 
 def load_config(folder: Path) -> SWHConfig:
-    """The config of a model folder. Raises UserError for a wrong field, IntegrityError for a file
-    that is no config."""
+    """The config of a model folder. Raises UserError for a wrong field, ResourceError for sizes
+    that no machine holds, IntegrityError for a file that is no config."""
     values = read_json(folder / "config.json")
     try:
         return SWHConfig.from_dict(values)
-    except UserError as error:
-        raise UserError(f"{error} [{folder / 'config.json'}]") from None
+    except (UserError, ResourceError) as error:  # a wrong field, or sizes that no machine holds
+        raise type(error)(f"{error} [{folder / 'config.json'}]") from None
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"{' '.join(str(error).split())} ({folder / 'config.json'}): correct it"
@@ -183,15 +188,14 @@ def _names_a_model(folder: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise IntegrityError(f"larger than 1 MB ({path}): it is not a model's file")
-        values = json.loads(path.read_bytes())
+        size = path.stat().st_size
+        values = json.loads(path.read_bytes()) if size <= LARGEST_JSON else None
     except OSError as error:
         raise UserError(f"{error.strerror} ({path}): the model's folder is not complete") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (ValueError, RecursionError):
         raise IntegrityError(f"not JSON ({path}): it was damaged; copy the model again") from None
+    if size > LARGEST_JSON:
+        raise IntegrityError(f"larger than 1 MB ({path}): it is not a model's file")
     if not isinstance(values, dict):
         raise IntegrityError(f"not a JSON object ({path}): it was damaged; copy the model again")
     return values

@@ -17,8 +17,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from spectral_window import errors
-from spectral_window.errors import UserError
+from spectral_window.errors import (
+    ResourceError,
+    SpectralWindowError,
+    UserError,
+    is_out_of_memory,
+)
 
 _T = TypeVar("_T")
 _SETTLING = 0.1  # seconds
@@ -87,7 +91,8 @@ class World:
 
     def first(self, work: Callable[[], _T]) -> _T:
         """What `work()` returns in the first process, in every process; an error it raises there is
-        raised in all of them (as a UserError in the others)."""
+        raised in all of them; in the others by its own class if it is ours, else by what it means
+        for the program."""
         if self.size == 1:
             return work()
         box: list[Any] = [None, None, None]
@@ -97,13 +102,12 @@ class World:
                 box[0] = work()
             except Exception as error:
                 failure = error
-                box[1:] = [type(error).__name__, str(error)]
+                box[1:] = _as_told(error)
         dist.broadcast_object_list(box, src=0)
         if failure is not None:
             raise failure
         if box[1] is not None:
-            kind = getattr(errors, box[1], UserError)
-            raise (kind if issubclass(kind, UserError) else UserError)(box[2])
+            raise box[1](box[2])
         return box[0]
 
     def gather(self, value: _T) -> list[_T]:
@@ -121,6 +125,15 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total.tolist()
+
+
+def _as_told(error: Exception) -> tuple[type[SpectralWindowError], str]:
+    """The class and the words by which other processes raise this one's error."""
+    if isinstance(error, SpectralWindowError):
+        return type(error), str(error)
+    lacking = isinstance(error, OSError) or is_out_of_memory(error)
+    kind = ResourceError if lacking else SpectralWindowError
+    return kind, f"{type(error).__name__} in the first process: {error}"
 
 
 def _number(name: str, least: int, most: int) -> int | None:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from spectral_window.errors import DivergedError, IntegrityError, UserError
+from spectral_window.errors import DivergedError, IntegrityError
 
 _JSON = "training.json"
 
@@ -195,7 +195,7 @@ def load_rest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 state["cuda"] = tensors[f"cuda.{rank}"]
         _check_counters(counters)
         if not generators:
-            raise UserError("no random generator")
+            raise IntegrityError("no random generator")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{_JSON} cannot be used ({folder}): {error!r}; resume from another checkpoint"
@@ -204,19 +204,19 @@ def load_rest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _check_counters(counters: dict[str, Any]) -> None:
-    """ValueError, KeyError or TypeError for counters that no training has."""
+    """IntegrityError, KeyError or TypeError for counters that no training has."""
     step, logged, schedule = counters["step"], counters["logged_step"], counters["schedule"]
     rates = schedule["_last_lr"]
     for name, value in (("step", step), ("logged_step", logged)):
         if type(value) is not int or value < 0:
-            raise UserError(f"{name} is {value!r}")
+            raise IntegrityError(f"{name} is {value!r}")
     if logged > step or schedule["last_epoch"] != step or len(rates) != 2:
-        raise UserError("step, logged_step and schedule contradict each other")
+        raise IntegrityError("step, logged_step and schedule contradict each other")
     for value in (counters["seconds"], *rates):
         if not math.isfinite(value) or value < 0:
-            raise UserError(f"{value!r} among seconds and rates")
+            raise IntegrityError(f"{value!r} among seconds and rates")
     if not math.isfinite(counters["loss_sum"]):
-        raise UserError(f"loss_sum is {counters['loss_sum']!r}")
+        raise IntegrityError(f"loss_sum is {counters['loss_sum']!r}")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

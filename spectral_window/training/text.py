@@ -53,7 +53,7 @@ def corpus_of(
         try:
             prepare_text(recipe, where, progress, overwrite=overwrite and folder is None)
         except UserError as error:
-            if resuming and error.exit_code == 2 and where.is_dir():
+            if resuming and where.is_dir():
                 raise IntegrityError(
                     f"the run's text or tokenizer changed, so it cannot be resumed: {error}"
                 ) from None

@@ -306,7 +306,7 @@ class _Run:
         if checkpoints.step_of(checkpoint) == self.recipe.steps:
             try:
                 return self._verified_result(checkpoint)
-            except (OSError, ValueError, KeyError) as error:  # an IntegrityError is a ValueError
+            except (UserError, IntegrityError, OSError, KeyError) as error:
                 if (self.out / "result.json").exists():
                     self._warn(f"the result is made again: {error}")
         (self.out / "result.json").unlink(missing_ok=True)
@@ -315,7 +315,7 @@ class _Run:
 
     def _verified_result(self, checkpoint: Path) -> dict[str, Any]:
         """result.json, if it is the one of the model beside it, and that is the checkpoint's.
-        Raises IntegrityError, OSError, ValueError or KeyError."""
+        Raises UserError, IntegrityError, OSError or KeyError."""
         result = loading.read_json(self.out / "result.json")
         model = manifest.verify(self.out / "model")
         weights = "model.safetensors"
@@ -416,7 +416,7 @@ def _in_its_own_precision(recipe: Recipe, out: Path) -> Recipe:
     try:
         begun = loading.read_json(out / "config.json")["recipe"]
         own = begun["matmul_precision"]
-    except (OSError, ValueError, LookupError, TypeError):  # what is wrong there is found later
+    except (UserError, IntegrityError, LookupError, TypeError):  # what is wrong is found later
         return recipe
     if recipe.matmul_precision != "auto" or own not in MATMUL_PRECISIONS:
         return recipe

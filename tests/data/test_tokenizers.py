@@ -246,6 +246,26 @@ def test_an_unknown_tokenizer_is_one_line_with_the_choices(spec):
     assert "bpe:" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("model_max_length", []),
+        ("model_max_length", "long"),
+        ("padding_side", "up"),
+        ("truncation_side", 3),
+        ("model_input_names", 3),
+        ("eos_token", 3),
+        ("extra_special_tokens", 5),
+    ],
+)
+def test_a_folder_whose_tokenizer_has_senseless_settings_is_refused(setting, value, tmp_path):
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    with pytest.raises(UserError, match="no usable tokenizer in the folder"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_bpe_without_text_is_refused():
     with pytest.raises(UserError, match="trained on your text"):
         load_tokenizer("bpe:300")

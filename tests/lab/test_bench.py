@@ -164,6 +164,35 @@ def test_peers_are_equally_large():
             assert abs(models.count_inner(peer) / size - 1) <= near, name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", models.PEERS)
+def test_each_peer_has_a_past_of_the_bytes_it_tells_or_says_why_not(name):
+    """No kind of model is known by name outside its record."""
+    config = models.shape(3, quick=True)
+    torch.manual_seed(0)
+    peer = models.build(config, (name,), torch.float32)[name]
+    token = models.draw_ids(config, 1, 1)
+    logits, _ = models.next_token(peer, token)
+    assert logits.shape == (1, 1, config.vocab_size)
+    if models.PEERS[name].past is None:
+        with pytest.raises(UserError, match="cannot be set to a context"):
+            models.remember(peer, 1000)
+        return
+    few, many = (models.remember(peer, context) for context in (200, 1000))
+    assert many[1] == few[1] * (5 if name == "Llama" else 1)
+    after, _ = models.next_token(peer, token, many[0])
+    assert bool(after.isfinite().all())
+    assert not torch.equal(after, logits)
+
+
+def test_a_model_without_a_record_is_refused():
+    class Other:
+        config = object()
+
+    with pytest.raises(UserError, match="no record of Other"):
+        models.next_token(Other(), torch.zeros(1, 1, dtype=torch.int64))
+
+
 def _group(rows, **more):
     return {"threads": 1, "dtype": "float32", "quick": False, "rows": rows, **more}
 

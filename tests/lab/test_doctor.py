@@ -13,10 +13,11 @@ from torch import Tensor
 
 from spectral_window.commands import doctor as command
 from spectral_window.data.tokenizers import load_tokenizer
-from spectral_window.errors import IntegrityError, UserError
+from spectral_window.errors import FaultFound, IntegrityError, UserError
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.lab import doctor
-from spectral_window.lab.doctor import FaultFound, Finding, examine
+from spectral_window.lab.analyze import with_branch
+from spectral_window.lab.doctor import Finding, examine
 from spectral_window.nn import mixers
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS, Kernel
@@ -40,7 +41,7 @@ def model(**fields: Any) -> SWHForCausalLM:
         "bos_token_id": 256,
     }
     made = SWHForCausalLM(SWHConfig(**{**shape, **fields})).eval()
-    for mixer in doctor._spectral(made):
+    for mixer in with_branch(made, "spectral"):
         if isinstance(found := mixer.kernel(), Modes) and found.gain is None:
             # the paper's first decays forget too soon for some contexts asked for here
             mixer.kernel.decay.data[::8] = 5e-3
@@ -57,7 +58,7 @@ def the(patient: SWHForCausalLM, check: str, context: int = CONTEXT) -> Finding:
 
 
 def decays(patient: SWHForCausalLM) -> list[Tensor]:
-    return [mixer.kernel.decay.data for mixer in doctor._spectral(patient)]
+    return [mixer.kernel.decay.data for mixer in with_branch(patient, "spectral")]
 
 
 # --------------------------------------------------------------------------------- the healthy ones
@@ -264,7 +265,7 @@ def test_channels_that_never_forget_are_found() -> None:
 
 def test_slow_channels_that_drown_all_others_are_found() -> None:
     patient = model(hidden_size=128)
-    for mixer in doctor._spectral(patient):
+    for mixer in with_branch(patient, "spectral"):
         mixer.kernel.decay.data.fill_(2.0)
         mixer.kernel.decay.data[:8] = mixer.kernel.frequency.data[:8] = 0.0
     found = the(patient, "accumulators", context=1024)

@@ -19,6 +19,7 @@ import pytest
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.lab import facts, figures, report
 from spectral_window.lab.runs import read, read_all
+from spectral_window.nn.mixers import MIXERS, Mixer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 VOID = {
@@ -362,3 +363,38 @@ def test_a_browser_shows_it_without_overflow_or_errors_and_sorts(
     assert seen["over"] == 0
     assert len(seen["losses"]) == 8
     assert seen["losses"] == sorted(seen["losses"])
+
+
+def test_a_mixer_says_how_its_models_are_called(tmp_path, monkeypatch):
+    class Toy(Mixer):
+        label = "A toy"
+
+    class Nameless(Mixer):
+        pass
+
+    monkeypatch.setitem(MIXERS, "toy", Toy)
+    monkeypatch.setitem(MIXERS, "nameless", Nameless)
+    called = {"spectral_window": "SWH", "attention": "Transformer", "memory": "SWH with memory"}
+    called |= {"toy": "A toy", "nameless": "run", "unknown": "run", "": "run"}
+    for mixer, label in called.items():
+        folder = tmp_path / f"of {mixer}" / "run"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"model": {"mixer": mixer}}))
+        assert read(folder).label == label
+
+
+@pytest.mark.parametrize("lost", ["prompt", "text", "settings"])
+def test_what_a_sample_lacks_is_empty(lost, tmp_path):
+    folder = make_run(tmp_path / "run")
+    sample = {"prompt": "Once", "text": " upon a time", "settings": "seed 0"}
+    del sample[lost]
+    (folder / "samples.json").write_text(json.dumps([sample, "no sample"]))
+    page = report.write([folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    for kept in sample.values():
+        assert kept in page
+
+
+def test_half_a_surrogate_pair_in_a_runs_files_is_shown_and_no_bug(tmp_path):
+    folder = make_run(tmp_path / "run", environment={"cpu": "half \udc80"})
+    page = report.write([folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert r"half \udc80" in page

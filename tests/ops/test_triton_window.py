@@ -74,8 +74,8 @@ def test_a_gpu_takes_the_kernels_and_says_why():
 
 def test_the_dry_run_walks_every_part_of_the_bench():
     run = (
-        "import sys; from spectral_window.lab.bench import gpu_window;"
-        "sys.argv[1:] = ['--device', 'cpu', '--quick']; gpu_window.main()"
+        "import sys; from spectral_window.lab.bench import tune_window;"
+        "sys.argv[1:] = ['--device', 'cpu', '--quick']; tune_window.main()"
     )
     rows = [json.loads(line) for line in in_interpreter("-c", run).splitlines()]
     excused = ("left out", "failed: NotImplementedError: FlexAttention does not support backward")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from spectral_window import files
-from spectral_window.errors import UserError
+from spectral_window.errors import SpectralWindowError
 from spectral_window.training import checkpoints, train
 from spectral_window.training.recipes import Recipe
 from tests.processes import THREADS
@@ -40,7 +40,7 @@ def train_child(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     try:
         train(Recipe.from_dict(recipe), out, corpus=corpus, resume="auto")
-    except UserError as error:
+    except SpectralWindowError as error:
         if report is not None:
             report.put(str(error))
         sys.exit(error.exit_code)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from spectral_window.commands.failures import explain
 from spectral_window.data.blocks import ShuffledBlocks
+from spectral_window.data.formats import UnreadableFile
 from spectral_window.data.text import open_corpus
-from spectral_window.errors import UserError
+from spectral_window.errors import IntegrityError, ResourceError, SpectralWindowError, UserError
 from spectral_window.training import checkpoints, train
 from spectral_window.training.loop import accumulation
 from spectral_window.training.parallel import World
@@ -92,3 +97,37 @@ def test_half_of_torchruns_environment_is_refused(monkeypatch, recipe, tmp_path)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match=r"MASTER_ADDR is not set.*torchrun"):
         train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (UserError("said"), UserError, 2),
+        (UnreadableFile("said"), UnreadableFile, 2),
+        (IntegrityError("said"), IntegrityError, 3),
+        (ResourceError("said"), ResourceError, 5),
+        (OSError(errno.ENOSPC, "No space left on device"), ResourceError, 5),
+        (MemoryError("said"), ResourceError, 5),
+        (ValueError("said"), SpectralWindowError, 1),
+        (KeyError("said"), SpectralWindowError, 1),
+    ],
+)
+def test_what_fails_in_the_first_process_fails_alike_in_the_others(error, kind, code, monkeypatch):
+    def fail():
+        raise error
+
+    box = []
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects, src: box.append([*objects]))
+    with pytest.raises(type(error)):
+        World(0, 2).first(fail)
+    sent = pickle.loads(pickle.dumps(box[0]))
+
+    def receive(objects, src):
+        objects[:] = sent
+
+    monkeypatch.setattr(dist, "broadcast_object_list", receive)
+    with pytest.raises(kind) as caught:
+        World(1, 2).first(fail)
+    assert type(caught.value) is kind
+    assert caught.value.exit_code == code
+    assert explain(error)[1] == code

@@ -38,6 +38,7 @@ from spectral_window.training.machine import environment
 
 # part -> its share of the time; the function of that name below gives its rows
 PARTS = {"ceilings": 0.08, "spectral": 0.34, "window": 0.34, "train": 0.24}
+PLAIN = "SWH, plain methods"
 GRACE = 60.0  # seconds beyond its share in which a part starts and ends, before it is killed
 
 
@@ -146,15 +147,11 @@ def train(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
         flops: dict[str, int] = {}
         ids = torch.randint(config.vocab_size, (batch, length), device=device)
         for name, mixer in (
-            ("SWH", "spectral_window"),
-            ("SWH, plain methods", "spectral_window"),
-            ("Transformer", "attention"),
-            ("SWH with memory", "memory"),
+            *((known.label or mixer, mixer) for mixer, known in MIXERS.items()),
+            (PLAIN, config.mixer),
         ):
-            if mixer not in MIXERS:
-                continue
             model = _model(config, mixer, device)
-            if name == "SWH, plain methods":
+            if name == PLAIN:
                 set_methods(model, spectral="chunked", window="chunked")
             lineup[name] = _step(model, ids)
             flops[name] = 3 * model.flops_per_token(length)
@@ -183,10 +180,7 @@ def _model(config: SWHConfig, mixer: str, device: torch.device) -> SWHForCausalL
     if mixer != config.mixer:
         with torch.device("meta"):
             size = SWHForCausalLM(config).count_parameters()
-        fields = config.to_diff_dict() | {"mixer": mixer}
-        fields.pop("model_type", None)
-        fields.pop("transformers_version", None)
-        config = match_parameters(SWHConfig(**fields), size)
+        config = match_parameters(SWHConfig.from_dict(config.to_dict() | {"mixer": mixer}), size)
     model = SWHForCausalLM(config).train()
     return nn.Module.to(model, device)
 

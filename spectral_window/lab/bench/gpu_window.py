@@ -3,18 +3,16 @@
     check()   against float64, long rows, more than 2^31 elements, repeats bit by bit, no waiting
     bench()   beside full causal attention (flash), FlexAttention with the same mask, plain chunks
               and a copy of the bytes that must move
-    tune()    the same kernels with other tiles (tune_window.py)
 
 Each part gives rows that JSON takes; one that fails says why, and the others go on. With
 `quick` all of it runs at toy sizes on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
+`tune_window` tries other tiles, and is the program that runs all three parts alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -340,22 +338,3 @@ def _flex(
     if off > 0.03:
         raise UserError(f"wrong: relative difference {off:.1e} from ours")
     return operator
-
-
-def main() -> None:
-    """Print each part's rows as they come, one JSON a line."""
-    from spectral_window.lab.bench.tune_window import tune
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="toy sizes")
-    parser.add_argument("--parts", default="check,bench,tune")
-    given = parser.parse_args()
-    parts: dict[str, Callable[..., Iterable[Row]]] = {"check": check, "bench": bench, "tune": tune}
-    for part in given.parts.split(","):
-        for row in parts[part](given.device, given.quick):
-            print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()

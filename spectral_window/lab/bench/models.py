@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM
@@ -64,18 +64,11 @@ def shape(layers: int, quick: bool = False) -> SWHConfig:
 
 
 def build(config: SWHConfig, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Any]:
-    """The named models, "SWH" or a peer, equally large, in evaluation mode."""
+    """The named models, equally large, in evaluation mode."""
     torch.manual_seed(0)
     with torch.device("meta"):
         size = count_inner(SWHForCausalLM(config))
-    return {
-        name: build_peer(name, config, size, dtype) if name in PEERS else _ours(config, dtype)
-        for name in names
-    }
-
-
-def _ours(config: SWHConfig, dtype: torch.dtype) -> Any:
-    return nn.Module.to(SWHForCausalLM(config), dtype).eval()
+    return {name: build_peer(name, config, size, dtype) for name in names}
 
 
 def draw_ids(config: SWHConfig, batch: int, time: int) -> Tensor:
@@ -97,7 +90,7 @@ def bench_prefill(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
         if layers not in held:
             held.clear()  # before the next is built: two sets of models are a lot of memory
             gc.collect()
-            held[layers] = build(config, ("SWH", *PEERS), dtype)
+            held[layers] = build(config, tuple(PEERS), dtype)
             race.out |= check(held[layers]["SWH"], dtype)
         models = held[layers]
         ids = draw_ids(config, 1, time)

@@ -1,8 +1,15 @@
-"""The window's GPU kernels with other tiles than theirs: which are fastest on this card?"""
+"""The window's GPU kernels with other tiles than theirs: which are fastest on this card?
+
+    python -m spectral_window.lab.bench.tune_window --parts check,bench,tune
+
+runs the parts of `gpu_window` and this one, without a limit of time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import json
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -11,6 +18,8 @@ from torch import Tensor
 
 from spectral_window.lab.bench.gpu_window import (
     THETA,
+    bench,
+    check,
     draw,
     gradients,
     measured,
@@ -72,3 +81,20 @@ def _one_kernel(device: str, kernel: str, qkv: list[Tensor], grad: Tensor, windo
     run()
     times = [1000 * clock(run, device, 5) for _ in range(2 if device == "cpu" else 9)]
     return spread("milliseconds", times)
+
+
+def main() -> None:
+    """Print each part's rows as they come, one JSON a line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    parser.add_argument("--parts", default="check,bench,tune")
+    given = parser.parse_args()
+    parts: dict[str, Callable[..., Iterable[Row]]] = {"check": check, "bench": bench, "tune": tune}
+    for part in given.parts.split(","):
+        for row in parts[part](given.device, given.quick):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

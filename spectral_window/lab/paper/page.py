@@ -110,7 +110,9 @@ def write(folder: Path, out_html: Path) -> Path:
     judged = reading.claims()
     out_html.parent.mkdir(parents=True, exist_ok=True)
     table = claims.markdown([replace(claim, verdict=verdict) for claim, verdict in judged])
-    (out_html.parent / "claims.md").write_text(table + "\n", encoding="utf-8")
+    (out_html.parent / "claims.md").write_text(
+        table + "\n", encoding="utf-8", errors="backslashreplace"
+    )
     sections = _sections(reading)
     _sheets(reading, sections, out_html.parent)
     counts = Counter(verdict for _, verdict in judged)

@@ -59,12 +59,12 @@ def _race(job: Job) -> Iterator[Row]:
     race = Race(seconds=0.05 if job["quick"] else 2.0, always=tuple(CONTESTANTS))
     models: dict[str, Model] = {}
     for length, layers in job["lengths"]:
-        if not models or layers != config_of(models["swh"]).num_hidden_layers:
+        if not models or layers != models["swh"].config.num_hidden_layers:
             models.clear()  # before the next are built
             gc.collect()
             models |= {name: build(job, name, layers) for name in CONTESTANTS}
             wrong = {name: why for name, model in models.items() if (why := check(model))}
-        config = config_of(models["swh"])
+        config = models["swh"].config
         race.out = dict(wrong)
         if job["form"] == "published" and (why := too_large(config, length)):
             race.out["transformer"] = why
@@ -82,7 +82,7 @@ def _count(job: Job) -> Iterator[Row]:
         model: Model | None = None
         for length, layers in job["passes"][contestant]:
             model = model or build(job, contestant, layers)  # as many layers at every length
-            hidden_states(model, draw_ids(config_of(model), 1, length))
+            hidden_states(model, draw_ids(model.config, 1, length))
             about = {"form": job["form"], "contestant": contestant, "length": length}
             yield about | {"peak_bytes": peak_memory("cpu"), "peak_status": "ok"}
 
@@ -92,7 +92,7 @@ def _peak(job: Job) -> Iterator[Row]:
     model = build(job, job["contestant"], job["layers"])
 
     def prepare(length: int) -> Callable[[], Tensor]:
-        return partial(hidden_states, model, draw_ids(config_of(model), 1, length))
+        return partial(hidden_states, model, draw_ids(model.config, 1, length))
 
     for length in job["lengths"]:
         about = {"form": job["form"], "contestant": job["contestant"], "length": length}
@@ -119,22 +119,16 @@ def build(job: Job, contestant: str, layers: int) -> Model:
     return Published(model) if job["form"] == "published" else model
 
 
-def config_of(model: Model) -> SWHConfig:
-    return (model.model if isinstance(model, Published) else model).config
-
-
 @torch.no_grad()
 def hidden_states(model: Model, ids: Tensor) -> Tensor:
     """Token ids [B, T] -> [B, T, D]."""
-    if isinstance(model, Published):
-        return model(ids)
     return model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def check(model: Model) -> str | None:
     """Why `model` gets no time: its hidden states are not those of the same weights in float64 by
     the reference methods. None if they are."""
-    ids = draw_ids(config_of(model), 2, 3 * config_of(model).window + 4)
+    ids = draw_ids(model.config, 2, 3 * model.config.window + 4)
 
     def error() -> float:
         exact: Any = in_float64(cast(Any, model.model if isinstance(model, Published) else model))

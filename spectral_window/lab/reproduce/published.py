@@ -13,7 +13,7 @@ method `fft` would not do, because it also returns a state, which the published 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,18 @@ from torch import Tensor, nn
 
 from spectral_window.hf.model import SWHLayer, SWHModel
 from spectral_window.lab.bench.operators import naive_chunks, paper_fft, turn
-from spectral_window.nn.kernels import DampedOscillator
 from spectral_window.nn.layers import RMSNorm, SwiGLU
-from spectral_window.nn.mixers import AttentionMixer, Mixer, SpectralWindowMixer
+
+
+class Output(NamedTuple):
+    """What `Published` returns, as transformers' models name it."""
+
+    last_hidden_state: Tensor  # [B, T, D]
 
 
 class Published(nn.Module):
     """Token ids [B, T] -> hidden states [B, T, D], with the weights of `model` (shared, not copied)
-    as the paper computes them.
+    as the paper computes them: called as `model` itself, without a cache.
 
     model:       the paper's layer, or the Transformer; SwiGLU, RoPE's theta 10,000.
     evaluations: how often a block evaluates its mixer; the paper's code does it twice.
@@ -37,33 +41,45 @@ class Published(nn.Module):
     def __init__(self, model: SWHModel, evaluations: int = 2):
         super().__init__()
         self.model = model
+        self.config = model.config
         self.evaluations = evaluations
+        self.mix = MIX[self.config.mixer]
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.model.embed_tokens(ids)
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Output:
+        x = self.model.embed_tokens(input_ids)
         for module in self.model.layers:
             layer = cast(SWHLayer, module)
             normed = normalise(x, layer.mixer_norm)
             for _ in range(self.evaluations):
-                mixed = mix(layer.mixer, normed)
+                mixed = self.mix(layer.mixer, normed)
             x = x + mixed
             x = x + feed_forward(normalise(x, layer.mlp_norm), cast(SwiGLU, layer.mlp))
-        return normalise(x, self.model.norm)
+        return Output(normalise(x, self.model.norm))
 
 
-def mix(mixer: Mixer, x: Tensor) -> Tensor:
-    """One evaluation of a block's mixer: x [B, T, D] -> [B, T, D]."""
-    assert isinstance(mixer, (AttentionMixer, SpectralWindowMixer))
+def transformer(mixer: Any, x: Tensor) -> Tensor:
+    """The Transformer's mixer: x [B, T, D] -> [B, T, D]."""
+    return mixer.out_proj(attention(*_projected(mixer, x)).flatten(-2))
+
+
+def spectral_window(mixer: Any, x: Tensor) -> Tensor:
+    """The paper's mixer: x [B, T, D] -> [B, T, D]."""
+    attended = naive_chunks(*_projected(mixer, x), window=mixer.window)
+    local, kernel = mixer.local_proj(attended.flatten(-2)), mixer.kernel
+    spectral = paper_fft(mixer.conv_proj(x), kernel.decay.abs(), kernel.frequency)
+    return mixer.out_proj(normalise(spectral, mixer.fusion.norm) + local)
+
+
+MIX = {"attention": transformer, "spectral_window": spectral_window}  # by the config's mixer
+
+
+def _projected(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, T, H, K]."""
     q, k, v = (
         proj(x).unflatten(-1, (mixer.num_heads, mixer.head_dim))
         for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
-    if isinstance(mixer, AttentionMixer):
-        return mixer.out_proj(attention(q, k, v).flatten(-2))
-    local = mixer.local_proj(naive_chunks(q, k, v, window=mixer.window).flatten(-2))
-    kernel = cast(DampedOscillator, mixer.kernel)
-    spectral = paper_fft(mixer.conv_proj(x), kernel.decay.abs(), kernel.frequency)
-    return mixer.out_proj(normalise(spectral, cast(RMSNorm, mixer.fusion.norm)) + local)
+    return q, k, v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
