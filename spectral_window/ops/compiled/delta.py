@@ -121,7 +121,8 @@ def _forward(q, k, v, beta, decay, state, positions, known, keep):
     call = _call(q, k, v, beta, decay, positions, known)
     out = empty(v.shape, v.dtype) if positions is None else v.new_zeros(v.shape)
     panels = _panels(state)
-    kept = empty(_kept_shape(q, v, keep), torch.float32)
+    shape = _kept_shape(q, v, keep)  # documents may need fewer
+    kept = empty(shape, torch.float32) if positions is None else state.new_zeros(shape)
     width, (count, firsts) = _width(call), _segments(call, SYSTEM)
     systems = _scratch(call.heads * count, SYSTEM)
     parts = call.heads * delta_forward.column_blocks(v.shape[3], width)
@@ -234,10 +235,9 @@ def _differentiate_again(tensors, positions, known, grad, grad_state):
         q, k, v, beta, decay, state = tensors
         inputs = [q, k, v, beta[..., None], *([] if decay is None else [decay[..., None]])]
         out, final = chunked(inputs, state.double(), positions, known)
-        outputs = out.to(v.dtype), final.to(state.dtype)
-        found = torch.autograd.grad(
-            outputs, asked, (grad, grad_state), create_graph=True, allow_unused=True
-        )
+        given = (out.to(v.dtype), grad), (final.to(state.dtype), grad_state)
+        outputs, gradients = zip(*((y, g) for y, g in given if y.requires_grad), strict=True)
+        found = torch.autograd.grad(outputs, asked, gradients, create_graph=True, allow_unused=True)
     by_id = {id(x): d for x, d in zip(asked, found, strict=True)}
     return [None if x is None else by_id.get(id(x)) for x in tensors]
 
