@@ -11,15 +11,25 @@ import importlib
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.ops import Modes, WindowState, compiled, spectral_conv, window_attention
+from spectral_window.ops import (
+    Modes,
+    WindowState,
+    compiled,
+    delta_memory,
+    spectral_conv,
+    window_attention,
+)
 from spectral_window.ops.compiled.threads import KERNELS, Kernel
 from spectral_window.ops.linear import linear_maps
 from spectral_window.ops.pointwise import rms_norm, swiglu
+from tests.ops.compiled_delta import compiled_memory
 
 REFUSED = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError)
 
@@ -112,6 +122,12 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
             x, (a, b), (bias, None), method="matmul" if method == "reference" else method
         )
 
+    def remember(q, k, v, beta, decay, state, positions, method=None):
+        memory = partial(delta_memory, method=method) if method else compiled_memory
+        if not method and state is not None and q.shape[1] == 1:
+            memory = partial(compiled_memory, method="step")
+        return memory(q, k, v, beta, decay=decay, state=state, positions=positions)
+
     found: dict[str, Any] = {
         "norm": (norm, [torch.randn(3, 2, 8), torch.rand(8)], slow),
         "gate": (gate, [torch.randn(3, 2, 8), torch.randn(3, 2, 8)], slow),
@@ -127,6 +143,12 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
         ring = [torch.randn(3, 6, 2, 4) for _ in range(2)]
         ring = [torch.where((begin > 0)[:, None, None, None], x, 0.0) for x in ring]
         found[f"window {time}"] = attend, [*qkv, *ring, begin, at], slow
+    for time in (1, 66):
+        qkv = [F.normalize(torch.randn(3, time, 2, 4), dim=-1) for _ in range(3)]
+        gates = [torch.rand(3, time, 2) for _ in range(2)]
+        at = torch.tensor([4, 7, 0])[:, None] + torch.arange(time)
+        tensors = [*qkv, *gates, torch.randn(3, 2, 4, 4), at]
+        found[f"memory {time}"] = remember, tensors, {"method": "chunked"}
     return found
 
 
@@ -231,6 +253,8 @@ def recorded_calls() -> dict[str, tuple[int, tuple[Any, ...]]]:
                 if inputs[0].dim() == 3 and len(inputs) == 6:  # modes and state keep their dtypes
                     changed = [changed[0], *inputs[1:]]
                     changed[0] = changed[0].requires_grad_()
+                if operator.__name__ == "remember":  # so does its state
+                    changed[5] = inputs[5]
                 answer(operator, changed)
     finally:
         Kernel.__call__ = plain  # type: ignore[method-assign]

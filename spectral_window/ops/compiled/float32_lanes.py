@@ -298,13 +298,14 @@ def _multiply(x, y):
 # ---------------------------------------------------------------- the product
 
 
-def product(rows: int, columns: int, *, fresh: bool = False) -> Any:
+def product(rows: int, columns: int, *, fresh: bool = False, apart: bool = False) -> Any:
     """A tile of a matrix product, as a function for kernels: for i < rows, j < 16 columns
 
         c[i, j] += sum over k < count of a[i, k] b[k, j]
 
     or = in place of += if `fresh`. Called with (c, c_row, a, a_row, a_step, b, b_step, count):
-    addresses, and the bytes from one row, or one k, to the next. The sum runs in the order of k.
+    addresses, and the bytes from one row, or one k, to the next. The sum runs in the order of k;
+    from c on, or, if `apart`, from 0, and joins c at its end: a large c is then rounded only once.
     """
 
     def emit(
@@ -325,8 +326,9 @@ def product(rows: int, columns: int, *, fresh: bool = False) -> Any:
             (i, j): cgutils.alloca_once(b, _FLOATS) for i in range(rows) for j in range(columns)
         }
         for (i, j), place in sums.items():
-            begin = _read(b, _place(b, row(out, out_row, i), j * BYTES)) if not fresh else None
-            b.store(begin or ir.Constant(_FLOATS, [0.0] * LANES), place)
+            zero = ir.Constant(_FLOATS, [0.0] * LANES)
+            target = _place(b, row(out, out_row, i), j * BYTES)
+            b.store(zero if fresh or apart else _read(b, target), place)
         with cgutils.for_range(b, count) as loop:
             along, down = b.mul(loop.index, left_step), b.mul(loop.index, right_step)
             line = [_read(b, _place(b, b.add(right, down), j * BYTES)) for j in range(columns)]
@@ -337,7 +339,8 @@ def product(rows: int, columns: int, *, fresh: bool = False) -> Any:
                     place = sums[i, j]
                     b.store(_fused(b, number, line[j], b.load(place)), place)
         for (i, j), place in sums.items():
-            _write(b, b.load(place), _place(b, row(out, out_row, i), j * BYTES))
+            target, found = _place(b, row(out, out_row, i), j * BYTES), b.load(place)
+            _write(b, b.fadd(_read(b, target), found) if apart else found, target)
 
     @intrinsic
     def tile(

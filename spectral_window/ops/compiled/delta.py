@@ -1,0 +1,245 @@
+"""The delta-rule memory in compiled code (numba), for float32 and bfloat16 on a CPU.
+
+A row is cut into chunks (`delta_chunks.plan`), and the chunks are taken in segments, which bounds
+the scratch memory. For each segment the systems of its chunks are found, then the states run
+through it (`delta_forward`).
+
+The forward pass keeps the state at the beginning of every chunk that goes on with a document: at
+most one for 64 tokens. The backward pass takes the segments from the last to the first
+(`delta_backward`). A second derivative goes through the chunked method, which is differentiable by
+itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_window.ops.chunked_delta import chunked
+from spectral_window.ops.compiled import delta_backward, delta_chunks, delta_forward
+from spectral_window.ops.compiled.addresses import dense
+from spectral_window.ops.compiled.delta_chunks import CHUNK, SYSTEM, Call
+from spectral_window.ops.compiled.float32_lanes import LANES
+from spectral_window.ops.compiled.pages import empty
+from spectral_window.ops.compiled.window_rows import padded
+from spectral_window.ops.dispatch import may_bypass
+from spectral_window.ops.documents import anywhere, find_documents
+
+_WIDEST, _NARROWEST = 8, 2  # vectors of a block of columns
+_SEGMENT = 16  # chunks, where the scratch memory allows
+_SCRATCH = 64 << 20  # bytes
+
+
+def _call(q, k, v, beta, decay, positions, known) -> Call:
+    """Checked and laid out for the kernels. Raises ValueError where positions do not count on."""
+    if positions is not None:
+        find_documents(positions, anywhere(positions) if known else None)
+        positions = dense(positions)
+    batch, time = q.shape[:2]
+    most = -(-time // CHUNK)
+    if positions is not None:
+        most += int((positions == 0).sum(1).max())
+    order = torch.empty(batch, time, dtype=torch.int64, device="cpu")
+    chunks = order.new_empty(batch, most, 3)
+    lengths = order.new_empty(batch)
+    delta_chunks.plan(batch, time, most, positions, order, chunks, lengths)
+    q, k, v, beta = (dense(x) for x in (q, k, v, beta.float()))
+    decay = None if decay is None else dense(decay.float())
+    return Call(q, k, v, beta, decay, order, chunks, lengths)
+
+
+def _segments(call: Call, numbers: int) -> tuple[int, list[int]]:
+    """(chunks of a segment, the first chunk of each), so that `numbers` float32 numbers a chunk and
+    head fit into the scratch memory."""
+    chunks = int(call.lengths.max())
+    size = max(1, min(_SEGMENT, chunks, _SCRATCH // (4 * call.heads * numbers)))
+    return size, list(range(0, chunks, size))
+
+
+def _width(call: Call) -> int:
+    """Vectors of a block of columns: narrower where threads would have nothing to do."""
+    width = min(_WIDEST, padded(call.v.shape[3]) // LANES)
+    while width > _NARROWEST:
+        if (
+            call.heads * delta_forward.column_blocks(call.v.shape[3], width)
+            >= 2 * torch.get_num_threads()
+        ):
+            break
+        width = -(-width // 2)
+    return width
+
+
+def _panels(state: Tensor) -> Tensor:
+    """A state [B, H, K, V] in panels [B, H, V / 16, K, 16], padded with zeros; new memory."""
+    *_, key_dim, value_dim = state.shape
+    more = (0, padded(value_dim) - value_dim, 0, padded(key_dim) - key_dim)
+    panels = F.pad(state.float(), more).unflatten(3, (-1, LANES)).transpose(2, 3)
+    return panels.clone(memory_format=torch.contiguous_format)
+
+
+def _matrix(panels: Tensor, state: Tensor) -> Tensor:
+    """The reverse: as `state` is shaped."""
+    key_dim, value_dim = state.shape[2:]
+    return panels.transpose(2, 3).flatten(3)[:, :, :key_dim, :value_dim].contiguous()
+
+
+def _kept_shape(q: Tensor, v: Tensor, keep: bool) -> tuple[int, ...]:
+    """Of the states that are kept: those of chunks that are not their document's first, none unless
+    `keep`."""
+    batch, time, heads, key_dim = q.shape
+    slots = (time - 1) // CHUNK if keep else 0
+    return batch, slots, heads, padded(v.shape[3]) // LANES, padded(key_dim), LANES
+
+
+def _scratch(chunks: int, numbers: int) -> Tensor:
+    return torch.empty(chunks * numbers, dtype=torch.float32, device="cpu")
+
+
+def memory(
+    inputs: Sequence[Tensor], state: Tensor, positions: Tensor | None, known: bool
+) -> tuple[Tensor, Tensor]:
+    """`delta_memory` for checked inputs that are not empty, on a CPU.
+
+    inputs: q, k [B, T, H, K], v [B, T, H, V] float32 or bfloat16, beta [B, T, H, 1] and, where
+            there is one, decay [B, T, H, 1]; state [B, H, K, V], positions [B, T] int64 or None.
+    known:  the state is a caller's, so a row's first document may begin at any position.
+
+    Returns out [B, T, H, V] in v's dtype and the final state [B, H, K, V] float32.
+    """
+    q, k, v, beta, *decay = inputs
+    call = (q, k, v, beta.squeeze(-1), decay[0].squeeze(-1) if decay else None, state.float())
+    if may_bypass(*call):
+        return _forward(*call, positions, known, False)[:2]
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call)
+    return delta_rule(*call, positions, known, learns)[:2]
+
+
+def _forward(q, k, v, beta, decay, state, positions, known, keep):
+    call = _call(q, k, v, beta, decay, positions, known)
+    out = empty(v.shape, v.dtype) if positions is None else v.new_zeros(v.shape)
+    panels = _panels(state)
+    shape = _kept_shape(q, v, keep)  # documents may need fewer
+    kept = empty(shape, torch.float32) if positions is None else state.new_zeros(shape)
+    width, (count, firsts) = _width(call), _segments(call, SYSTEM)
+    systems = _scratch(call.heads * count, SYSTEM)
+    parts = call.heads * delta_forward.column_blocks(v.shape[3], width)
+    for first in firsts:
+        delta_chunks.find_systems(call.heads * count, call, first, count, systems)
+        segment = call, first, count, systems, width, panels, kept if keep else None, out
+        delta_forward.advance(parts, *segment)
+    return out, _matrix(panels, state), kept
+
+
+@torch.library.custom_op("spectral_window::delta_rule", mutates_args=(), device_types="cpu")
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    positions: Tensor | None,
+    known: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `memory`; beta and decay [B, T, H], state float32.
+
+    Returns (out, final state, the states at the beginning of chunks in panels
+    [B, chunks, H, V / 16, K, 16], without chunks unless `keep`).
+    """
+    return _forward(q, k, v, beta, decay, state, positions, known, keep)
+
+
+@delta_rule.register_fake
+def _(q, k, v, beta, decay, state, positions, known, keep):
+    return (
+        v.new_empty(v.shape),
+        state.new_empty(state.shape),
+        state.new_empty(_kept_shape(q, v, keep)),
+    )
+
+
+@torch.library.custom_op(
+    "spectral_window::delta_rule_backward", mutates_args=(), device_types="cpu"
+)
+def delta_rule_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    positions: Tensor | None,
+    known: bool,
+    kept: Tensor,
+    grad: Tensor,
+    grad_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, beta, decay (empty where there is none) and state, given those of
+    the output and of the final state."""
+    call = _call(q, k, v, beta, decay, positions, known)
+    fresh = torch.empty if positions is None else torch.zeros  # padding is not written
+    dq, dk, dv = (fresh(x.shape, dtype=x.dtype, device="cpu") for x in (q, k, v))
+    d_beta = fresh(beta.shape, dtype=torch.float32, device="cpu")
+    d_decay = None if decay is None else torch.zeros_like(d_beta)
+    before, d_state = _panels(state), _panels(grad_state)
+    values = CHUNK * padded(v.shape[3])
+    count, firsts = _segments(call, SYSTEM + call.state + 2 * values)
+    chunks, width = call.heads * count, _width(call)
+    systems = _scratch(chunks, SYSTEM)
+    scratch = _scratch(chunks, call.state), _scratch(chunks, values), _scratch(chunks, values)
+    gradients = dv, dq, dk, d_beta, d_decay, d_state
+    parts = call.heads * delta_forward.column_blocks(v.shape[3], width)
+    given, states = dense(grad), dense(kept)
+    for first in reversed(firsts):
+        delta_chunks.find_systems(chunks, call, first, count, systems)
+        segment = call, first, count, systems, width, before, states, given, gradients, scratch
+        delta_backward.retreat(parts, *segment)
+        delta_backward.collect(chunks, *segment)
+    if decay is None or d_decay is None:
+        d_decay = q.new_empty(0)
+    else:
+        d_decay = d_decay.to(decay.dtype)
+    return dq, dk, dv, d_beta.to(beta.dtype), d_decay, _matrix(d_state, state)
+
+
+@delta_rule_backward.register_fake
+def _(q, k, v, beta, decay, state, positions, known, kept, grad, grad_state):
+    like = [x.new_empty(x.shape) for x in (q, k, v, beta)]
+    d_decay = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
+    return *like, d_decay, state.new_empty(state.shape)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.known, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _differentiate(ctx, grad, grad_state, _):
+    *tensors, positions, kept = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return *_differentiate_again(tensors, positions, ctx.known, grad, grad_state), *[None] * 3
+    *found, d_decay, d_state = delta_rule_backward(
+        *tensors, positions, ctx.known, kept, grad, grad_state
+    )
+    return *found, None if tensors[4] is None else d_decay, d_state, *[None] * 3
+
+
+def _differentiate_again(tensors, positions, known, grad, grad_state):
+    """The same gradients by operations that can be differentiated themselves."""
+    asked = [x for x in tensors if x is not None and x.requires_grad]
+    with torch.enable_grad():
+        q, k, v, beta, decay, state = tensors
+        inputs = [q, k, v, beta[..., None], *([] if decay is None else [decay[..., None]])]
+        out, final = chunked(inputs, state.double(), positions, known)
+        given = (out.to(v.dtype), grad), (final.to(state.dtype), grad_state)
+        outputs, gradients = zip(*((y, g) for y, g in given if y.requires_grad), strict=True)
+        found = torch.autograd.grad(outputs, asked, gradients, create_graph=True, allow_unused=True)
+    by_id = {id(x): d for x, d in zip(asked, found, strict=True)}
+    return [None if x is None else by_id.get(id(x)) for x in tensors]
+
+
+delta_rule.register_autograd(_differentiate, setup_context=_save)
