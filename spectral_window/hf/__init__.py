@@ -139,10 +139,11 @@ class _Completion(MetaPathFinder):
 
 
 def _complete(actions: dict[str, Callable[[ModuleType], None]]) -> None:
-    for name in [name for name in actions if name in sys.modules]:
-        actions.pop(name)(sys.modules[name])
-    if actions:
-        sys.meta_path.insert(0, _Completion(actions))
+    waiting = {name: action for name, action in actions.items() if name not in sys.modules}
+    if waiting:
+        sys.meta_path.insert(0, _Completion(waiting))
+    for name in actions.keys() - waiting.keys():
+        actions[name](sys.modules[name])  # which may import what waits
 
 
 _complete(

@@ -29,6 +29,7 @@ from spectral_window.errors import UserError
 from spectral_window.nn.kernels import Kernel, _begin_at, _parameter
 from spectral_window.nn.mixers import SpectralWindowMixer, register
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
+from spectral_window.ops.dispatch import resolve
 from spectral_window.ops.spectral import spectral_conv
 from spectral_window.ops.taps import Taps
 from spectral_window.ops.window import WindowState
@@ -156,3 +157,7 @@ class MemoryMixer(SpectralWindowMixer):
         multiply-adds an entry of S: read at the key, write, read at the query."""
         size = self.hidden_size // self.memory_heads
         return super().flops_per_token(context) + 6 * self.hidden_size * size
+
+    def explain(self, x: Tensor) -> list[tuple[str, str, str]]:
+        *paper, linear = super().explain(x)
+        return [*paper, ("delta", *resolve("delta", self.methods["delta"], x)), linear]

@@ -19,15 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_window.errors import UserError, unknown
+from spectral_window.errors import UserError
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
 from spectral_window.nn.layers import project
-from spectral_window.nn.options import Option, Part, Registry, chosen
+from spectral_window.nn.options import Option, Part, Registry, settings
 from spectral_window.ops.dispatch import readable, resolve
 from spectral_window.ops.documents import find_documents
 from spectral_window.ops.rotary import rotate
 from spectral_window.ops.spectral import spectral_conv
+from spectral_window.ops.taps import Taps
 from spectral_window.ops.window import WindowState, empty_state, window_attention
 
 BRANCHES = ("spectral", "window")
@@ -86,7 +87,7 @@ class Mixer(Part, nn.Module):
         **options: Any,
     ):
         super().__init__()
-        self.settings = self._settings(options)
+        self.settings = settings(self, options)
         self.check({"hidden_size": hidden_size, "num_attention_heads": num_heads} | self.settings)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -94,18 +95,6 @@ class Mixer(Part, nn.Module):
         self.eps = eps
         # a speed choice: see `set_methods`
         self.methods = {"spectral": "auto", "window": "auto", "delta": "auto"}
-
-    @classmethod
-    def _settings(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The options that count, by name: as given, or their defaults."""
-        counted = {option.name: option for option in chosen(cls.options, options)}
-        for name in options:
-            if name not in counted:
-                raise unknown(f"option of {cls.__name__}", name, counted)
-        values = {n: o.normal(options.get(n, o.default)) for n, o in counted.items()}
-        for name, option in counted.items():
-            option.check(values[name], "mixer")
-        return values
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
@@ -143,6 +132,10 @@ class Mixer(Part, nn.Module):
         """Floating-point operations of a forward pass a token (2 a multiply-add), averaged over
         `context` tokens."""
         raise NotImplementedError
+
+    def explain(self, x: Tensor) -> list[tuple[str, str, str]]:
+        """(operator, method, why) of each operator that a forward on x [B, T, D] calls."""
+        return []
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -290,6 +283,17 @@ class SpectralWindowMixer(Mixer):
             total += int(4 * self.hidden_size * seen)  # scores and weighted sum
         return total
 
+    def explain(self, x: Tensor) -> list[tuple[str, str, str]]:
+        found = []
+        if "spectral" in self.branches:
+            kernel, method = self.kernel(), self.methods["spectral"]
+            taps = kernel.weights.shape[1] if isinstance(kernel, Taps) else 0
+            op = "taps" if taps else "spectral"
+            found.append((op, *resolve(op, method, x, taps=taps)))
+        if "window" in self.branches:
+            found.append(("window", *resolve("window", self.methods["window"], x)))
+        return [*found, ("linear", *resolve("linear", "auto", x))]
+
 
 def _mean_window(context: int, window: int) -> float:
     """Mean number of keys a query sees in a document of `context` tokens: (t mod W) + 1, and W
@@ -414,6 +418,10 @@ class AttentionMixer(Mixer):
 
     def flops_per_token(self, context: int) -> int:
         return 2 * sum(p.numel() for p in self.parameters()) + 2 * self.hidden_size * (context + 1)
+
+    def explain(self, x: Tensor) -> list[tuple[str, str, str]]:
+        reason = "PyTorch's fused scaled_dot_product_attention, over every earlier key"
+        return [("attention", "sdpa", reason)]
 
 
 def set_methods(

@@ -293,6 +293,22 @@ def _of_parts(option: Option) -> Iterator[Option]:
             yield from part.options
 
 
+def settings(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that count for `part`, by name, with the values `given` or their defaults.
+
+    Raises UserError for any other and for a bad value.
+    """
+    name = type(part).__name__
+    counted = {option.name: option for option in chosen(part.options, given)}
+    for key in given:
+        if key not in counted:
+            raise unknown(f"option of {name}", key, counted)
+    values = {key: o.normal(given.get(key, o.default)) for key, o in counted.items()}
+    for key, option in counted.items():
+        option.check(values[key], name)
+    return values
+
+
 def recorded(options: Iterable[Option], values: Mapping[str, Any]) -> list[Option]:
     """The options that a file holds, of `options` and those they can lead to: `options`, those of
     the parts chosen, those older than this rule, and whatever is away from its default."""

@@ -183,10 +183,7 @@ def _model(config: SWHConfig, mixer: str, device: torch.device) -> SWHForCausalL
     if mixer != config.mixer:
         with torch.device("meta"):
             size = SWHForCausalLM(config).count_parameters()
-        fields = config.to_diff_dict() | {"mixer": mixer}
-        fields.pop("model_type", None)
-        fields.pop("transformers_version", None)
-        config = match_parameters(SWHConfig(**fields), size)
+        config = match_parameters(config.papers_layer(mixer), size)
     model = SWHForCausalLM(config).train()
     return nn.Module.to(model, device)
 
