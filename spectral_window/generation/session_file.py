@@ -31,13 +31,12 @@ def fingerprint(model: Any) -> str:
     """SHA-256 (hex) of the model's function: its architecture, and every weight's name, dtype,
     shape and bytes.
 
-    Models that differ in fields which decide no function share their sessions; and a part may be
-    given an option more, for one at its default leaves no trace unless it always did.
+    Models that differ in fields which decide no function share their sessions.
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_FUNCTION}
     for name, option in model.config.fields().items():
-        traced = option.always or getattr(model.config, name) != option.default
-        if option.decides not in ("state", "function") or not traced:
+        decides = option.decides in ("state", "function")
+        if not decides or not option.traced(getattr(model.config, name)):
             config.pop(name, None)
     return digest(config, model.state_dict())
 

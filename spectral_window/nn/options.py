@@ -107,6 +107,11 @@ class Option:
         if names and len(set(value)) != len(value):
             raise UserError(f"{self.name} is {value!r} ({where}): name each once")
 
+    def traced(self, value: Any) -> bool:
+        """Does a fingerprint hold `value`? Not the default, unless it always did: so a part may be
+        given one option more, and what was made before still fits."""
+        return self.always or self.normal(value) != self.default
+
     def normal(self, value: Any) -> Any:
         """`value` as it is held: a list of texts as a tuple, in the order of the choices."""
         if self.kind is not tuple or isinstance(value, str) or not isinstance(value, Iterable):

@@ -141,6 +141,12 @@ class Recipe:
         """Plain JSON values, the model's fields among them; `Recipe.from_dict` reads it back."""
         return _plain(self._flat())
 
+    def traces(self) -> dict[str, Any]:
+        """What names the run: `to_dict` without the defaults of options that parts were given
+        later than the first runs (see `Option.traced`)."""
+        fields = known(MODEL)
+        return {k: v for k, v in self.to_dict().items() if k not in fields or fields[k].traced(v)}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """Inverse of `to_dict`. Raises UserError on an unknown key."""
