@@ -69,6 +69,7 @@ def _register_models_with_the_first(config: ModuleType) -> None:
     config.when_made.append(_register_models)
 
 
+@functools.cache  # the first config is enough
 def _register_models() -> None:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

@@ -156,15 +156,17 @@ class SWHConfig(PreTrainedConfig):
         self.validate()
         self._settle()
         super().__post_init__(**kwargs)
-        while when_made:
-            when_made.pop()()
+        for hook in when_made:
+            hook()
 
     @classmethod
     def fields(cls) -> dict[str, Option]:
         """Every field of today's registered parts, by name: the core's, then the parts'."""
         return known(CORE)
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # options are keywords and attributes, and registered at any time
+
+        def __init__(self, **fields: Any) -> None: ...
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -314,7 +316,7 @@ CORE = tuple(
 _OPTIONS = {option.name: option for option in CORE}
 reserve(dir(SWHConfig), "an attribute of every config")
 reserve(GenerationConfig().to_dict(), "a setting of transformers' generate()")
-# Called once, when the first config is made.
+# Called whenever a config has been made.
 when_made: list[Callable[[], None]] = []
 
 
