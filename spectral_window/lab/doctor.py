@@ -277,7 +277,7 @@ def visibility(model: SWHForCausalLM, context: int) -> list[Finding]:
     found = []
     mixer = _mixer(model)
     config = model.config
-    full = not isinstance(mixer, SpectralWindowMixer)
+    full = not mixer.constant_state
     if full or "window" in getattr(mixer, "branches", ()):
         # two whole chunks and the beginnings of two more: every case of the mask
         time = 64 if full else 3 * config.window + 2

@@ -55,7 +55,8 @@ MODEL = tuple(
 class Recipe:
     """Every knob of a training run: sizes are counts, lengths are in tokens.
 
-    Keywords are flat, fields of the model among the others: `Recipe(name=..., window=64, lr=1e-3)`.
+    Keywords are flat, fields of the model among the others: `Recipe(name=..., window=64, lr=1e-3)`
+    (or together, as `model`).
     Raises UserError on a value outside its range, naming the field.
     """
 
@@ -105,7 +106,8 @@ class Recipe:
     save_every: int = 200
     keep_checkpoints: int = 2
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, *, model: Mapping[str, Any] = MappingProxyType({}), **values: Any) -> None:
+        values = {**model, **values}
         _check_keys(values)
         for each in dataclasses.fields(self):
             value = values.get(each.name, each.default)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 from hypothesis import example, given, settings
@@ -20,6 +22,24 @@ def test_every_recipe_is_valid_named_as_it_is_called_and_survives_json(name):
     recipe = resolve(name)
     assert recipe.name == name
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_a_recipe_is_a_value():
+    recipe = resolve("tiny", ["window=7", "mixer=memory"])
+    copies = [
+        copy.deepcopy(recipe),
+        pickle.loads(pickle.dumps(recipe)),
+        dataclasses.replace(recipe),
+    ]
+    for same in copies:
+        assert same == recipe
+        assert hash(same) == hash(recipe)
+    assert recipe != recipe.replace(window=8)
+    assert dataclasses.replace(recipe, window=8) == recipe.replace(window=8)
+    with pytest.raises(TypeError):
+        recipe.model["window"] = 8
+    with pytest.raises(UserError, match="a recipe needs a data"):
+        Recipe(name="empty")
 
 
 def test_paper_lm_holds_the_papers_numbers():
