@@ -14,7 +14,9 @@ from spectral_window.commands.show import print_json, print_table, size, tell
 from spectral_window.data.tokenizers import SMALLEST, bpe_size, load_tokenizer
 from spectral_window.errors import UserError, unknown
 from spectral_window.hf import SWHConfig, SWHForCausalLM
+from spectral_window.hf.config import CORE
 from spectral_window.hf.model import SWHLayer
+from spectral_window.nn.options import chosen
 from spectral_window.ops import resolve as resolve_method
 from spectral_window.training.loading import choose_device, find_model, load_config
 from spectral_window.training.machine import in_force
@@ -30,15 +32,15 @@ def run(*, model: str, overrides: list[str], context: list[int], device: str, js
     config, source, dtype = _describe(model, overrides)
     with torch.device("meta"):
         own = SWHForCausalLM(config)
-        other_config = SWHConfig(**{**_fields(config), "mixer": "attention"})
-        other = SWHForCausalLM(other_config)
+        other = SWHForCausalLM(config.papers_layer("attention"))
     for each in (own, other):
         each.tie_weights()
         torch.nn.Module.to(each, dtype)
     contexts = sorted(set(context)) or list(CONTEXTS)
     facts: dict[str, Any] = {
         "model": source,
-        "config": _fields(config),
+        "config": config.deciding("state", "function"),
+        "options": _options(config),
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": own.count_parameters(),
         "parameters_without_embeddings": own.count_parameters(embeddings=False),
@@ -92,19 +94,17 @@ def _describe(name: str, overrides: list[str]) -> tuple[SWHConfig, str, torch.dt
 
 def _vocabulary(recipe: Recipe) -> int:
     """How many tokens the recipe's tokenizer will have (at most, where it is yet to be trained)."""
-    if recipe.vocab_size is not None:
-        return recipe.vocab_size
+    if recipe.model["vocab_size"] is not None:
+        return recipe.model["vocab_size"]
     if recipe.tokenizer.startswith("bpe:"):
         return bpe_size(recipe.tokenizer)
     return SMALLEST if recipe.tokenizer == "bytes" else len(load_tokenizer(recipe.tokenizer))
 
 
-def _fields(config: SWHConfig) -> dict[str, Any]:
-    names = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size window "
-        "kernel fusion mixer branches mlp rope_theta tie_word_embeddings"
-    )
-    return {name: getattr(config, name) for name in names.split()}
+def _options(config: SWHConfig) -> list[dict[str, Any]]:
+    """What the parts that were chosen are told."""
+    told = [option for option in chosen(CORE, vars(config)) if option not in CORE]
+    return [{"option": o.name, "value": getattr(config, o.name), "help": o.help} for o in told]
 
 
 def _methods(model: SWHForCausalLM, device: torch.device) -> list[dict[str, str]]:
@@ -124,12 +124,16 @@ def _methods(model: SWHForCausalLM, device: torch.device) -> list[dict[str, str]
     return list(found.values())
 
 
+def _words(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
 def _print_info(facts: dict[str, Any]) -> None:
     config = facts["config"]
     print_table(
         f"{facts['model']}: {config['mixer']}, {config['num_hidden_layers']} layers of "
         f"{config['hidden_size']} channels, {config['num_attention_heads']} heads, "
-        f"window {config['window']}, vocabulary {config['vocab_size']:,}",
+        f"vocabulary {config['vocab_size']:,}",
         ("parameters", "this model", "Transformer of equal shape"),
         [
             (
@@ -143,6 +147,12 @@ def _print_info(facts: dict[str, Any]) -> None:
                 f"{facts['transformer_parameters_without_embeddings']:,}",
             ),
         ],
+    )
+    print_table(
+        "options of its parts",
+        ("option", "value", "what it is"),
+        [(row["option"], _words(row["value"]), row["help"]) for row in facts["options"]],
+        numbers=False,
     )
     print_table(
         f"one sequence in {facts['dtype']}: memory kept after N tokens, work for each of them",

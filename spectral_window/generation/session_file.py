@@ -23,18 +23,21 @@ from spectral_window.errors import IntegrityError, UserError
 from spectral_window.files import check_name, remove_leftovers, write_bytes
 
 SCHEMA, HEADER = 1, "spectral-window session"
-# What a config says beside the function it computes: two models that differ only here share their
-# sessions.
-_NO_FUNCTION = {
-    "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
-    "initializer_range", "training_length", "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
+# What transformers adds to a config and no function depends on.
+_NO_FUNCTION = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
 
 
 def fingerprint(model: Any) -> str:
     """SHA-256 (hex) of the model's function: its architecture, and every weight's name, dtype,
-    shape and bytes."""
+    shape and bytes.
+
+    Models that differ in fields which decide no function share their sessions.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_FUNCTION}
+    for name, option in model.config.fields().items():
+        decides = option.decides in ("state", "function")
+        if not decides or not option.traced(getattr(model.config, name)):
+            config.pop(name, None)
     return digest(config, model.state_dict())
 
 

@@ -2,11 +2,12 @@
 
 Names are imported when first used, and transformers learns about "swh" without being loaded:
 importing all of it takes seconds, which neither `spectral-window --help` nor a script that only
-wants an operator should wait for. So three of its modules are completed right after they were
-imported, by whomever:
+wants an operator should wait for. So three of its modules, and one of ours, are completed right
+after they were imported, by whomever:
 
-    the registry of configs   knows SWHConfig; the model classes follow when the first config is
-                              made, which is before any Auto class can ask for them
+    the registry of configs   knows SWHConfig
+    our config                the model classes follow when the first one is made: whoever has a
+                              config may ask an Auto class for its model next
     the package's names       `transformers.SWHForCausalLM`, which `transformers serve` and trainers
                               that are given a path ask for
     Trainer                   its default groups decay whatever is not a bias or a norm by its
@@ -62,6 +63,24 @@ def _register_config(registry: ModuleType) -> None:
     from spectral_window.hf.config import MODEL_TYPE, SWHConfig
 
     registry.AutoConfig.register(MODEL_TYPE, SWHConfig, exist_ok=True)
+
+
+def _register_models_with_the_first(config: ModuleType) -> None:
+    config.when_made.append(_register_models)
+
+
+@functools.cache  # the first config is enough
+def _register_models() -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from spectral_window.hf import classification, config, model
+
+    for auto, found in (
+        (AutoModel, model.SWHModel),
+        (AutoModelForCausalLM, model.SWHForCausalLM),
+        (AutoModelForSequenceClassification, classification.SWHForSequenceClassification),
+    ):
+        auto.register(config.SWHConfig, found, exist_ok=True)
 
 
 def _lend_names(lazy: ModuleType) -> None:
@@ -121,15 +140,17 @@ class _Completion(MetaPathFinder):
 
 
 def _complete(actions: dict[str, Callable[[ModuleType], None]]) -> None:
-    for name in [name for name in actions if name in sys.modules]:
-        actions.pop(name)(sys.modules[name])
-    if actions:
-        sys.meta_path.insert(0, _Completion(actions))
+    waiting = {name: action for name, action in actions.items() if name not in sys.modules}
+    if waiting:
+        sys.meta_path.insert(0, _Completion(waiting))
+    for name in actions.keys() - waiting.keys():
+        actions[name](sys.modules[name])  # which may import what waits
 
 
 _complete(
     {
         "transformers.models.auto.configuration_auto": _register_config,
+        "spectral_window.hf.config": _register_models_with_the_first,
         "transformers.utils.import_utils": _lend_names,
         "transformers.trainer": _spare_from_decay,
     }

@@ -13,7 +13,7 @@ since, and recomputes the state of the tokens that stay.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,16 +26,25 @@ from spectral_window.hf.inputs import next_start
 from spectral_window.nn.mixers import map_state
 from spectral_window.ops.documents import Documents
 
-if TYPE_CHECKING:
-    from spectral_window.hf.model import SWHLayer
-
 RECORDED_TOKENS = 1024  # how far back a recording layer can always go; what is older is forgotten
+
+
+class Layer(Protocol):
+    """What runs from a state that is held here: a block of the model."""
+
+    config: SWHConfig
+
+    def __call__(self, x: Tensor, documents: Documents | None, state: Any, /) -> tuple[Tensor, Any]:
+        """(output, the state after x)."""
+
+    def next_state(self, x: Tensor, documents: Documents | None, state: Any) -> Any:
+        """The state after x, without the output."""
 
 
 class _Step(NamedTuple):
     """One forward that may be taken back: its inputs, and what the layer held before it."""
 
-    layer: SWHLayer
+    layer: Layer
     x: Tensor
     documents: Documents | None
     state: Any
@@ -67,7 +76,7 @@ class SWHCacheLayer(CacheLayerMixin):
         self.state: Any = None
         self.seen = 0
         self.start: Tensor | None = None
-        self.owner: tuple[Any, ...] | None = None
+        self.owner: dict[str, Any] = {}
         self.batch_size = -1
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
@@ -75,7 +84,7 @@ class SWHCacheLayer(CacheLayerMixin):
         self._past: list[_Step] = []
 
     def advance(
-        self, layer: SWHLayer, x: Tensor, documents: Documents | None, start: Tensor | None
+        self, layer: Layer, x: Tensor, documents: Documents | None, start: Tensor | None
     ) -> Tensor:
         """Run `layer` on x [B, T, D] from the state held here, and hold the state after it."""
         y, state = layer(x, documents, self.state)
@@ -200,19 +209,28 @@ class SWHCacheLayer(CacheLayerMixin):
 cache_utils.STATIC_LAYER_TYPE_MAPPING[STATE_LAYER_TYPE] = SWHCacheLayer
 
 
-def state_identity(config: SWHConfig) -> tuple[Any, ...]:
-    """What two models must share for the state of one to mean anything to the other."""
-    return (
-        config.mixer,
-        config.branches,
-        config.kernel,
-        config.fusion,
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.window,
-        config.rope_theta,
-    )
+def state_identity(config: SWHConfig) -> dict[str, Any]:
+    """What two models must share for the state of one to mean anything to the other: fields of
+    their configs, with values."""
+    return config.deciding("state")
+
+
+def _check_owner(owner: dict[str, Any], config: SWHConfig) -> None:
+    """Raise `UserError`, with the fields that differ, where a state is of another model.
+
+    A field that only one of two models records follows another that differs, or has its default in
+    the other.
+    """
+    differ = [
+        f"{name} {value!r} and not {getattr(config, name, None)!r}"
+        for name, value in owner.items()
+        if value != getattr(config, name, None)
+    ]
+    if differ:
+        raise UserError(
+            f"past_key_values was made by a model of {', '.join(differ)} (cache): "
+            "build it with this model"
+        )
 
 
 def open_cache(cache: Cache, config: SWHConfig, x: Tensor) -> list[SWHCacheLayer]:
@@ -248,11 +266,7 @@ def open_cache(cache: Cache, config: SWHConfig, x: Tensor) -> list[SWHCacheLayer
         )
     if not first.is_initialized:
         return layers
-    if first.owner != state_identity(config):
-        raise UserError(
-            f"past_key_values was made by a model of {first.owner} (cache): "
-            f"this one is {state_identity(config)}; build it with this model"
-        )
+    _check_owner(first.owner, config)
     if first.batch_size != x.shape[0]:
         raise UserError(
             f"past_key_values holds {first.batch_size} rows, the input {x.shape[0]} (cache): "

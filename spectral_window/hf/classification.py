@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -113,6 +112,3 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
                 f"labels are {int(labels.min())} to {int(labels.max())} (model): there are "
                 f"{self.num_labels} classes, use 0 to {self.num_labels - 1} or set num_labels"
             )
-
-
-AutoModelForSequenceClassification.register(SWHConfig, SWHForSequenceClassification, exist_ok=True)

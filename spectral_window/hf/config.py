@@ -1,5 +1,9 @@
 """What a model is: `SWHConfig`, a closed and checked set of fields.
 
+What every model has is declared here, a field a line; what its parts take, beside their classes
+(`nn.options`). Whoever needs a set of fields (a cache's identity, a recipe, a table) goes through
+these records by what they decide, and names none.
+
 A config is *closed*: a key that is not a field is an error that names the nearest field, because
 a misspelt `windw=64` that trains a window of 32 is found a week later. It is *checked* when it is
 made, when it is saved, and when a model is built from it, so no wrong value reaches a tensor.
@@ -12,23 +16,23 @@ What other libraries set on a config is theirs and stays in memory: a file holds
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import math
 import numbers
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
 
 from spectral_window.errors import UserError, UserTypeError, unknown
 from spectral_window.hf.limits import check_size
+from spectral_window.nn.layers import MLPS
+from spectral_window.nn.mixers import MIXERS
+from spectral_window.nn.options import LARGEST, Option, Registry, chosen, known, recorded, reserve
 
 MODEL_TYPE = "swh"
 STATE_LAYER_TYPE = "spectral_window_state"  # how transformers finds our cache layer
-BRANCHES = ("spectral", "window")
-_LARGEST = 2**31 - 1
-UNLIMITED = _LARGEST  # tokens; a number, since evaluation harnesses compute with it
+UNLIMITED = LARGEST  # tokens; a number, since evaluation harnesses compute with it
 _TRAINED_AT = "max_position_embeddings"  # how config.json said `training_length` at first
 
 # Keys that transformers itself writes to config.json or hands to a config, beyond its own fields.
@@ -77,25 +81,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def _field(kind: type, default: Any, help: str, **more: Any) -> Any:
+    """A field of every config, as an `Option` of the name that it is assigned to."""
+    about = {"kind": kind, "help": help, "always": True} | more
+    return dataclasses.field(default=default, metadata={"option": about})
+
+
 class SWHConfig(PreTrainedConfig):
     """Configuration of `SWHModel` and `SWHForCausalLM`; keywords only, errors are `UserError`.
 
-    vocab_size:            number of tokens.
-    hidden_size:           D, channels of the residual stream.
-    num_hidden_layers:     blocks.
-    num_attention_heads:   H; divides hidden_size, and rotary positions need an even head size.
-    intermediate_size:     width of the MLP; None: int(8 D / 3) for swiglu, 4 D for gelu.
-    window:                W, tokens in a chunk; a token sees its chunk and the whole one before it.
-    kernel, fusion, mixer: names in `spectral_window.nn`'s registries; mixer "attention" is the
-                           Transformer baseline.
-    branches:              the mixer's branches, a non-empty part of ("spectral", "window").
-    mlp:                   "swiglu" or "gelu".
-    rope_theta:            base of the rotary angles of the window branch and of attention.
-    rms_norm_eps:          added under the root of every RMSNorm.
-    initializer_range:     std of Linear and Embedding weights; None: PyTorch's own initialisation.
-    training_length:       tokens of a row in training; informative.
-    tie_word_embeddings:   one matrix for embedding and head.
-    use_cache:             return a state to continue from, unless asked otherwise.
+    Its fields are those below, and the options of all registered parts: what the parts that are
+    not chosen would be told has no effect, and is in a file only where it is no default.
+    `SWHConfig.fields()` has a record of each, by name.
 
     `max_position_embeddings`, which evaluation harnesses and `generate` take as the longest
     context, follows: `training_length` for the Transformer baseline, `UNLIMITED` where the state
@@ -106,26 +103,46 @@ class SWHConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    vocab_size: int = 50304
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int | None = None
-    window: int = 32
-    kernel: str = "damped_oscillator"
-    fusion: str = "norm_add"
-    mixer: str = "spectral_window"
-    branches: tuple[str, ...] = BRANCHES
-    mlp: str = "swiglu"
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float | None = 0.02
-    training_length: int = 1024
-    tie_word_embeddings: bool = False
-    use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    vocab_size: int = _field(int, 50304, "number of tokens", decides="function")
+    hidden_size: int = _field(int, 768, "D, channels of the residual stream")
+    num_hidden_layers: int = _field(int, 12, "blocks")
+    num_attention_heads: int = _field(int, 12, "H, heads; divides hidden_size")
+    intermediate_size: int | None = _field(
+        int, None, "width of the mlp; null: the mlp's own (8 D / 3, or 4 D for gelu)",
+        optional=True, decides="function",
+    )  # fmt: skip
+    mixer: str = _field(
+        str, "spectral_window", 'lets tokens see one another; "attention" is a Transformer\'s',
+        choices=MIXERS,
+    )  # fmt: skip
+    mlp: str = _field(str, "swiglu", "the feed-forward layer", choices=MLPS, decides="function")
+    rms_norm_eps: float = _field(
+        float, 1e-6, "added under the root of every RMSNorm",
+        above=0.0, decides="function", in_recipes=False,
+    )  # fmt: skip
+    initializer_range: float | None = _field(
+        float, 0.02, "std of Linear and Embedding weights; null: PyTorch's own initialisation",
+        at_least=0.0, optional=True, decides="weights",
+    )  # fmt: skip
+    training_length: int = _field(
+        int, 1024, "tokens of a row in training", decides="use", in_recipes=False
+    )
+    tie_word_embeddings: bool = _field(
+        bool, False, "one matrix for embedding and head", decides="function"
+    )
+    use_cache: bool = _field(
+        bool, True, "return a state to continue from, unless asked otherwise",
+        decides="use", in_recipes=False,
+    )  # fmt: skip
+    bos_token_id: int | None = _field(
+        object, None, "token that begins a text", decides="tokens", in_recipes=False
+    )
+    eos_token_id: int | list[int] | None = _field(
+        object, None, "token, or tokens, that end one", decides="tokens", in_recipes=False
+    )
+    pad_token_id: int | None = _field(
+        object, None, "token that fills rows", decides="tokens", in_recipes=False
+    )
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
@@ -133,13 +150,65 @@ class SWHConfig(PreTrainedConfig):
             kwargs.pop(key, None)
         if _TRAINED_AT in kwargs:
             self.max_position_embeddings = kwargs.pop(_TRAINED_AT)
-        if isinstance(self.branches, Iterable) and not isinstance(self.branches, str):
-            self.branches = tuple(self.branches)
+        fields = self.fields()
+        for name in [name for name in kwargs if name in fields]:
+            setattr(self, name, kwargs.pop(name))
         self.validate()
-        self.branches = tuple(name for name in BRANCHES if name in self.branches)
+        self._settle()
         super().__post_init__(**kwargs)
-        # Whoever has a config may ask an Auto class for its model next: registering happens there.
-        importlib.import_module("spectral_window.hf.classification")
+        for hook in when_made:
+            hook()
+
+    @classmethod
+    def fields(cls) -> dict[str, Option]:
+        """Every field of today's registered parts, by name: the core's, then the parts'."""
+        return known(CORE)
+
+    if TYPE_CHECKING:  # options are keywords and attributes, and registered at any time
+
+        def __init__(self, **fields: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    else:
+
+        def __getattr__(self, name):
+            """An option that was not set has its default."""
+            option = None if name.startswith("_") else known(CORE).get(name)
+            if option is None:
+                raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+            return option.default
+
+    def recorded(self) -> dict[str, Any]:
+        """The fields that a file holds, with their values (see `nn.options.recorded`)."""
+        return {o.name: o.normal(getattr(self, o.name)) for o in recorded(CORE, vars(self))}
+
+    def deciding(self, *what: str) -> dict[str, Any]:
+        """The recorded fields that decide one of `what` (see `Option.decides`), with values."""
+        fields = self.fields()
+        return {k: v for k, v in self.recorded().items() if fields[k].decides in what}
+
+    def _settle(self) -> None:
+        """Hold what a file would hold, as it would hold it: equal models have equal configs."""
+        kept = self.recorded()
+        for name in self.fields():
+            vars(self).pop(name, None)
+        vars(self).update(kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name: what `recorded` says of the fields, and transformers' own."""
+        found, kept = super().to_dict(), self.recorded()
+        for name in self.fields():
+            found.pop(name, None)
+        return found | {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+
+    def papers_layer(self, mixer: str = "spectral_window") -> SWHConfig:
+        """A config of the same sizes with `mixer` as it is by default: what a variant of a layer is
+        compared with at equal size."""
+        fields = {option.name: getattr(self, option.name) for option in CORE}
+        told = [o for o in known([_OPTIONS["mlp"]]).values() if o.name in vars(self)]
+        fields |= {option.name: getattr(self, option.name) for option in told}
+        return type(self)(**fields | {"mixer": mixer})
 
     @classmethod
     def preset(cls, name: str = "paper", *, size: str = "125m", **overrides: Any) -> SWHConfig:
@@ -158,13 +227,11 @@ class SWHConfig(PreTrainedConfig):
     @property
     def max_position_embeddings(self) -> int:
         """The longest context in tokens, as other libraries ask for it."""
-        from spectral_window.nn.mixers import MIXERS
-
         return UNLIMITED if MIXERS[self.mixer].constant_state else self.training_length
 
     @max_position_embeddings.setter
     def max_position_embeddings(self, length: int) -> None:
-        _positive_int(_TRAINED_AT, length)
+        dataclasses.replace(_OPTIONS["training_length"], name=_TRAINED_AT).check(length, "config")
         if length != UNLIMITED:
             self.training_length = length
 
@@ -200,80 +267,23 @@ class SWHConfig(PreTrainedConfig):
 
         An intermediate_size of None is filled in.
         """
-        from spectral_window.nn.fusions import FUSIONS
-        from spectral_window.nn.kernels import KERNELS
-        from spectral_window.nn.layers import MLPS
-        from spectral_window.nn.mixers import MIXERS
-
-        names: dict[str, Any] = {
-            "kernel": KERNELS,
-            "fusion": FUSIONS,
-            "mixer": MIXERS,
-            "mlp": MLPS,
-        }
-        for field, known in names.items():
-            value = getattr(self, field)
-            if not isinstance(value, str) or value not in known:
-                raise unknown(field, value, known)
-        _positive_int("hidden_size", self.hidden_size)
+        for name, option in self.fields().items():
+            if name in vars(self):
+                option.check(option.normal(getattr(self, name)), "config")
         if self.intermediate_size is None:
             self.intermediate_size = MLPS[self.mlp].default_hidden(self.hidden_size)
-        for field in (
-            "vocab_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "window",
-            "training_length",
-        ):
-            _positive_int(field, getattr(self, field))
-        check_size(self)
-        for field in ("tie_word_embeddings", "use_cache"):
-            if not isinstance(getattr(self, field), bool):
-                raise UserError(f"{field} is {getattr(self, field)!r} (config): use true or false")
-        _finite(self, "rms_norm_eps", above=0.0)
-        _finite(self, "rope_theta", above=0.0)
-        _finite(self, "initializer_range", at_least=0.0, optional=True)
-        if not isinstance(self.branches, tuple) or not self.branches:
-            known_branches = ", ".join(BRANCHES)
-            raise UserError(
-                f"branches is {self.branches!r} (config): name some of {known_branches}"
-            )
-        for branch in self.branches:
-            if branch not in BRANCHES:
-                raise unknown("branch", branch, BRANCHES)
-        if len(set(self.branches)) != len(self.branches):
-            raise UserError(f"branches {self.branches!r} (config): name each branch once")
-        self._check_heads()
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, field)
+        values = self.recorded()
+        check_size(values)
+        for option in chosen(CORE, vars(self)):
+            if isinstance(option.choices, Registry):
+                option.choices[values[option.name]].check(values)
+        for name, value in self.deciding("tokens").items():
             for token in value if isinstance(value, list) else [] if value is None else [value]:
                 if not _is_int(token) or not 0 <= token < self.vocab_size:
                     raise UserError(
-                        f"{field} is {token!r} (config): "
+                        f"{name} is {token!r} (config): "
                         f"use a token id, 0 to {self.vocab_size - 1}, or null"
                     )
-
-    def _check_heads(self) -> None:
-        size, heads = self.hidden_size, self.num_attention_heads
-        if size % heads:
-            near = next(  # outwards from `heads`, for there may be two thousand million below
-                n
-                for distance in range(1, max(heads, size))
-                for n in (heads - distance, heads + distance)
-                if 0 < n <= size and size % n == 0
-            )
-            raise UserError(
-                f"hidden_size {size} does not divide into num_attention_heads {heads} (config): "
-                f"use {near} heads, or hidden_size {max(1, round(size / heads)) * heads}"
-            )
-        rotary = self.mixer != "spectral_window" or "window" in self.branches
-        if rotary and self.head_dim % 2:
-            raise UserError(
-                f"head size {self.head_dim} is odd (config: hidden_size {size} / "
-                f"num_attention_heads {heads}): rotary positions turn pairs of channels; "
-                "make it even"
-            )
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         model_type = kwargs.get("model_type", MODEL_TYPE)
@@ -287,13 +297,27 @@ class SWHConfig(PreTrainedConfig):
 
     @classmethod
     def _names(cls) -> list[str]:
-        return [f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")]
+        own = [f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")]
+        return [*own, *cls.fields()]
 
     @classmethod
     def _loads(cls, key: str) -> bool:
         """Whether a config.json may hold `key`."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return key in known | _ACCEPTED | _IGNORED | {"model_type"}
+        theirs = {f.name for f in dataclasses.fields(cls)}
+        return key in theirs | _ACCEPTED | _IGNORED | {"model_type"} | set(cls.fields())
+
+
+# What every model has, as records; `known(CORE)` adds what its parts take.
+CORE = tuple(
+    Option(name=field.name, default=field.default, **field.metadata["option"])
+    for field in dataclasses.fields(SWHConfig)
+    if "option" in field.metadata
+)
+_OPTIONS = {option.name: option for option in CORE}
+reserve(dir(SWHConfig), "an attribute of every config")
+reserve(GenerationConfig().to_dict(), "a setting of transformers' generate()")
+# Called whenever a config has been made.
+when_made: list[Callable[[], None]] = []
 
 
 def code_stays_here(cls: type) -> TypeError:
@@ -306,26 +330,3 @@ def code_stays_here(cls: type) -> TypeError:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _positive_int(field: str, value: Any) -> None:
-    if not _is_int(value) or not 1 <= value <= _LARGEST:
-        raise UserError(f"{field} is {value!r} (config): use a whole number, 1 to {_LARGEST}")
-
-
-def _finite(
-    config: SWHConfig,
-    field: str,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    optional: bool = False,
-) -> None:
-    value = getattr(config, field)
-    if value is None and optional:
-        return
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= above or value < at_least:
-        bound = f"above {above:g}" if above > -math.inf else f"of at least {at_least:g}"
-        null = ", or null" if optional else ""
-        raise UserError(f"{field} is {value!r} (config): use a finite number {bound}{null}")

@@ -22,7 +22,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -64,18 +63,12 @@ class SWHLayer(GradientCheckpointingLayer):
         self.config = config
         size, eps = config.hidden_size, config.rms_norm_eps
         self.mixer_norm = RMSNorm(size, eps)
-        self.mixer: Mixer = MIXERS[config.mixer](
-            hidden_size=size,
-            num_heads=config.num_attention_heads,
-            window=config.window,
-            rope_theta=config.rope_theta,
-            kernel=config.kernel,
-            fusion=config.fusion,
-            branches=config.branches,
-            eps=eps,
+        fields = config.recorded()
+        self.mixer: Mixer = MIXERS.make(
+            fields, config.mixer, hidden_size=size, num_heads=config.num_attention_heads, eps=eps
         )
         self.mlp_norm = RMSNorm(size, eps)
-        self.mlp = MLPS[config.mlp](size, cast(int, config.intermediate_size))
+        self.mlp = MLPS.make(fields, config.mlp, size, cast(int, config.intermediate_size))
 
     def forward(
         self, x: Tensor, documents: Documents | None = None, state: Any = None
@@ -395,10 +388,6 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: see `init_continuous_batching`."""
         return self.init_continuous_batching()
-
-
-AutoModel.register(SWHConfig, SWHModel, exist_ok=True)
-AutoModelForCausalLM.register(SWHConfig, SWHForCausalLM, exist_ok=True)
 
 
 def spared_from_decay(model: nn.Module) -> set[str]:

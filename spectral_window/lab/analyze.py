@@ -36,8 +36,8 @@ from spectral_window.errors import UserError, UserTypeError
 from spectral_window.hf import SWHForCausalLM
 from spectral_window.nn.fusions import Fusion
 from spectral_window.nn.mixers import BRANCHES, Mixer
-from spectral_window.ops.modes import Modes, kernel
 from spectral_window.ops.fir import Taps
+from spectral_window.ops.modes import Modes, kernel
 from spectral_window.training.evaluate import evaluate
 
 QUANTILES = {"p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "longest": 1.0}

@@ -214,7 +214,7 @@ def growth(model: SWHForCausalLM, context: int) -> list[Finding]:
     """How memory and work grow with the text: what training keeps (measured on one layer), and the
     state and work of generating (counted)."""
     mixer = mixers_of(model)[0]
-    short = max(256, 4 * mixer.window)
+    short = max(256, 4 * model.config.window)
     kept = [_saved_bytes(mixer, time) for time in (short, 2 * short)]
     power = math.log2(kept[1] / kept[0])
     state = [model.state_bytes(n) for n in (context, 2 * context)]

@@ -93,9 +93,7 @@ class Probe:
         config = SWHConfig(**fields)
         if not self.match:
             return config
-        variants = ("mixer", "branches", "kernel", "fusion")
-        paper = SWHConfig(**{k: v for k, v in fields.items() if k not in variants})
-        return match_parameters(config, count_parameters(paper))
+        return match_parameters(config, count_parameters(config.papers_layer()))
 
 
 def run(probe: Probe, *, device: str = "cpu") -> dict[str, Any]:

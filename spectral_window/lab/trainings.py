@@ -74,7 +74,7 @@ class Training:
 
     def key(self, text: Text) -> str:
         """Names the run: the same recipe and the same tokens, the same key."""
-        recipe = {k: v for k, v in self.resolved().to_dict().items() if k not in TEXT}
+        recipe = {k: v for k, v in self.resolved().traces().items() if k not in TEXT}
         if recipe["matmul_precision"] == "auto":  # keys are older: float32 was called so in them
             recipe["matmul_precision"] = "medium"
         named = json.dumps([recipe, text.fingerprint], sort_keys=True)

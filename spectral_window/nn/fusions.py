@@ -5,35 +5,22 @@ does it matter that the sum is learned (`weighted`), chosen by each token (`gate
 both sides (`symmetric_norm`) or on none (`sum`)?
 
 To add one: subclass `Fusion` and decorate it with `@register("name")`; the contract suite enrols
-it by itself.
+it by itself. Options that `register` declares are keywords of the constructor, after the branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from spectral_window.errors import UserError
 from spectral_window.nn.layers import RMSNorm, project
+from spectral_window.nn.options import Part, Registry
 
-FUSIONS: dict[str, type[Fusion]] = {}
-
-
-def register(name: str) -> Callable[[type[Fusion]], type[Fusion]]:
-    """Class decorator: make a fusion known under `name` (a name is given once)."""
-
-    def enrol(fusion: type[Fusion]) -> type[Fusion]:
-        if name in FUSIONS:
-            raise UserError(f"fusion '{name}' is registered already: choose another name")
-        FUSIONS[name] = fusion
-        return fusion
-
-    return enrol
+FUSIONS: Registry[Fusion] = Registry("fusion")
+register = FUSIONS.register
 
 
-class Fusion(nn.Module):
+class Fusion(Part, nn.Module):
     """(spectral, local), both [B, T, D] -> [B, T, D], token by token; either may be None where
     that branch is off, and then there is nothing to weigh against the other."""
 

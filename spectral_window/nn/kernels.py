@@ -19,9 +19,10 @@ it was trained at is no extrapolation of the kernel, unlike an oscillator's.
 
 To add one: subclass `Kernel` and yield `Modes` from `forward`, or `Filter` and `Taps`, and decorate
 it with `@register("name")`. That enrols it in the contract suite (tests/contracts), where every
-method must agree on it. Every kernel here starts with an energy sum K[t]^2 near 1 or below, so that
-the convolution of white noise has about its variance (a slowly decaying channel of the paper's,
-whose energy grows with its half-life, is the exception).
+method must agree on it. Options that `register` declares are keywords of the constructor, after the
+channels. Every kernel here starts with an energy sum K[t]^2 near 1 or below, so that the
+convolution of white noise has about its variance (a slowly decaying channel of the paper's, whose
+energy grows with its half-life, is the exception).
 """
 
 from __future__ import annotations
@@ -32,28 +33,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from spectral_window.errors import UserError
+from spectral_window.nn.options import Part, Registry
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps, fir_conv
 from spectral_window.ops.modes import Modes, exact_dtype
 from spectral_window.ops.spectral import spectral_conv
 
-KERNELS: dict[str, type[Kernel]] = {}
+KERNELS: Registry[Kernel] = Registry("kernel")
+register = KERNELS.register
 
 
-def register(name: str) -> Callable[[type[Kernel]], type[Kernel]]:
-    """Class decorator: make a kernel known under `name` (a name is given once)."""
-
-    def enrol(kernel: type[Kernel]) -> type[Kernel]:
-        if name in KERNELS:
-            raise UserError(f"kernel '{name}' is registered already: choose another name")
-        KERNELS[name] = kernel
-        return kernel
-
-    return enrol
-
-
-class Kernel(nn.Module):
+class Kernel(Part, nn.Module):
     """Kernels of D channels. `forward()` yields their `Modes` or `Taps`, and with them the shape of
     the state and the work a token.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_window.nn.kernels import Kernel
+from spectral_window.nn.options import Part, Registry
 from spectral_window.ops import linear  # noqa: F401 (it enrols its methods)
 from spectral_window.ops.methods import resolve
 from spectral_window.ops.pointwise import rms_norm, swiglu
@@ -54,12 +55,33 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class SwiGLU(nn.Module):
+MLPS: Registry[MLP] = Registry("mlp")
+register = MLPS.register
+
+
+class MLP(Part, nn.Module):
+    """A feed-forward layer, token by token: [.., D] -> [.., D], `hidden` wide inside. Options that
+    `register` declares are keywords of the constructor, after these two."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def default_hidden(dim: int) -> int:
+        """The width where none is asked for."""
+        raise NotImplementedError
+
+
+@register("swiglu")
+class SwiGLU(MLP):
     """W_down(silu(W_gate x) * W_up x): the feed-forward layer of the paper's language models. [..,
     D] -> [.., D]"""
 
     def __init__(self, dim: int, hidden: int):
-        super().__init__()
+        super().__init__(dim, hidden)
         self.gate_proj = nn.Linear(dim, hidden, bias=False)
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
@@ -73,12 +95,13 @@ class SwiGLU(nn.Module):
         return int(4 * dim * 2 / 3)
 
 
-class GeluMLP(nn.Module):
+@register("gelu")
+class GeluMLP(MLP):
     """W_down gelu(W_up x): the feed-forward layer of the paper's synthetic tasks. [.., D] -> [..,
     D]"""
 
     def __init__(self, dim: int, hidden: int):
-        super().__init__()
+        super().__init__(dim, hidden)
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
@@ -88,9 +111,6 @@ class GeluMLP(nn.Module):
     @staticmethod
     def default_hidden(dim: int) -> int:
         return 4 * dim
-
-
-MLPS: dict[str, type[SwiGLU] | type[GeluMLP]] = {"swiglu": SwiGLU, "gelu": GeluMLP}
 
 
 def no_weight_decay(module: nn.Module) -> set[str]:

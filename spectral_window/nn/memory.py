@@ -18,6 +18,7 @@ head from the start.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -86,15 +87,19 @@ class MemoryMixer(SpectralWindowMixer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        if "window" not in self.branches:
-            raise UserError(
-                f"mixer 'memory' with branches {self.branches}: it uses the window's queries and "
-                "values; add 'window', or take mixer 'spectral_window'"
-            )
         self.memory = Memory(self.hidden_size, self.memory_heads)
         # w_write, then w_read: one map, for a product with a single row of weights rounds
         # differently where a file has put them at another alignment
         self.gate_proj = nn.Linear(self.hidden_size, 2 * self.memory_heads, bias=False)
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        super().check(values)
+        if "window" not in values["branches"]:
+            raise UserError(
+                f"mixer 'memory' with branches {values['branches']} (config): it uses the window's "
+                "queries and values; add 'window', or take mixer 'spectral_window'"
+            )
 
     def _local_maps(self) -> list[nn.Linear]:
         return [*super()._local_maps(), self.gate_proj]

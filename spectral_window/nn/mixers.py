@@ -12,17 +12,18 @@ selected without knowing what is inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_window.errors import UserError, unknown
+from spectral_window.errors import UserError
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
 from spectral_window.nn.layers import project
+from spectral_window.nn.options import Option, Part, Registry, settings
 from spectral_window.ops.documents import Documents, given_documents
 from spectral_window.ops.methods import METHODS, Method, enrol, resolve
 from spectral_window.ops.rotary import rotate
@@ -30,20 +31,29 @@ from spectral_window.ops.window import window_attention
 from spectral_window.ops.window_state import WindowState, empty_state
 
 BRANCHES = ("spectral", "window")
-MIXERS: dict[str, type[Mixer]] = {}
+MIXERS: Registry[Mixer] = Registry("mixer")
+register = MIXERS.register
 State = TypeVar("State")
 
-
-def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
-    """Class decorator: make a mixer known under `name` (a name is given once)."""
-
-    def enrol(mixer: type[Mixer]) -> type[Mixer]:
-        if name in MIXERS:
-            raise UserError(f"mixer '{name}' is registered already: choose another name")
-        MIXERS[name] = mixer
-        return mixer
-
-    return enrol
+ROPE_THETA = Option(
+    "rope_theta", float, 10000.0, above=0.0, always=True, help="base of the rotary angles"
+)
+PAPERS_OPTIONS = (
+    Option("window", int, 32, always=True, help="W: a token sees its chunk and the one before"),
+    Option(
+        "kernel", str, "damped_oscillator", choices=KERNELS, always=True,
+        help="of the convolution (nn/kernels.py)",
+    ),
+    Option(
+        "fusion", str, "norm_add", choices=FUSIONS, always=True,
+        help="how the two branches become one (nn/fusions.py)",
+    ),
+    Option(
+        "branches", tuple, BRANCHES, choices=BRANCHES, always=True,
+        help="those that are on, one or both",
+    ),
+    ROPE_THETA,
+)  # fmt: skip
 
 
 def map_state(state: State, fn: Callable[[Tensor], Tensor]) -> State:
@@ -57,12 +67,12 @@ def map_state(state: State, fn: Callable[[Tensor], Tensor]) -> State:
     return type(state)(*parts)
 
 
-class Mixer(nn.Module):
+class Mixer(Part, nn.Module):
     """[B, T, D] -> [B, T, D] with a state.
 
-    hidden_size D, num_heads H (D / H is the head size), window W, rope_theta, kernel and fusion
-    names, branches, eps of
-    norms: every mixer takes all of them and uses what it needs.
+    hidden_size D, num_heads H (D / H is the head size), eps of norms; options: those that it is
+    registered with, by name, and those of the parts that they name. `settings` has them all, with
+    defaults where none was given. Raises UserError for any other and for bad values.
     """
 
     label = ""  # what a reader calls a model of this mixer; "": by its own name
@@ -75,29 +85,33 @@ class Mixer(nn.Module):
         *,
         hidden_size: int,
         num_heads: int,
-        window: int,
-        rope_theta: float = 10000.0,
-        kernel: str = "damped_oscillator",
-        fusion: str = "norm_add",
-        branches: tuple[str, ...] = BRANCHES,
         eps: float = 1e-6,
+        **options: Any,
     ):
         super().__init__()
-        if hidden_size % num_heads:
-            near = min(
-                (h for h in range(1, hidden_size + 1) if hidden_size % h == 0),
-                key=lambda h: abs(h - num_heads),
-            )
-            raise UserError(
-                f"hidden_size {hidden_size} is not divisible by {num_heads} heads: {near} would do"
-            )
+        self.settings = settings(self, options)
+        self.check({"hidden_size": hidden_size, "num_attention_heads": num_heads} | self.settings)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
-        self.window = window
-        self.rope_theta = rope_theta
+        self.eps = eps
         # a speed choice: see `set_methods`
         self.methods = dict.fromkeys(METHODS, "auto")
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        size, heads = values["hidden_size"], values["num_attention_heads"]
+        if size % heads:
+            near = next(  # outwards from `heads`, for there may be two thousand million below
+                n
+                for distance in range(1, max(heads, size))
+                for n in (heads - distance, heads + distance)
+                if 0 < n <= size and size % n == 0
+            )
+            raise UserError(
+                f"hidden_size {size} does not divide into num_attention_heads {heads} (config): "
+                f"use {near} heads, or hidden_size {max(1, round(size / heads)) * heads}"
+            )
 
     def forward(
         self, x: Tensor, positions: Tensor | Documents | None = None, state: Any = None
@@ -147,7 +161,17 @@ class SpectralWindowState(NamedTuple):
     window: WindowState | None
 
 
-@register("spectral_window")
+def _check_rotary(values: Mapping[str, Any]) -> None:
+    """Raise UserError for a head size that rotary positions cannot turn."""
+    size, heads = values["hidden_size"], values["num_attention_heads"]
+    if size // heads % 2:
+        raise UserError(
+            f"head size {size // heads} is odd (config: hidden_size {size} / "
+            f"num_attention_heads {heads}): rotary positions turn pairs of channels; make it even"
+        )
+
+
+@register("spectral_window", *PAPERS_OPTIONS)
 class SpectralWindowMixer(Mixer):
     """The paper's layer (section 1): Y = (RMSNorm(Y_spec) + Y_local) W_out.
 
@@ -162,33 +186,25 @@ class SpectralWindowMixer(Mixer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        branches = tuple(options.get("branches", BRANCHES))
-        if not branches or set(branches) - set(BRANCHES):
-            raise UserError(f"branches are {branches}: choose one or both of {BRANCHES}")
-        dim = self.hidden_size
-        kernel, fusion = (
-            options.get("kernel", "damped_oscillator"),
-            options.get("fusion", "norm_add"),
-        )
-        if kernel not in KERNELS:
-            raise unknown("kernel", kernel, KERNELS)
-        if fusion not in FUSIONS:
-            raise unknown("fusion", fusion, FUSIONS)
-        self.branches = branches
+        told, dim = self.settings, self.hidden_size
+        self.window, self.rope_theta = told["window"], told["rope_theta"]
+        self.branches = branches = told["branches"]
         if "spectral" in branches:
             self.conv_proj = nn.Linear(dim, dim, bias=True)
-            self.kernel = KERNELS[kernel](dim)
+            self.kernel = KERNELS.make(told, told["kernel"], dim)
         if "window" in branches:
-            if self.head_dim % 2:
-                raise UserError(
-                    f"head size {self.head_dim} is odd (hidden_size / heads): rotary needs even"
-                )
             self.q_proj = nn.Linear(dim, dim, bias=False)
             self.k_proj = nn.Linear(dim, dim, bias=False)
             self.v_proj = nn.Linear(dim, dim, bias=False)
             self.local_proj = nn.Linear(dim, dim, bias=False)
-        self.fusion = FUSIONS[fusion](dim, options.get("eps", 1e-6), branches)
+        self.fusion = FUSIONS.make(told, told["fusion"], dim, self.eps, branches)
         self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        super().check(values)
+        if "window" in values["branches"]:
+            _check_rotary(values)
 
     def forward(
         self,
@@ -317,7 +333,7 @@ class AttentionState(NamedTuple):
     position: Tensor
 
 
-@register("attention")
+@register("attention", ROPE_THETA)
 class AttentionMixer(Mixer):
     """Full causal attention with RoPE, by PyTorch's fused kernel: the Transformer baseline. No
     biases."""
@@ -328,15 +344,17 @@ class AttentionMixer(Mixer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        if self.head_dim % 2:
-            raise UserError(
-                f"head size {self.head_dim} is odd (hidden_size / heads): rotary needs even"
-            )
         dim = self.hidden_size
+        self.rope_theta = self.settings["rope_theta"]
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        super().check(values)
+        _check_rotary(values)
 
     def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
         return [("attention", ())]

@@ -27,8 +27,19 @@ from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_delta import chunked
 from spectral_window.ops.documents import Documents, anywhere, each_document
-from spectral_window.ops.methods import Method, enrol, one_token, resolve
+from spectral_window.ops.methods import (
+    Method,
+    enrol,
+    first_of,
+    not_exported,
+    not_transformed,
+    numba_on_cpu,
+    one_token,
+    past_the_dispatcher,
+    resolve,
+)
 from spectral_window.ops.spectral import documents_after
+from spectral_window.ops.tracing import readable
 
 EXACT = ("cpu",)  # devices on which `chunked` computes in float64, see above
 
@@ -189,13 +200,47 @@ def _reference(
     return each_document(run, exact, before, documents, exact[2])
 
 
+def _compiled(
+    inputs: list[Tensor], state: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    from spectral_window.ops.compiled.delta import memory
+
+    before = _begun(inputs, state, torch.float32)
+    positions = None if documents is None else documents.positions
+    checked = documents is None or documents.checked or readable(documents.positions)
+    return memory(inputs, before, positions, checked)
+
+
+def _step_compiled(
+    inputs: list[Tensor], state: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    from spectral_window.ops.compiled.delta_step import step
+
+    positions = None if documents is None else documents.positions
+    return step(inputs, _begun(inputs, state, torch.float32), positions)
+
+
+_IN_NUMBA = numba_on_cpu(torch.float32, torch.bfloat16)
+
 enrol(
     "delta",
+    Method(
+        "step_compiled",
+        _step_compiled,
+        "one token: the recurrence in compiled code (numba), constant state and time, on a CPU",
+        first_of(one_token, _IN_NUMBA, past_the_dispatcher),
+    ),
     Method(
         "step",
         _step,
         "one token: the recurrence in plain torch, constant state and time",
         one_token,
+    ),
+    Method(
+        "compiled",
+        _compiled,
+        "a triangular system in each chunk, the state in cache, compiled by numba, O(T), on a CPU",
+        first_of(_IN_NUMBA, not_exported, not_transformed),
     ),
     Method(
         "chunked",

@@ -22,24 +22,6 @@ from spectral_window.hf import SWHConfig
 from spectral_window.training.loading import load, weight_files
 from spectral_window.training.recipes import Recipe
 
-# The knobs of a recipe that the model decides, beside `tokenizer`.
-ARCHITECTURE = (
-    "mixer",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "window",
-    "kernel",
-    "fusion",
-    "branches",
-    "mlp",
-    "rope_theta",
-    "initializer_range",
-    "tie_word_embeddings",
-    "vocab_size",
-)
-
 
 @dataclass(frozen=True)
 class Initial:
@@ -67,7 +49,8 @@ class Initial:
 
         named: the knobs that the user set himself. UserError for one that the model contradicts.
         """
-        own = {name: getattr(self.config, name) for name in ARCHITECTURE}
+        fields = self.config.fields().values()
+        own = {field.name: getattr(self.config, field.name) for field in fields if field.in_recipes}
         own |= {"tokenizer": str(self.folder), "match": None, "parameters": None}
         for name, value in (named or {}).items():
             if name in own and value != own[name]:

@@ -1,4 +1,5 @@
-"""A recipe's values: read from text by the type of the knob, and checked, with one line each."""
+"""The knobs of a recipe beside its model's fields: read from text by their type, and checked, with
+one line each."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spectral_window.errors import UserError
+from spectral_window.nn.options import Option
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -24,14 +26,7 @@ _TYPE_NAMES = {
     tuple: "a list of texts",
 }
 _POSITIVE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "window",
-    "vocab_size",
     "parameters",
-    "rope_theta",
     "max_bytes",
     "sequence_length",
     "batch_size",
@@ -43,7 +38,7 @@ _POSITIVE = (
     "eval_tokens",
     "save_every",
 )
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "clip", "seed", "split_seed", "initializer_range")
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "clip", "seed", "split_seed")
 _CHOICES = {
     "schedule": ("cosine", "constant"),
     "dtype": DTYPES,
@@ -59,29 +54,9 @@ def parse(key: str, text: str, hint: Any) -> Any:
 
     Raises UserError naming the knob and what it expects.
     """
-    text, kinds = text.strip(), _kinds(hint)
-    shown = f"{key}={_one_line(text)}"
-    if type(None) in kinds and text.lower() in ("none", "null", ""):
-        return None
-    if tuple in kinds:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if bool in kinds:
-        if text.lower() in ("true", "yes", "1", "on"):
-            return True
-        if text.lower() in ("false", "no", "0", "off"):
-            return False
-        raise UserError(f"{shown} (recipe): expected true or false")
-    if int in kinds:
-        number = _whole_number(text)
-        if number is None:
-            raise UserError(f"{shown} (recipe): expected a whole number, such as 4096 or 2e6")
-        return number
-    if float in kinds:
-        value = _finite_number(text)
-        if value is None:
-            raise UserError(f"{shown} (recipe): expected a finite number, such as 6e-4")
-        return value
-    return text
+    kinds = _kinds(hint)
+    (kind,) = kinds - {type(None)}
+    return Option(key, kind, None, "", optional=type(None) in kinds).parse(text, "recipe")
 
 
 def _one_line(value: Any) -> str:
@@ -128,22 +103,6 @@ def check(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     )
     if not values["data"]:
         raise UserError("data= (recipe): name at least one source, for example data=book.txt")
-
-
-def _whole_number(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        number = _finite_number(text)
-        return int(number) if number is not None and number == int(number) else None
-
-
-def _finite_number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _kinds(hint: Any) -> set[type]:

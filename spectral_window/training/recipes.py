@@ -22,11 +22,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from spectral_window.errors import UserError, unknown
+from spectral_window.hf.config import CORE
+from spectral_window.nn.options import known, recorded, reserve
 from spectral_window.training.knobs import check, parse
 
 # What may differ between a run and its resumption: it changes the record, not what is learned.
@@ -35,10 +38,25 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-@dataclass(frozen=True)
+# Fields of SWHConfig as a recipe has them: its models are small, and the text decides how many
+# tokens there are.
+_OWN: dict[str, dict[str, Any]] = {
+    "vocab_size": {"default": None, "optional": True},
+    "hidden_size": {"default": 256},
+    "num_hidden_layers": {"default": 6},
+    "num_attention_heads": {"default": 4},
+}
+MODEL = tuple(
+    dataclasses.replace(option, **_OWN.get(option.name, {})) for option in CORE if option.in_recipes
+)
+
+
+@dataclass(frozen=True, init=False)
 class Recipe:
     """Every knob of a training run: sizes are counts, lengths are in tokens.
 
+    Keywords are flat, fields of the model among the others: `Recipe(name=..., window=64, lr=1e-3)`
+    (or together, as `model`).
     Raises UserError on a value outside its range, naming the field.
     """
 
@@ -55,23 +73,11 @@ class Recipe:
     errors: str = "strict"
     skip_bad: bool = False
     drop_shared: bool = False  # leave out of training what `valid` holds too
-    # Model: the fields of SWHConfig. None = the architecture's own default.
-    mixer: str = "spectral_window"
-    hidden_size: int = 256
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
-    intermediate_size: int | None = None
-    window: int = 32
-    kernel: str = "damped_oscillator"
-    fusion: str = "norm_add"
-    branches: tuple[str, ...] = ("spectral", "window")
-    mlp: str = "swiglu"
-    rope_theta: float = 10000.0
-    initializer_range: float | None = 0.02
-    tie_word_embeddings: bool = False
-    vocab_size: int | None = None
-    # Equal size: give this variant as many parameters as the recipe has with the mixer `match`,
-    # both branches, the paper's kernel and fusion (none turns it off), or about `parameters`.
+    # Fields of SWHConfig, read-only: those of every model, and what its parts are told.
+    # vocab_size None: the tokenizer's.
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    # Equal size: give this variant as many parameters as the recipe has with the mixer `match` as
+    # it is by default (none turns it off), or about `parameters`.
     match: str | None = "spectral_window"
     parameters: int | None = None
     # Optimisation
@@ -100,8 +106,19 @@ class Recipe:
     save_every: int = 200
     keep_checkpoints: int = 2
 
-    def __post_init__(self) -> None:
-        check(vars(self), FIELDS)
+    def __init__(self, *, model: Mapping[str, Any] = MappingProxyType({}), **values: Any) -> None:
+        values = {**model, **values}
+        _check_keys(values)
+        for each in dataclasses.fields(self):
+            value = values.get(each.name, each.default)
+            if value is dataclasses.MISSING and each.name != "model":
+                raise UserError(f"a recipe needs a {each.name} (recipe): give {each.name}=")
+            object.__setattr__(self, each.name, value)
+        object.__setattr__(self, "model", _model(values))
+        check(vars(self), KNOBS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recipe.from_dict, (self.to_dict(),)
 
     @property
     def tokens_per_step(self) -> int:
@@ -115,31 +132,68 @@ class Recipe:
 
     def replace(self, **changes: Any) -> Recipe:
         """The same recipe with some knobs changed. Raises UserError on an unknown or bad one."""
-        _check_keys(changes)
-        return dataclasses.replace(self, **changes)
+        return Recipe(**self._flat() | changes)
+
+    def _flat(self) -> dict[str, Any]:
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        del values["model"]
+        return values | dict(self.model)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `Recipe.from_dict` reads it back."""
-        values = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        """Plain JSON values, the model's fields among them; `Recipe.from_dict` reads it back."""
+        return _plain(self._flat())
+
+    def traces(self) -> dict[str, Any]:
+        """What names the run: `to_dict` without the defaults of options that parts were given
+        later than the first runs (see `Option.traced`)."""
+        fields = known(MODEL)
+        return {k: v for k, v in self.to_dict().items() if k not in fields or fields[k].traced(v)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """Inverse of `to_dict`. Raises UserError on an unknown key."""
-        _check_keys(values)
-        fields: dict[str, Any] = {
+        given: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
-        return cls(**fields)
+        return cls(**given)
 
 
-FIELDS: dict[str, Any] = typing.get_type_hints(Recipe)
+KNOBS: dict[str, Any] = {k: v for k, v in typing.get_type_hints(Recipe).items() if k != "model"}
+reserve(KNOBS, "a knob of a recipe")
 
 
-def _check_keys(keys: Iterable[str]) -> None:
-    for key in keys:
-        if key not in FIELDS:
-            raise unknown("recipe key", key, FIELDS)
+def _model(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's fields out of a recipe's values, checked, each in its default where there is
+    none."""
+    held = {}
+    given = {name: value for name, value in values.items() if name not in KNOBS}
+    for name, option in known(MODEL).items():
+        held[name] = option.normal(given.get(name, option.default))
+        option.check(held[name], "recipe")
+    return MappingProxyType({o.name: held[o.name] for o in recorded(MODEL, held)})
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def defaults() -> dict[str, Any]:
+    """Every key of a recipe that has a default, with it, as `Recipe.to_dict` has it."""
+    of_knobs = {each.name: each.default for each in dataclasses.fields(Recipe)}
+    of_model = {name: option.default for name, option in known(MODEL).items()}
+    values = of_knobs | of_model
+    return _plain({k: v for k, v in values.items() if v is not dataclasses.MISSING})
+
+
+def keys() -> list[str]:
+    """Every key that a recipe takes."""
+    return sorted({*KNOBS, *known(MODEL)})
+
+
+def _check_keys(given: Iterable[str]) -> None:
+    for key in given:
+        if key not in keys():
+            raise unknown("recipe key", key, keys())
 
 
 # -------------------------------------------------------------------------------------- the recipes
@@ -289,7 +343,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 def resolve(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe called `name` with `key=value` overrides applied in order.
 
-    Values are read by the knob's type: `steps=2000`, `steps=2e3`, `lr=6e-4`, `skip_bad=true`,
+    Values are read by the key's type: `steps=2000`, `steps=2e3`, `lr=6e-4`, `skip_bad=true`,
     `vocab_size=none`, `data=a.txt,b.txt`. Raises UserError naming the nearest recipe or key, or the
     field and what it expects.
     """
@@ -311,5 +365,8 @@ def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise UserError(
                 "name (recipe override): a recipe keeps its name; choose the folder with --out"
             )
-        changes[key] = parse(key, value, FIELDS[key])
+        if key in KNOBS:
+            changes[key] = parse(key, value, KNOBS[key])
+        else:
+            changes[key] = known(MODEL)[key].parse(value, "recipe")
     return changes

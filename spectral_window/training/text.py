@@ -69,7 +69,7 @@ def corpus_of(
 
 def vocabulary_size(recipe: Recipe, corpus: Corpus) -> int:
     """The model's: the recipe's if it says one, else the tokenizer's. UserError if too small."""
-    size = recipe.vocab_size or corpus.vocab_size
+    size = recipe.model["vocab_size"] or corpus.vocab_size
     if size < corpus.vocab_size:
         raise UserError(
             f"vocab_size={size} (recipe): the tokenizer has {corpus.vocab_size} entries; "

@@ -21,7 +21,6 @@ from the finished model (`init`).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shlex
 import shutil
 import sys
@@ -50,29 +49,8 @@ from spectral_window.training.memory import check_memory
 from spectral_window.training.metrics import MetricsLog
 from spectral_window.training.parallel import World
 from spectral_window.training.progress import Progress, Silent
-from spectral_window.training.recipes import FREE_ON_RESUME, Recipe
+from spectral_window.training.recipes import FREE_ON_RESUME, Recipe, defaults
 from spectral_window.training.text import corpus_of, vocabulary_size
-
-_MODEL_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "window",
-    "kernel",
-    "fusion",
-    "mixer",
-    "branches",
-    "mlp",
-    "rope_theta",
-    "initializer_range",
-    "tie_word_embeddings",
-)
-
-# what a recipe's `match` counts the parameters of, with its mixer
-_PAPERS_LAYER = {
-    name: getattr(SWHConfig, name) for name in ("branches", "kernel", "fusion")
-}  # the defaults of the config
 
 
 def train(
@@ -117,8 +95,9 @@ def train(
             init = Initial.read(init)
         recipe = recipe if init is None else init.adopt(recipe)
         # A bad model is refused before the text is read, which can take long.
-        config = model_config(recipe, vocab_size=recipe.vocab_size or 50304)
-        if recipe.vocab_size is None:
+        told = recipe.model["vocab_size"]
+        config = model_config(recipe, vocab_size=told or SWHConfig.vocab_size)
+        if told is None:
             config.vocab_size = SMALLEST
         check_memory(recipe, config, device, world.size)
         with (
@@ -149,7 +128,7 @@ def model_config(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> SWHC
 
     Raises UserError for fields that cannot make a model or a size that cannot be met.
     """
-    fields = {name: getattr(recipe, name) for name in _MODEL_FIELDS}
+    fields = dict(recipe.model)
     fields |= {"vocab_size": vocab_size, "training_length": recipe.sequence_length}
     if tokenizer is not None:
         fields |= {
@@ -162,9 +141,9 @@ def model_config(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> SWHC
     if recipe.parameters is not None:
         return match_parameters(config, recipe.parameters)
     if recipe.match is not None:
-        whole = SWHConfig(**fields | _PAPERS_LAYER | {"mixer": recipe.match})
-        if any(getattr(whole, name) != getattr(config, name) for name in ("mixer", *_PAPERS_LAYER)):
-            return match_parameters(config, count_parameters(whole))
+        target = count_parameters(config.papers_layer(recipe.match))
+        if count_parameters(config) != target:
+            return match_parameters(config, target)
     return config
 
 
@@ -268,7 +247,7 @@ class _Run:
             self.world.first(lambda: self._record(step))
             self.progress.note(str(machine.precision(self.recipe.matmul_precision, self.device)))
             self.progress.start(
-                f"{self.recipe.name} ({self.recipe.mixer})", step, self.recipe.steps
+                f"{self.recipe.name} ({self.recipe.model['mixer']})", step, self.recipe.steps
             )
             if start:
                 tokens = step * self.recipe.tokens_per_step
@@ -329,13 +308,11 @@ class _Run:
 
     def _record(self, step: int) -> None:
         """Write config.json, and drop from the metrics what is about to be run again."""
-        model = self.config.to_diff_dict()
-        model |= {name: getattr(self.config, name) for name in _MODEL_FIELDS}
         write_json(
             self.out / "config.json",
             {
                 "recipe": self.recipe.to_dict(),
-                "model": model,
+                "model": self.config.to_diff_dict(),
                 "parameters": self.parameters,
                 "data": {"fingerprint": self.corpus.fingerprint, **self.corpus.sizes()},
                 "init": self.init and {"model": str(self.init.folder), "sha256": self.init.sha256},
@@ -360,7 +337,7 @@ class _Run:
         losses = [row["loss"] for row in self.metrics.read() if "loss" in row]
         result = {
             "recipe": recipe.name,
-            "mixer": recipe.mixer,
+            "mixer": recipe.model["mixer"],
             "parameters": self.parameters,
             "steps": recipe.steps,
             "tokens": recipe.steps * recipe.tokens_per_step,
@@ -425,11 +402,11 @@ def _in_its_own_precision(recipe: Recipe, out: Path) -> Recipe:
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What a checkpoint was made with that this run does not have, in words."""
-    want = wanted["recipe"]
-    # a checkpoint older than a knob was made with the knob's default
-    have = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name in want}
     recipe = stored.get("recipe")
-    have |= recipe if isinstance(recipe, dict) else {"recipe": recipe}
+    recipe = recipe if isinstance(recipe, dict) else {"recipe": recipe}
+    # a checkpoint older than a key was made with the key's default
+    silent = {k: v for k, v in defaults().items() if k in recipe or k in wanted["recipe"]}
+    have, want = silent | recipe, silent | wanted["recipe"]
     if have.get("schedule") == want.get("schedule") == "constant":  # the rate does not depend on it
         have["steps"] = want["steps"]
     lines = [

@@ -18,7 +18,12 @@ from tests.contracts.measure import block_error, relative
 DIM, HEADS, WINDOW = 16, 2, 5
 # Every kernel with the paper's fusion, every fusion and branch with the paper's kernel: what a
 # fusion does, it does token by token and never sees which kernel made its input.
-PAPER = {"kernel": "damped_oscillator", "fusion": "norm_add", "branches": BRANCHES}
+PAPER = {
+    "kernel": "damped_oscillator",
+    "fusion": "norm_add",
+    "branches": BRANCHES,
+    "window": WINDOW,
+}
 VARIANTS = [
     ("attention", {}),
     *[("memory", PAPER | {"branches": branches}) for branches in (BRANCHES, ("window",))],
@@ -46,7 +51,7 @@ def by_spectra(kernel: torch.nn.Module) -> bool:
 
 
 def build(name: str, options: dict) -> mixers.Mixer:
-    return MIXERS[name](hidden_size=DIM, num_heads=HEADS, window=WINDOW, **options).double()
+    return MIXERS[name](hidden_size=DIM, num_heads=HEADS, **options).double()
 
 
 def test_every_registered_mixer_is_tried():
@@ -253,8 +258,10 @@ def test_a_name_is_registered_once(registry):
         ("did you mean 'norm_add'", {"fusion": "norm_ad"}),
         ("branches", {"branches": ("spectal",)}),
         ("branches", {"branches": ()}),
-        ("4 would do", {"num_heads": 5}),
+        ("use 4 heads", {"num_heads": 5}),
         ("head size 1 is odd", {"num_heads": 16}),
+        ("did you mean 'window'", {"windw": 4}),
+        ("window is 0", {"window": 0}),
     ],
 )
 def test_bad_options_are_named(says, options):

@@ -220,7 +220,7 @@ def test_the_small_comparison_reads_twenty_million_tokens_with_two_seeds():
 def test_the_papers_own_numbers_stand_in_the_published_form_at_full_size():
     for training in lm._Suite(lm.SIZES["125m"], None).stage("published", []):
         recipe = training.resolved()
-        assert (recipe.hidden_size, recipe.num_hidden_layers) == (768, 12)
+        assert (recipe.model["hidden_size"], recipe.model["num_hidden_layers"]) == (768, 12)
         assert (recipe.sequence_length, recipe.batch_size, recipe.steps) == (1024, 64, 2000)
         assert (recipe.lr, recipe.schedule, recipe.match) == (6e-4, "constant", None)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from spectral_window.errors import UserError
 from spectral_window.hf.model import count_parameters
-from spectral_window.training.recipes import FIELDS, RECIPES, Recipe, resolve
+from spectral_window.training.recipes import RECIPES, Recipe, keys, resolve
 from spectral_window.training.trainer import model_config
 
 
@@ -22,15 +24,35 @@ def test_every_recipe_is_valid_named_as_it_is_called_and_survives_json(name):
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
+def test_a_recipe_is_a_value():
+    recipe = resolve("tiny", ["window=7", "mixer=memory"])
+    copies = [
+        copy.deepcopy(recipe),
+        pickle.loads(pickle.dumps(recipe)),
+        dataclasses.replace(recipe),
+    ]
+    for same in copies:
+        assert same == recipe
+        assert hash(same) == hash(recipe)
+    assert recipe != recipe.replace(window=8)
+    assert dataclasses.replace(recipe, window=8) == recipe.replace(window=8)
+    with pytest.raises(TypeError):
+        recipe.model["window"] = 8
+    with pytest.raises(UserError, match="a recipe needs a data"):
+        Recipe(name="empty")
+
+
 def test_paper_lm_holds_the_papers_numbers():
     r = resolve("paper-lm")
-    assert (r.num_hidden_layers, r.hidden_size, r.num_attention_heads, r.sequence_length) == (
-        12,
-        768,
-        12,
+    shape = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
+    assert r.model.items() >= (shape | {"vocab_size": 50304}).items()
+    assert (r.sequence_length, r.batch_size, r.lr, r.weight_decay, r.clip) == (
         1024,
+        64,
+        6e-4,
+        0.1,
+        1.0,
     )
-    assert (r.batch_size, r.lr, r.weight_decay, r.clip, r.vocab_size) == (64, 6e-4, 0.1, 1.0, 50304)
     assert (r.tokenizer, r.schedule, r.data) == (
         "gpt2",
         "cosine",
@@ -56,7 +78,8 @@ def test_paper_lm_holds_the_papers_numbers():
     ],
 )
 def test_an_override_is_read_by_the_type_of_its_knob(text, key, value):
-    found = getattr(resolve("tiny", [text]), key)
+    recipe = resolve("tiny", [text])
+    found = recipe.model[key] if key in recipe.model else getattr(recipe, key)
     assert found == value
     assert type(found) is type(value)
 
@@ -73,7 +96,7 @@ def test_an_override_is_read_by_the_type_of_its_knob(text, key, value):
         (["lr=1e400"], "lr=1e400 .*finite"),
         (["lr=-1"], "lr=-1.0 .*greater than 0"),
         (["skip_bad=maybe"], "skip_bad=maybe .*true or false"),
-        (["window=0"], "window=0 .*greater than 0"),
+        (["window=0"], r"window is 0 \(recipe\): use a whole number, 1 to"),
         (["steps=none"], "steps=none"),
         (["warmup_steps=61"], "must not exceed steps"),
         (["micro_batch_size=3"], "must divide batch_size"),
@@ -114,7 +137,7 @@ def test_the_python_face_refuses_wrong_types_too():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(sorted(FIELDS)), st.text(max_size=12))
+@given(st.sampled_from(keys()), st.text(max_size=12))
 @example("device", "0\n0")
 def test_any_text_for_any_knob_gives_a_recipe_or_one_line(key, text):
     try:

@@ -180,7 +180,7 @@ def _model(config: SWHConfig, mixer: str, device: torch.device) -> SWHForCausalL
     if mixer != config.mixer:
         with torch.device("meta"):
             size = SWHForCausalLM(config).count_parameters()
-        config = match_parameters(SWHConfig.from_dict(config.to_dict() | {"mixer": mixer}), size)
+        config = match_parameters(config.papers_layer(mixer), size)
     model = SWHForCausalLM(config).train()
     return nn.Module.to(model, device)
 

@@ -25,20 +25,18 @@ from spectral_window.ops.compiled.delta_chunks import CHUNK, SYSTEM, Call
 from spectral_window.ops.compiled.float32_lanes import LANES
 from spectral_window.ops.compiled.pages import empty
 from spectral_window.ops.compiled.window_rows import padded
-from spectral_window.ops.dispatch import may_bypass
-from spectral_window.ops.documents import anywhere, find_documents
+from spectral_window.ops.documents import Documents, anywhere
+from spectral_window.ops.tracing import may_bypass
 
 _WIDEST, _NARROWEST = 8, 2  # vectors of a block of columns
 _SEGMENT = 16  # chunks, where the scratch memory allows
 _SCRATCH = 64 << 20  # bytes
 
 
-def _call(q, k, v, beta, decay, positions, known) -> Call:
-    """Checked and laid out for the kernels. Raises ValueError where positions do not count on."""
-    if positions is not None:
-        find_documents(positions, anywhere(positions) if known else None)
-        positions = dense(positions)
+def _call(q, k, v, beta, decay, positions) -> Call:
+    """Laid out for the kernels."""
     batch, time = q.shape[:2]
+    positions = None if positions is None else dense(positions)
     most = -(-time // CHUNK)
     if positions is not None:
         most += int((positions == 0).sum(1).max())
@@ -99,26 +97,28 @@ def _scratch(chunks: int, numbers: int) -> Tensor:
 
 
 def memory(
-    inputs: Sequence[Tensor], state: Tensor, positions: Tensor | None, known: bool
+    inputs: Sequence[Tensor], state: Tensor, positions: Tensor | None, checked: bool
 ) -> tuple[Tensor, Tensor]:
     """`delta_memory` for checked inputs that are not empty, on a CPU.
 
     inputs: q, k [B, T, H, K], v [B, T, H, V] float32 or bfloat16, beta [B, T, H, 1] and, where
             there is one, decay [B, T, H, 1]; state [B, H, K, V], positions [B, T] int64 or None.
-    known:  the state is a caller's, so a row's first document may begin at any position.
+    checked: the positions are known to count on.
 
     Returns out [B, T, H, V] in v's dtype and the final state [B, H, K, V] float32.
     """
     q, k, v, beta, *decay = inputs
     call = (q, k, v, beta.squeeze(-1), decay[0].squeeze(-1) if decay else None, state.float())
     if may_bypass(*call):
-        return _forward(*call, positions, known, False)[:2]
+        return _forward(*call, positions, checked, False)[:2]
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call)
-    return delta_rule(*call, positions, known, learns)[:2]
+    return delta_rule(*call, positions, checked, learns)[:2]
 
 
-def _forward(q, k, v, beta, decay, state, positions, known, keep):
-    call = _call(q, k, v, beta, decay, positions, known)
+def _forward(q, k, v, beta, decay, state, positions, checked, keep):
+    if positions is not None:
+        Documents(positions, checked=checked).check(anywhere(len(positions)))
+    call = _call(q, k, v, beta, decay, positions)
     out = empty(v.shape, v.dtype) if positions is None else v.new_zeros(v.shape)
     panels = _panels(state)
     shape = _kept_shape(q, v, keep)  # documents may need fewer
@@ -142,7 +142,7 @@ def delta_rule(
     decay: Tensor | None,
     state: Tensor,
     positions: Tensor | None,
-    known: bool,
+    checked: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `memory`; beta and decay [B, T, H], state float32.
@@ -150,11 +150,11 @@ def delta_rule(
     Returns (out, final state, the states at the beginning of chunks in panels
     [B, chunks, H, V / 16, K, 16], without chunks unless `keep`).
     """
-    return _forward(q, k, v, beta, decay, state, positions, known, keep)
+    return _forward(q, k, v, beta, decay, state, positions, checked, keep)
 
 
 @delta_rule.register_fake
-def _(q, k, v, beta, decay, state, positions, known, keep):
+def _(q, k, v, beta, decay, state, positions, checked, keep):
     return (
         v.new_empty(v.shape),
         state.new_empty(state.shape),
@@ -173,14 +173,13 @@ def delta_rule_backward(
     decay: Tensor | None,
     state: Tensor,
     positions: Tensor | None,
-    known: bool,
     kept: Tensor,
     grad: Tensor,
     grad_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, decay (empty where there is none) and state, given those of
     the output and of the final state."""
-    call = _call(q, k, v, beta, decay, positions, known)
+    call = _call(q, k, v, beta, decay, positions)
     fresh = torch.empty if positions is None else torch.zeros  # padding is not written
     dq, dk, dv = (fresh(x.shape, dtype=x.dtype, device="cpu") for x in (q, k, v))
     d_beta = fresh(beta.shape, dtype=torch.float32, device="cpu")
@@ -207,34 +206,33 @@ def delta_rule_backward(
 
 
 @delta_rule_backward.register_fake
-def _(q, k, v, beta, decay, state, positions, known, kept, grad, grad_state):
+def _(q, k, v, beta, decay, state, positions, kept, grad, grad_state):
     like = [x.new_empty(x.shape) for x in (q, k, v, beta)]
     d_decay = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
     return *like, d_decay, state.new_empty(state.shape)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.known, _ = inputs
+    *tensors, _, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
 def _differentiate(ctx, grad, grad_state, _):
     *tensors, positions, kept = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return *_differentiate_again(tensors, positions, ctx.known, grad, grad_state), *[None] * 3
-    *found, d_decay, d_state = delta_rule_backward(
-        *tensors, positions, ctx.known, kept, grad, grad_state
-    )
+        return *_differentiate_again(tensors, positions, grad, grad_state), *[None] * 3
+    *found, d_decay, d_state = delta_rule_backward(*tensors, positions, kept, grad, grad_state)
     return *found, None if tensors[4] is None else d_decay, d_state, *[None] * 3
 
 
-def _differentiate_again(tensors, positions, known, grad, grad_state):
+def _differentiate_again(tensors, positions, grad, grad_state):
     """The same gradients by operations that can be differentiated themselves."""
     asked = [x for x in tensors if x is not None and x.requires_grad]
     with torch.enable_grad():
         q, k, v, beta, decay, state = tensors
         inputs = [q, k, v, beta[..., None], *([] if decay is None else [decay[..., None]])]
-        out, final = chunked(inputs, state.double(), positions, known)
+        documents = None if positions is None else Documents(positions, checked=True)
+        out, final = chunked(inputs, state.double(), documents)
         given = (out.to(v.dtype), grad), (final.to(state.dtype), grad_state)
         outputs, gradients = zip(*((y, g) for y, g in given if y.requires_grad), strict=True)
         found = torch.autograd.grad(outputs, asked, gradients, create_graph=True, allow_unused=True)
