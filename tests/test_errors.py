@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from spectral_window.ops.taps import Taps
 
 import spectral_window
 from spectral_window import errors
@@ -31,6 +30,7 @@ from spectral_window.errors import (
     UserError,
     UserTypeError,
 )
+from spectral_window.ops.fir import Taps
 from spectral_window.ops.modes import Modes
 from spectral_window.ops.spectral import spectral_conv
 from spectral_window.training.recipes import RECIPES

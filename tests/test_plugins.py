@@ -1,7 +1,9 @@
-"""A part from outside: a mixer and a kernel with an option each, registered in this file alone.
+"""Parts from outside: a mixer and a kernel with an option each, and a method of an operator,
+registered in this file alone.
 
 All that a part of the package itself can do they can do by that: the command line reads their
-options, files hold them, caches and sessions are told apart by them, errors name them.
+options, files hold them, caches and sessions are told apart by them, errors name them; a method is
+chosen, tried by the contract suite, shown by `info` and lined up in the benchmark.
 """
 
 from __future__ import annotations
@@ -24,16 +26,20 @@ from spectral_window.generation.session import Session
 from spectral_window.generation.session_file import fingerprint
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.hf.model import count_parameters
+from spectral_window.lab.bench import operators as bench
 from spectral_window.lab.trainings import Text, Training
 from spectral_window.nn.fusions import FUSIONS
-from spectral_window.nn.kernels import KERNELS, Kernel
+from spectral_window.nn.kernels import KERNELS, Filter, Kernel
 from spectral_window.nn.layers import MLPS, SwiGLU
-from spectral_window.nn.mixers import MIXERS, Mixer, SpectralWindowMixer
+from spectral_window.nn.mixers import MIXERS, Mixer
 from spectral_window.nn.options import Option, known, recorded
-from spectral_window.ops import Modes, Taps, spectral_conv
+from spectral_window.nn.spectral_window import SpectralWindowMixer
+from spectral_window.ops import METHODS, Method, Modes, Taps, enrol
+from spectral_window.ops import resolve as resolve_method
 from spectral_window.training.loading import load
 from spectral_window.training.recipes import Recipe, resolve
 from spectral_window.training.trainer import _differences, model_config
+from tests.contracts import methods
 from tests.processes import python
 
 WIDTH = Option("toy_width", int, 3, at_least=2, help="tokens that a toy sees")
@@ -56,8 +62,8 @@ class ToyKernel(Kernel):
         return Modes(decay, torch.zeros_like(decay), self.gain)
 
 
-class Filter(Kernel):
-    """Learned taps, of which none is at the token itself but all before it alike."""
+class ToyFilter(Filter):
+    """Learned taps: the token and those before it, all alike at first."""
 
     def __init__(self, channels: int, width: int):
         super().__init__(channels)
@@ -84,19 +90,22 @@ class Toy(Mixer):
         super().__init__(**options)
         self.width = self.settings["toy_width"]
         self.in_proj = nn.Linear(self.hidden_size, self.hidden_size, bias=False)
-        self.kernel = Filter(self.hidden_size, self.width)
+        self.kernel = ToyFilter(self.hidden_size, self.width)
         self.out_proj = nn.Linear(self.hidden_size, self.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, state: ToyState | None = None
     ) -> tuple[Tensor, ToyState]:
-        y, inputs = spectral_conv(
+        y, inputs = self.kernel.convolve(
             self.in_proj(x),
-            self.kernel(),
             state=None if state is None else state.inputs,
             positions=positions,
+            method=self.method("fir"),
         )
         return self.out_proj(y), ToyState(inputs)
+
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        return [("fir", tuple(self.kernel()))]
 
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
@@ -362,3 +371,67 @@ def test_what_counts_follows_the_parts_that_are_chosen() -> None:
     assert names == ["outer", "toy_reach"]
     assert [o.name for o in recorded([outer], {"outer": "pure_decay"})] == ["outer"]
     assert len(recorded([outer], {"outer": "pure_decay", "toy_reach": 9.0})) == 2
+
+
+# ------------------------------------------------------------------------------ a method
+
+
+def by_chunks(u: Tensor, modes: Modes, state: Any, documents: Any, out: Any) -> Any:
+    return METHODS["spectral"]["chunked"].function(u, modes, state, documents, out)
+
+
+def half_a_state(u: Tensor, modes: Modes, state: Any, documents: Any, out: Any) -> Any:
+    return by_chunks(u, modes, None if state is None else state / 2, documents, out)
+
+
+def no_bfloat16(u: Tensor, *_: Any) -> str | None:
+    return "a toy does not round" if u.dtype == torch.bfloat16 else None
+
+
+@pytest.fixture(params=[by_chunks])
+def method(request: pytest.FixtureRequest) -> Iterator[Method]:
+    toy = Method("toy", request.param, "as the chunks, under another name", no_bfloat16)
+    enrol("spectral", toy, before="scan")
+    yield toy
+    del METHODS["spectral"]["toy"]
+
+
+def test_a_method_is_chosen_with_the_reasons_of_those_before_it(method: Method) -> None:
+    u = torch.randn(1, 8, 3)
+    chosen = resolve_method("spectral", "auto", u)
+    assert (chosen.name, chosen.reason) == ("toy", method.cost)
+    assert [name for name, _ in chosen.passed] == ["step_compiled", "step"]
+    half = resolve_method("spectral", "auto", u.bfloat16())
+    assert half.name != "toy"
+    assert ("toy", "a toy does not round") in half.passed
+    with pytest.raises(UserError, match=r"'toy' \(spectral\): a toy does not round"):
+        resolve_method("spectral", "toy", u.bfloat16())
+    with pytest.raises(UserError, match="enrolled already"):
+        enrol("spectral", method)
+
+
+def test_the_contract_suite_tries_a_method(method: Method) -> None:
+    asked = [promise for op, name, promise in methods.cases() if (op, name) == ("spectral", "toy")]
+    assert len(asked) == len(methods.CONTRACTS["spectral"])
+    for promise in asked:
+        methods.keep("spectral", "toy", promise)
+
+
+@pytest.mark.parametrize("method", [half_a_state], indirect=True)
+def test_a_wrong_method_is_found_by_the_contract_suite(method: Method) -> None:
+    with pytest.raises(AssertionError):
+        methods.keep("spectral", "toy", "conv_carries_its_state")
+
+
+def test_info_and_the_bench_show_a_method(
+    method: Method, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "tiny"]) == 0
+    assert method.cost in " ".join(capfd.readouterr().out.split())
+    assert main(["info", "tiny", "--json"]) == 0
+    (row, *_) = json.loads(capfd.readouterr().out)["methods"]
+    assert (row["op"], row["use"], row["method"]) == ("spectral", "prefill", "toy")
+    assert row["passed_over"].keys() == {"step_compiled", "step"}
+    u, modes = bench.draw_spectral(16, torch.float32, False)
+    assert "toy" in bench.spectral_lineup(u, modes, False)
+    assert {row["contestant"] for row in bench.far_errors(256, 8)} >= {"toy", "scan"}

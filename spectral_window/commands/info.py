@@ -107,20 +107,19 @@ def _options(config: SWHConfig) -> list[dict[str, Any]]:
     return [{"option": o.name, "value": getattr(config, o.name), "help": o.help} for o in told]
 
 
-def _methods(model: SWHForCausalLM, device: torch.device) -> list[dict[str, str]]:
+def _methods(model: SWHForCausalLM, device: torch.device) -> list[dict[str, Any]]:
     """The method that "auto" means for each operator that the model calls, on this machine, and
     why those preferred to it are passed over."""
     layer = cast(SWHLayer, model.model.layers[0])
     called = [*layer.mixer.operators(), ("linear", ()), ("rms_norm", ())]
-    found = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for op, others in called:
         for use, length in (("prefill", 1024), ("step", 1)):
             x = torch.empty(1, length, model.config.hidden_size, device=device, dtype=model.dtype)
             with torch.no_grad():
                 choice = resolve_method(op, "auto", x, *others)
-            passed = "; ".join(f"{name}: {why}" for name, why in choice.passed)
-            row = {"method": choice.name, "reason": choice.reason, "passed over": passed}
-            found[op, use] = {"op": op, "use": use, **row}
+            row = {"method": choice.name, "reason": choice.reason}
+            found[op, use] = {"op": op, "use": use, **row, "passed_over": dict(choice.passed)}
     return list(found.values())
 
 
@@ -168,10 +167,20 @@ def _print_info(facts: dict[str, Any]) -> None:
             for row in facts["contexts"]
         ],
     )
+    shown: dict[tuple[str, str, str], list[str]] = {}
+    passed: dict[tuple[str, str, str], None] = {}
+    for row in facts["methods"]:
+        shown.setdefault((row["op"], row["method"], row["reason"]), []).append(row["use"])
+        for name, why in row["passed_over"].items():
+            if not name.startswith("step"):  # of course, for a text
+                passed[row["op"], name, why] = None
     print_table(
         "methods here",
-        ("operator", "for", "method", "why", "passed over"),
-        [tuple(row.values()) for row in facts["methods"]],
+        ("operator", "for", "method", "how"),
+        [(op, ", ".join(uses), name, how) for (op, name, how), uses in shown.items()],
         numbers=False,
     )
+    if passed:
+        head = ("operator", "method", "why it is passed over here")
+        print_table("preferred to them", head, list(passed), numbers=False)
     print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()))

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from spectral_window.errors import UserError
 from spectral_window.nn.kernels import Filter, _begin_at, _parameter
-from spectral_window.nn.mixers import SpectralWindowMixer, register
+from spectral_window.nn.mixers import register
+from spectral_window.nn.spectral_window import SpectralWindowMixer
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps

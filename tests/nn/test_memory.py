@@ -13,7 +13,7 @@ from spectral_window.hf import SWHForCausalLM
 from spectral_window.lab.probes import Exam, Probe, run
 from spectral_window.nn.layers import no_weight_decay
 from spectral_window.nn.memory import MemoryMixer
-from spectral_window.nn.mixers import SpectralWindowMixer
+from spectral_window.nn.spectral_window import SpectralWindowMixer
 from tests.hf.small import small_config, small_model, tokens
 
 DIM, HEADS, WINDOW = 12, 2, 4

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from spectral_window.nn.mixers import SpectralWindowMixer
+from spectral_window.nn.spectral_window import SpectralWindowMixer
 
 
 def papers_layer(

@@ -1,0 +1,202 @@
+"""The mixer `spectral_window`: the paper's layer (section 1).
+
+    Y = (RMSNorm(Y_spec) + Y_local) W_out
+
+Y_spec is the causal convolution of X W_conv + b with learned kernels, Y_local = Attention(X)
+W_local in chunks of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spectral_window.nn.fusions import FUSIONS
+from spectral_window.nn.kernels import KERNELS
+from spectral_window.nn.layers import project
+from spectral_window.nn.mixers import BRANCHES, ROPE_THETA, Mixer, check_rotary, register
+from spectral_window.nn.options import Option
+from spectral_window.ops.documents import Documents, given_documents
+from spectral_window.ops.window import window_attention
+from spectral_window.ops.window_state import WindowState, empty_state
+
+OPTIONS = (
+    Option("window", int, 32, always=True, help="W: a token sees its chunk and the one before"),
+    Option(
+        "kernel", str, "damped_oscillator", choices=KERNELS, always=True,
+        help="of the convolution (nn/kernels.py)",
+    ),
+    Option(
+        "fusion", str, "norm_add", choices=FUSIONS, always=True,
+        help="how the two branches become one (nn/fusions.py)",
+    ),
+    Option(
+        "branches", tuple, BRANCHES, choices=BRANCHES, always=True,
+        help="those that are on, one or both",
+    ),
+    ROPE_THETA,
+)  # fmt: skip
+
+
+class SpectralWindowState(NamedTuple):
+    """spectral: the kernel's, [B, D, M, 2] float64 for oscillators, the last inputs [B, L - 1, D]
+    for taps; window: `WindowState`, at most 2W keys and values. None where a branch is off."""
+
+    spectral: Tensor | None
+    window: WindowState | None
+
+
+@register("spectral_window", *OPTIONS)
+class SpectralWindowMixer(Mixer):
+    """The paper's layer (section 1): Y = (RMSNorm(Y_spec) + Y_local) W_out.
+
+    Y_spec is the causal convolution of X W_conv + b with a kernel of `KERNELS`, Y_local =
+    Attention(X) W_local in chunks; a fusion of `FUSIONS` brings them together. The convolution's
+    projection alone has a bias. `branches` switches one of them off for ablations.
+    """
+
+    label = "SWH"
+    visible = "its chunk up to itself and all of the chunk before it"
+    state_type: type[Any] = SpectralWindowState
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        told, dim = self.settings, self.hidden_size
+        self.window, self.rope_theta = told["window"], told["rope_theta"]
+        self.branches = branches = told["branches"]
+        if "spectral" in branches:
+            self.conv_proj = nn.Linear(dim, dim, bias=True)
+            self.kernel = KERNELS.make(told, told["kernel"], dim)
+        if "window" in branches:
+            self.q_proj = nn.Linear(dim, dim, bias=False)
+            self.k_proj = nn.Linear(dim, dim, bias=False)
+            self.v_proj = nn.Linear(dim, dim, bias=False)
+            self.local_proj = nn.Linear(dim, dim, bias=False)
+        self.fusion = FUSIONS.make(told, told["fusion"], dim, self.eps, branches)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        super().check(values)
+        if "window" in values["branches"]:
+            check_rotary(values)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | Documents | None = None,
+        state: SpectralWindowState | None = None,
+    ) -> tuple[Tensor, SpectralWindowState]:
+        documents = given_documents(positions, None, x)
+        spectral = local = spectral_state = None
+        local_states: tuple[Any, ...] = (None,)
+        projected = self._project(x)
+        if "spectral" in self.branches:
+            spectral, spectral_state = self.kernel.convolve(
+                projected.pop(),
+                state=None if state is None else state.spectral,
+                positions=documents,
+                method=self.method(self.kernel.operator),
+            )
+        if "window" in self.branches:
+            attended, local_states = self._local(projected, documents, state)
+            local = project(attended, self.local_proj)[0]
+        (y,) = project(self.fusion(spectral, local), self.out_proj)
+        return y, self.state_type(spectral_state, *local_states)
+
+    def _local(
+        self, projected: list[Tensor], documents: Documents | None, state: Any
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """What is local, before W_local: [B, T, D] from the results of `_local_maps`, and the
+        states beside the convolution's, in the order of `state_type`."""
+        q, k, v = (self._split(part) for part in projected)
+        attended, after = window_attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            rope_theta=self.rope_theta,
+            state=None if state is None else state.window,
+            positions=documents,
+            method=self.method("window"),
+        )
+        return attended.flatten(-2), (after,)
+
+    def _local_maps(self) -> list[nn.Linear]:
+        """The maps of the mixer's input that `_local` takes the results of."""
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """What `_local` takes and the convolution's input (of the branches that are on): all are
+        maps of one x, and made together."""
+        maps = self._local_maps() if "window" in self.branches else []
+        if "spectral" in self.branches:
+            maps.append(self.conv_proj)
+        return list(project(x, *maps))
+
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        called: list[tuple[str, tuple[Any, ...]]] = []
+        if "spectral" in self.branches:
+            called.append((self.kernel.operator, tuple(self.kernel())))
+        if "window" in self.branches:
+            called.append(("window", ()))
+        return called
+
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> SpectralWindowState:
+        spectral = window = None
+        if "spectral" in self.branches:
+            spectral = self._spectral_state(batch_size, dtype, torch.device(device))
+        if "window" in self.branches:
+            size = self.head_dim
+            window = empty_state(
+                batch_size, self.window, self.num_heads, size, size, dtype=dtype, device=device
+            )
+        return SpectralWindowState(spectral, window)
+
+    def _spectral_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The convolution's state before any token, as the kernel's kind has it."""
+        kernel = self.kernel()
+        shape = kernel.state_shape(batch)
+        return torch.zeros(shape, dtype=kernel.state_dtype(dtype, device), device=device)
+
+    def state_bytes(
+        self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
+    ) -> int:
+        total = 0
+        if "spectral" in self.branches:
+            total += self._spectral_state(1, dtype, torch.device("meta")).nbytes
+        if "window" in self.branches:
+            total += 2 * 2 * self.window * self.hidden_size * dtype.itemsize + 8
+        return batch_size * total
+
+    def flops_per_token(self, context: int) -> int:
+        total = 0
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and not name.startswith("kernel."):  # maps of every token
+                total += 2 * parameter.numel()
+        if "spectral" in self.branches:
+            total += self.kernel().flops_per_token()
+        if "window" in self.branches:
+            seen = _mean_window(context, self.window)
+            total += int(4 * self.hidden_size * seen)  # scores and weighted sum
+        return total
+
+    def count_visible(self, positions: Tensor, window: int) -> Tensor:
+        if "window" not in self.branches:
+            return super().count_visible(positions, window)
+        return positions % window + 1 + window * (positions >= window)
+
+
+def _mean_window(context: int, window: int) -> float:
+    """Mean number of keys a query sees in a document of `context` tokens: (t mod W) + 1, and W
+    more after chunk 0."""
+    if context < 1:
+        return 0.0
+    full, rest = divmod(context, window)
+    own = full * window * (window + 1) / 2 + rest * (rest + 1) / 2
+    return (own + max(context - window, 0) * window) / context
