@@ -80,6 +80,35 @@ def test_imports_go_downward(path):
         )
 
 
+def test_no_file_imports_itself_by_a_detour():
+    """Not within a room either, not inside a function, not for types alone."""
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+    }
+
+    def module(dotted: str) -> str:
+        while dotted not in modules:
+            dotted = dotted.rpartition(".")[0]
+        return dotted
+
+    uses = {}
+    for path in FILES:
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        found = {
+            module(f"{node.module}.{alias.name}")
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name)
+            for alias in node.names
+        }
+        uses[name.removesuffix(".__init__")] = found - {PACKAGE.name}
+    while uses:  # take away whoever needs nobody that is left
+        free = [name for name, needed in uses.items() if not needed & uses.keys()]
+        assert free, f"import each other: {sorted(uses)}"
+        for name in free:
+            del uses[name]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_outside_packages_stay_in_their_rooms(path):
     here = path.relative_to(PACKAGE).as_posix()
