@@ -132,7 +132,7 @@ class Recipe:
 
     def replace(self, **changes: Any) -> Recipe:
         """The same recipe with some knobs changed. Raises UserError on an unknown or bad one."""
-        return Recipe(**self._flat() | changes)
+        return Recipe(**self._flat() | changes.pop("model", {}) | changes)
 
     def _flat(self) -> dict[str, Any]:
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
@@ -152,10 +152,11 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """Inverse of `to_dict`. Raises UserError on an unknown key."""
-        given: dict[str, Any] = {
+        _check_keys(values)
+        fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
-        return cls(**given)
+        return cls(**fields)
 
 
 KNOBS: dict[str, Any] = {k: v for k, v in typing.get_type_hints(Recipe).items() if k != "model"}

@@ -38,6 +38,9 @@ def test_a_recipe_is_a_value():
     assert dataclasses.replace(recipe, window=8) == recipe.replace(window=8)
     with pytest.raises(TypeError):
         recipe.model["window"] = 8
+    assert recipe.replace(model={"window": 8}) == recipe.replace(window=8)
+    with pytest.raises(UserError, match="unknown recipe key 'model'"):
+        Recipe.from_dict(recipe.to_dict() | {"model": {"window": 8}})
     with pytest.raises(UserError, match="a recipe needs a data"):
         Recipe(name="empty")
 
