@@ -95,7 +95,7 @@ def _kept_shape(q: Tensor, v: Tensor, keep: bool) -> tuple[int, ...]:
 
 
 def _scratch(chunks: int, numbers: int) -> Tensor:
-    return torch.empty(chunks * numbers, dtype=torch.float32, device="cpu")
+    return empty((chunks * numbers,), torch.float32)
 
 
 def memory(
