@@ -8,6 +8,16 @@ The forward pass keeps the state at the beginning of every chunk that goes on wi
 most one for 64 tokens. The backward pass takes the segments from the last to the first
 (`delta_backward`). A second derivative goes through the chunked method, which is differentiable by
 itself.
+
+Everything is float32, and no setting of torch touches it. Relative to the float64 recurrence, per
+channel and block of 64 positions, outputs, states and gradients are within 2e-6 for keys of length
+1 and beta <= 1. Two gradients need more. Where all keys nearly agree (at 0.9 of one another), what
+is written is a small difference of large numbers: outputs and states stay within 2e-6, single
+blocks of gradients reach 4e-6. And where a document has forgotten the state that entered it before
+its first chunk ends, that state's gradient is as exact as those of the tokens, not as itself.
+
+Bits do not depend on the number of threads, on the other rows of a batch, or on whether a call is
+split after a multiple of 64 tokens.
 """
 
 from __future__ import annotations
@@ -93,7 +103,7 @@ def _kept_shape(q: Tensor, v: Tensor, keep: bool) -> tuple[int, ...]:
 
 
 def _scratch(chunks: int, numbers: int) -> Tensor:
-    return torch.empty(chunks * numbers, dtype=torch.float32, device="cpu")
+    return empty((chunks * numbers,), torch.float32)
 
 
 def memory(

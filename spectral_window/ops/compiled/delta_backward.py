@@ -259,7 +259,7 @@ def retreat(job):
 
 
 @inner
-def times_transposed(c, c_row, a, a_row, state, strip, job, rows):
+def times_transposed(job, c, c_row, a, a_row, rows, state, strip):
     """c [rows, K] += a [rows, V] times the transpose of a state in panels."""
     values, panel = blocks_of(job[VALUE_DIM]), panel_bytes(job)
     for i in range(blocks_of(job[KEY_DIM])):
@@ -291,12 +291,10 @@ def collect(job):
     )
     keys = aligned(room)
     queries = keys + CHUNK * key_step
-    dk = queries + CHUNK * key_step
-    dq = dk + CHUNK * key_step
-    given = dq + CHUNK * key_step
-    written = given + CHUNK * step
-    minus_pulled = written + CHUNK * step
-    panels = minus_pulled + CHUNK * step
+    dq = queries + CHUNK * key_step  # then, without a gap, dk
+    given = dq + 2 * CHUNK * key_step  # then, without a gap, -Y
+    written = given + 2 * CHUNK * step
+    panels = written + CHUNK * step
     dp = panels + CHUNK * whole
     da = dp + CHUNK * ROW
     strip = da + CHUNK * ROW
@@ -315,6 +313,7 @@ def collect(job):
             continue
         chunk, system = chunk_at(job, b, job[FIRST] + n), system_at(job, b, h, n)
         rows, goes_on = rounded_up(chunk.tokens), chunk.entry != FRESH
+        dk, minus_pulled = dq + rows * key_step, given + rows * step
         fetch_rows(job, K, b, h, chunk, size, 0, size, keys, key_step)
         fetch_rows(job, Q, b, h, chunk, size, 0, size, queries, key_step)
         fetch_rows(job, GRAD, b, h, chunk, job[VALUE_DIM], 0, job[VALUE_DIM], given, step)
@@ -339,12 +338,11 @@ def collect(job):
             by_decays(job, system, rows, dp, between)
             by_decays(job, system, rows, da, between)
         # through the states before and behind the chunk
-        clear(dk, 2 * CHUNK * key_step // BYTES)
+        clear(dq, 2 * rows * key_step // BYTES)
         behind = d_state_at(job, b, h, n)
         if goes_on:
             before = before_at(job, b, h, chunk.entry, 0)
-            times_transposed(dq, key_step, given, step, before, strip, job, rows)
-            times_transposed(dk, key_step, minus_pulled, step, before, strip, job, rows)
+            times_transposed(job, dq, key_step, given, step, 2 * rows, before, strip)
             if job[DECAY]:
                 scale_rows(dq, key_step, grown(system), rows, key_blocks)
                 scale_rows(dk, key_step, grown(system), rows, key_blocks)
@@ -360,7 +358,7 @@ def collect(job):
                 held[t] = dot(dk + t * key_step, keys + t * key_step, key_blocks)
                 d_sums[t] += held[t] + dot(dq + t * key_step, queries + t * key_step, key_blocks)
             scale_rows(written, step, left(system), rows, blocks)
-        times_transposed(dk, key_step, written, step, behind, strip, job, rows)
+        times_transposed(job, dk, key_step, written, step, rows, behind, strip)
         if job[DECAY]:
             for t in range(rows):
                 weight = dot(dk + t * key_step, keys + t * key_step, key_blocks) - held[t]

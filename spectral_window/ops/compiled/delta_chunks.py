@@ -50,6 +50,7 @@ from spectral_window.ops.compiled.window_rows import (
     ONE,
     ZERO,
     aligned,
+    ask,
     blocks_of,
     clear,
     expect_parts,
@@ -60,6 +61,7 @@ from spectral_window.ops.compiled.window_rows import (
 from spectral_window.ops.compiled.window_tiles import exponential
 
 CHUNK = 64
+_AHEAD = 8  # rows that are asked for early
 FRESH, ENTERS = -1, -2  # a chunk begins with an empty state, or with the one that was given
 
 # the words of a job: addresses and sizes
@@ -123,8 +125,14 @@ def fetch_rows(job, which, b, h, chunk, size, begin, end, target, step):
     blocks = blocks_of(end - begin)
     for t in range(rounded_up(chunk.tokens)):
         if t < chunk.tokens:
-            source = place(job, which, token_of(job, b, chunk, t), h, size)
-            source += begin * (2 if job[HALF] else 4)
+            soon = min(t + _AHEAD, chunk.tokens - 1)
+            offset = begin * (2 if job[HALF] else 4)
+            ask(
+                place(job, which, token_of(job, b, chunk, soon), h, size) + offset,
+                job[HALF],
+                end - begin,
+            )
+            source = place(job, which, token_of(job, b, chunk, t), h, size) + offset
             fetch(source, job[HALF], end - begin, 0, ONE, target + t * step)
         else:
             clear(target + t * step, blocks)
