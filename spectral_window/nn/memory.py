@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from spectral_window.errors import UserError
 from spectral_window.nn.kernels import Filter, _begin_at, _parameter
 from spectral_window.nn.mixers import register
+from spectral_window.nn.options import Option
 from spectral_window.nn.spectral_window import SpectralWindowMixer
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
@@ -74,7 +75,12 @@ class Memory(Filter):
         return Taps(self.lag)
 
 
-@register("memory")
+HEADS = Option(
+    "memory_heads", int, 1, help="heads of the memory; its state has D^2 / heads numbers"
+)
+
+
+@register("memory", HEADS)
 class MemoryMixer(SpectralWindowMixer):
     """The paper's layer with a delta-rule memory that joins the window's output (see the module).
 
@@ -84,10 +90,10 @@ class MemoryMixer(SpectralWindowMixer):
 
     label = "SWH with memory"
     state_type = MemoryState
-    memory_heads = 1
 
     def __init__(self, **options: Any):
         super().__init__(**options)
+        self.memory_heads = self.settings["memory_heads"]
         self.memory = Memory(self.hidden_size, self.memory_heads)
         # w_write, then w_read: one map, for a product with a single row of weights rounds
         # differently where a file has put them at another alignment
@@ -100,6 +106,11 @@ class MemoryMixer(SpectralWindowMixer):
             raise UserError(
                 f"mixer 'memory' with branches {values['branches']} (config): it uses the window's "
                 "queries and values; add 'window', or take mixer 'spectral_window'"
+            )
+        if values["hidden_size"] % values["memory_heads"]:
+            raise UserError(
+                f"memory_heads {values['memory_heads']} does not divide hidden_size "
+                f"{values['hidden_size']} (config): use 1 or another divisor"
             )
 
     def _local_maps(self) -> list[nn.Linear]:

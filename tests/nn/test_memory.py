@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from spectral_window.errors import UserError
 from spectral_window.hf import SWHForCausalLM
 from spectral_window.lab.probes import Exam, Probe, run
 from spectral_window.nn.layers import no_weight_decay
@@ -62,9 +63,8 @@ def drawn(kind: type[MemoryMixer] = Alone, **options: Any) -> MemoryMixer:
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_the_memory_is_its_equations_to_the_last_digit(heads, monkeypatch):
-    monkeypatch.setattr(MemoryMixer, "memory_heads", heads)
-    layer = drawn()
+def test_the_memory_is_its_equations_to_the_last_digit(heads):
+    layer = drawn(memory_heads=heads)
     x = torch.randn(2, 70, DIM, dtype=torch.float64)
     truth = memory_by_hand(x, dict(layer.state_dict()), heads)
     assert (layer(x) - truth).abs().max() <= 1e-12 * truth.abs().max()
@@ -187,3 +187,15 @@ def test_it_recalls_at_32_times_the_length_it_was_trained_at():
     tests = tuple(Exam("recall", length, 256) for length in (32, 256, 1024))
     row = run(Probe("recall", shape | {"mixer": "memory"}, tests, steps=300, lr=3e-3))
     assert all(test["right"] >= 0.99 * test["asked"] for test in row["tests"])
+
+
+def test_heads_are_an_option_of_the_memory_alone():
+    config = small_config(mixer="memory", memory_heads=4)
+    model = SWHForCausalLM(config)
+    assert model.model.layers[0].mixer.init_state(2, dtype=torch.float32, device="cpu")[
+        2
+    ].shape == ((2, 4, 8, 8))
+    assert "memory_heads" not in small_config().to_dict()
+    assert small_config(mixer="memory").to_dict()["memory_heads"] == 1
+    with pytest.raises(UserError, match=r"memory_heads 5 does not divide hidden_size 32"):
+        small_config(mixer="memory", memory_heads=5)
