@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -160,7 +160,7 @@ class SWHConfig(PreTrainedConfig):
             hook()
 
     @classmethod
-    def fields(cls) -> dict[str, Option]:
+    def fields(cls) -> Mapping[str, Option]:
         """Every field of today's registered parts, by name: the core's, then the parts'."""
         return known(CORE)
 

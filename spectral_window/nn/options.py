@@ -19,6 +19,8 @@ import math
 import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from spectral_window.errors import UserError, unknown
@@ -280,8 +282,15 @@ def chosen(options: Iterable[Option], values: Mapping[str, Any]) -> list[Option]
     return list(found.values())
 
 
-def known(options: Iterable[Option]) -> dict[str, Option]:
+def known(options: Iterable[Option]) -> Mapping[str, Option]:
     """`options` and those of all registered parts that they can name, by name."""
+    # libraries ask a config for its fields at every token: what is registered seldom changes
+    parts = tuple(part.options for registry in _registries for part in registry.values())
+    return _found(tuple(options), parts)
+
+
+@lru_cache(maxsize=64)
+def _found(options: tuple[Option, ...], parts: tuple[Any, ...]) -> Mapping[str, Option]:
     found: dict[str, Option] = {}
     waiting = list(options)
     while waiting:
@@ -289,7 +298,7 @@ def known(options: Iterable[Option]) -> dict[str, Option]:
         if option.name not in found:
             found[option.name] = option
             waiting += _of_parts(option)
-    return found
+    return MappingProxyType(found)
 
 
 def _of_parts(option: Option) -> Iterator[Option]:
