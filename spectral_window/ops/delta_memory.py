@@ -26,7 +26,7 @@ from torch import Tensor
 from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops import reference
 from spectral_window.ops.chunked_delta import chunked
-from spectral_window.ops.documents import Documents, anywhere, each_document
+from spectral_window.ops.documents import Documents, anywhere, documents_after, each_document
 from spectral_window.ops.methods import (
     Method,
     enrol,
@@ -38,7 +38,6 @@ from spectral_window.ops.methods import (
     past_the_dispatcher,
     resolve,
 )
-from spectral_window.ops.spectral import documents_after
 from spectral_window.ops.tracing import readable
 
 EXACT = ("cpu",)  # devices on which `chunked` computes in float64, see above

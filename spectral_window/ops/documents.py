@@ -305,3 +305,20 @@ def given_documents(
         if readable(given, meant) and not torch.equal(documents.positions, meant):
             raise UserError("positions and cu_seqlens disagree: pass one of them")
     return documents
+
+
+def documents_after(
+    state: Tensor | None,
+    positions: Tensor | Documents | None,
+    cu_seqlens: Tensor | None,
+    u: Tensor,
+) -> Documents | None:
+    """The documents of u after a state that does not know its position: any beginning other than 0
+    continues it."""
+    begin = None
+    if cu_seqlens is not None and state is not None:
+        begin = torch.ones(u.shape[0], dtype=torch.int64, device=u.device)
+    documents = given_documents(positions, cu_seqlens, u, begin)
+    if documents is not None and (state is None or u.shape[1] > 1):
+        documents.check(None if state is None else anywhere(u.shape[0]))
+    return documents

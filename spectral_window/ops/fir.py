@@ -20,9 +20,9 @@ from torch import Tensor
 
 from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops import recorded, reference
-from spectral_window.ops.documents import Documents, Tokens, anywhere
+from spectral_window.ops.checks import check_like, check_out, check_state
+from spectral_window.ops.documents import Documents, Tokens, anywhere, documents_after
 from spectral_window.ops.methods import Method, Reason, enrol, one_token, resolve
-from spectral_window.ops.spectral import check_like, check_out, check_state, documents_after
 from spectral_window.ops.tracing import is_recorded, readable
 
 FEW = 16  # taps; more are served better by an FFT

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops import reference
+from spectral_window.ops.checks import check_like, check_out, check_state
 from spectral_window.ops.chunked_spectral import chunked
-from spectral_window.ops.documents import Documents, anywhere, each_document, given_documents
+from spectral_window.ops.documents import Documents, anywhere, documents_after, each_document
 from spectral_window.ops.methods import (
     Method,
     Reason,
@@ -85,74 +86,6 @@ def spectral_conv(
         final = u.new_zeros(empty, dtype=exact_dtype(u.device)) if state is None else state
         return (u.clone() if out is None else out), final.to(exact_dtype(u.device))
     return chosen.function(u, modes, state, documents, out)
-
-
-# ----------------------------------------------------------- what convolutions check alike
-
-
-def check_like(u: Tensor, op: str, *others: tuple[str, Tensor | None]) -> None:
-    """Raise UserError for a tensor, given with its name, on another device than u."""
-    for name, part in others:
-        if part is not None and part.device != u.device:
-            raise UserError(f"{name} is on {part.device}, u on {u.device} ({op}): move one")
-
-
-def check_state(state: Tensor | None, kernel: object, u: Tensor, op: str) -> None:
-    """Raise UserError for a state of another kernel, batch or dtype."""
-    if state is None:
-        return
-    shape, dtype = kernel.state_shape(u.shape[0]), kernel.state_dtype(u.dtype, u.device)  # type: ignore[attr-defined]
-    if state.shape != shape or state.dtype not in (torch.float32, torch.float64, dtype):
-        raise UserError(
-            f"state is {tuple(state.shape)} {state.dtype} ({op}): expected {shape} in "
-            f"{dtype}, as returned by a call with the same batch and modes or taps"
-        )
-
-
-def documents_after(
-    state: Tensor | None,
-    positions: Tensor | Documents | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-) -> Documents | None:
-    """The documents of u after a state that does not know its position: any beginning other than 0
-    continues it."""
-    begin = None
-    if cu_seqlens is not None and state is not None:
-        begin = torch.ones(u.shape[0], dtype=torch.int64, device=u.device)
-    documents = given_documents(positions, cu_seqlens, u, begin)
-    if documents is not None and (state is None or u.shape[1] > 1):
-        documents.check(None if state is None else anywhere(u.shape[0]))
-    return documents
-
-
-def check_out(
-    out: Tensor, u: Tensor, op: str, positions: Tensor | Documents | None, **others: Tensor | None
-) -> None:
-    """Raise UserError for memory that y cannot be written to."""
-    if out.shape != u.shape or out.dtype != u.dtype or out.device != u.device:
-        raise UserError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device} ({op}): expected "
-            f"{tuple(u.shape)} {u.dtype} on {u.device}, like u"
-        )
-    if not out.is_contiguous():
-        raise UserError(f"out is not contiguous ({op}): pass contiguous memory")
-    at = positions.positions if isinstance(positions, Documents) else positions
-    others = {"u": u, "positions": at, **others}
-    given = {name: x for name, x in others.items() if x is not None}
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *given.values())):
-        raise UserError(
-            f"out with a gradient to record ({op}): leave it away, or use torch.no_grad()"
-        )
-    if not readable(out, *given.values()) or not out.numel():
-        return
-    if out.is_neg():
-        raise UserError(f"out has its negative bit set ({op}): pass other memory")
-    for name, x in given.items():
-        distance = out.data_ptr() - x.data_ptr()
-        span = sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) + 1
-        if x.numel() and -out.nbytes < distance < span * x.element_size():
-            raise UserError(f"out overlaps {name} ({op}): pass other memory")
 
 
 # ------------------------------------------------------------------------------ the methods
