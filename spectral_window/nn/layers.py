@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from spectral_window.nn.kernels import Kernel
 from spectral_window.nn.options import Part, Registry
-from spectral_window.ops import linear  # noqa: F401 (it enrols its methods)
 from spectral_window.ops.methods import resolve
 from spectral_window.ops.pointwise import rms_norm, swiglu
 from spectral_window.ops.tracing import is_recorded

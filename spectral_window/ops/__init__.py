@@ -28,6 +28,7 @@ from spectral_window.ops.fir import Taps, fir_conv
 from spectral_window.ops.linear import linear_maps
 from spectral_window.ops.methods import METHODS, Method, enrol, resolve
 from spectral_window.ops.modes import Modes
+from spectral_window.ops.pointwise import rms_norm, swiglu
 from spectral_window.ops.rotary import rotate
 from spectral_window.ops.spectral import spectral_conv
 from spectral_window.ops.window import WindowState, window_attention
@@ -44,7 +45,9 @@ __all__ = [
     "fir_conv",
     "linear_maps",
     "resolve",
+    "rms_norm",
     "rotate",
     "spectral_conv",
+    "swiglu",
     "window_attention",
 ]
