@@ -615,7 +615,7 @@ def test_info_counts_what_the_model_counts(model, run):
     assert small["state_bytes"] == large["state_bytes"] == own.state_bytes(10)
     assert large["transformer_state_bytes"] == 10_000 * small["transformer_state_bytes"]
     assert large["flops_per_token"] == own.flops_per_token(100_000)
-    assert {row["op"] for row in shown["methods"]} == {"spectral", "window", "linear"}
+    assert {row["op"] for row in shown["methods"]} == {"spectral", "window", "linear", "rms_norm"}
     assert all(row["reason"] for row in shown["methods"])
     assert shown["environment"]["threads"] == torch.get_num_threads()
 

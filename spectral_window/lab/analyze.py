@@ -368,10 +368,7 @@ def analyze(
             }
         )
     return {
-        "kernel": config.kernel,
-        "fusion": config.fusion,
-        "branches": list(config.branches),
-        "window": config.window,
+        **config.deciding("state"),
         "loss": loss,
         "silenced": silenced[0],
         "angles": ANGLES.round(6).tolist(),

@@ -29,7 +29,6 @@ from spectral_window.hf import SWHForCausalLM
 from spectral_window.lab.analyze import alone, mixers_of, read_kernels, with_branch
 from spectral_window.nn.fusions import Fusion
 from spectral_window.nn.mixers import Mixer
-from spectral_window.ops.spectral import spectral_conv
 
 HALF = (torch.bfloat16, torch.float16)
 WORK = 2e11  # floating-point operations that one look at the whole model may take
@@ -177,13 +176,17 @@ def convolution_in_half(model: SWHForCausalLM, context: int) -> list[Finding]:
     if not with_branch(model, "spectral"):
         return []
     mixer = with_branch(model, "spectral")[0]
-    kernel, worst, at = mixer.kernel(), 0.0, ""
+    kernel, worst, at = mixer.kernel, 0.0, ""
+
+    def convolved(u: Tensor, method: str) -> Tensor:
+        return kernel.convolve(u, state=None, positions=None, method=method)[0]
+
     for dtype in HALF:
         u = torch.randn(1, 256, mixer.hidden_size, device=model.device).to(dtype)
-        exact = spectral_conv(u.double(), kernel, method="reference")[0]
+        exact = convolved(u.double(), "reference")
         rounding = _error(exact.to(dtype), exact)
-        for method in dict.fromkeys((mixer.methods["spectral"], "fft")):
-            ratio = _error(spectral_conv(u, kernel, method=method)[0], exact) / rounding
+        for method in dict.fromkeys((mixer.method(kernel.operator), "fft")):
+            ratio = _error(convolved(u, method), exact) / rounding
             if not ratio <= worst:
                 worst, at = ratio, f"{method}, {_word(u)}"
     name, numbers = "convolution in half", {"roundings": worst}

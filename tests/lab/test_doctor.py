@@ -18,7 +18,7 @@ from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.lab import doctor
 from spectral_window.lab.analyze import with_branch
 from spectral_window.lab.doctor import Finding, examine
-from spectral_window.nn import mixers
+from spectral_window.nn import kernels, spectral_window
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS, Kernel
 from spectral_window.nn.mixers import set_methods
@@ -142,7 +142,7 @@ def test_a_window_one_too_wide_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     def wide(*args: Any, window: int, **options: Any) -> Any:
         return window_attention(*args, window=window + 1, **options)
 
-    monkeypatch.setattr(mixers, "window_attention", wide)
+    monkeypatch.setattr(spectral_window, "window_attention", wide)
     found = the(model(), "visible keys")
     assert found.verdict == "fault"
     assert "window 4 in the config" in found.todo
@@ -160,7 +160,7 @@ def test_a_first_chunk_that_sees_more_than_its_prefix_is_found(
         y, state = window_attention(q, k, v, window=window, **options)
         return y[:, window:], state
 
-    monkeypatch.setattr(mixers, "window_attention", unmasked)
+    monkeypatch.setattr(spectral_window, "window_attention", unmasked)
     found = verdicts(model())
     assert found["visible keys"] == found["causality"] == "fault"
 
@@ -175,7 +175,7 @@ def test_a_future_that_leaks_through_the_convolution_is_found(
         twice, state = conv(torch.cat((u, u), 1), kernel, method="fft")
         return twice[:, u.shape[1] :], state
 
-    monkeypatch.setattr(mixers, "spectral_conv", cyclic)
+    monkeypatch.setattr(kernels, "spectral_conv", cyclic)
     found = verdicts(model())
     assert found["causality"] == "fault"
     assert found["visible keys"] == "ok"
@@ -210,7 +210,7 @@ def test_a_convolution_in_half_precision_is_found(
             kernel = Modes(*(part.to(dtype).float() for part in kernel[:2]))
         return conv(u, kernel, **options)
 
-    monkeypatch.setattr(doctor, "spectral_conv", rough)
+    monkeypatch.setattr(kernels, "spectral_conv", rough)
     found = the(model(), "convolution in half")
     assert found.verdict == "fault"
     assert found.numbers["roundings"] > doctor.ROUNDING
@@ -228,7 +228,7 @@ def test_memory_that_grows_with_the_square_is_found(monkeypatch: pytest.MonkeyPa
         state = window_attention(q, k, v, window=window, **options)[1]
         return torch.einsum("bhts,bshk->bthk", shares, v), state
 
-    monkeypatch.setattr(mixers, "window_attention", dense)
+    monkeypatch.setattr(spectral_window, "window_attention", dense)
     found = verdicts(model(), CONTEXT)
     assert found["growth"] == "fault"
     assert found["visible keys"] == found["causality"] == "ok"

@@ -481,7 +481,7 @@ def test_registered_operators_pass_opcheck(forget, packed):
     torch.library.opcheck(delta.delta_rule, (*leaves, positions, True, True))
     plain_inputs = [x if x is None else x.detach() for x in inputs]
     *_, kept = delta.delta_rule(*plain_inputs, positions, True, True)
-    torch.library.opcheck(delta.delta_rule_backward, (*plain_inputs, positions, True, kept, *given))
+    torch.library.opcheck(delta.delta_rule_backward, (*plain_inputs, positions, kept, *given))
 
 
 def test_torch_compile_has_no_graph_break():
