@@ -1,4 +1,4 @@
-"""Recall without the easy case that the value follows its key at once, and what else a state can do.
+"""Recall where the value does not simply follow its key, and what else a state can do.
 
 A memory whose key is the token before (`nn/memory.py`) is made for "K V": these tasks are not. As
 in `posed.py` the vocabularies are disjoint, every ceiling is 1, and at the end, behind a separator,
