@@ -1,9 +1,10 @@
 """What a memory recalls: the well-posed tasks and harder ones, at up to 1,024 times the length.
 
-Three models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`), and a Transformer,
-in the shape and with the training of the suite `synthetic`; where that suite has run a probe with
-the same settings already, its row is taken. "mixed" models have seen up to 8 times their base
-length in the second half of their training.
+Four models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`), a Transformer, and
+one with the memory's trick, keys of the token before (`nn/attention.py`). Shape and training are
+those of the suite `synthetic`; where it has run a probe with the same settings already, its row is
+taken. "mixed" models have seen up to 8 times their base length in the second half of their
+training.
 
 Every test has 2,048 held-out sequences but where `rows_of` says fewer. Beyond 1,024 tokens a model
 with a state of constant size reads a text in segments, each from the state that the one before
@@ -33,12 +34,14 @@ from spectral_window.lab.probes import Exam, Probe
 from spectral_window.lab.reproduce import synthetic
 
 OURS, PUBLISHED, RIVAL = "SWH with memory", "SWH", "Transformer"
+SHIFTED = "Transformer, shifted keys"
 MODELS: dict[str, dict[str, Any]] = {
     OURS: {"mixer": "memory"},
     PUBLISHED: synthetic.MODELS["SWH"],
     RIVAL: synthetic.MODELS["Transformer"],
+    SHIFTED: {"mixer": "attention", "shifted_keys": True},
 }
-COLORS = {PUBLISHED: SERIES[0], RIVAL: SERIES[1], OURS: SERIES[2]}
+COLORS = {PUBLISHED: SERIES[0], RIVAL: SERIES[1], OURS: SERIES[2], SHIFTED: SERIES[3]}
 FAR = (256, 1024)  # times the base length, for the memory alone
 MIXED = (1, 2, 4, 8)
 
@@ -130,21 +133,28 @@ def stages(*, quick: bool = False) -> list[list[Trial]]:
     if quick:
         few = [*_trials(("Recall, 4 pairs", "Gap of 1 to 4"), every, "fixed", (0,))]
         return [[Trial(t.ability, t.model, t.training, synthetic.shorten(t.probe)) for t in few]]
-    first, others = (0,), (1, 2)
+    first, others = synthetic.SEEDS[:1], synthetic.SEEDS[1:]
+    long = [name for name, ability in KNOWN.items() if ability.far]
+    three, rest, both = (OURS, PUBLISHED, RIVAL), (PUBLISHED, RIVAL, SHIFTED), (PUBLISHED, RIVAL)
     plan = [
         (KNOWN, (OURS,), "fixed", first),
-        (HARDER, every, "mixed", first),
+        (HARDER, three, "mixed", first),
         (KNOWN, (OURS,), "fixed", others),
-        (HARDER, every, "mixed", others[:1]),
+        (KNOWN, (SHIFTED,), "fixed", first),
+        (HARDER, (SHIFTED,), "mixed", first),
+        (HARDER, (OURS,), "mixed", others),
         (HARDEST, every, "mixed", first),
-        (HARDER, every, "mixed", others[1:]),
-        ([n for n, a in KNOWN.items() if a.far], (OURS,), "mixed", (*first, *others)),
+        (long, (OURS,), "mixed", first),
+        (HARDER, rest, "mixed", others),
         (MORE, every, "mixed", first),
+        (long, (OURS,), "mixed", others),
         (HARDER, every, "fixed", first),
         ({**HARDEST, **MORE}, every, "mixed", others),
         (HARDER, every, "fixed", others),
-        (KNOWN, (PUBLISHED, RIVAL), "fixed", (*first, *others)),
-        ([n for n, a in KNOWN.items() if a.far], (PUBLISHED, RIVAL), "mixed", (*first, *others)),
+        (KNOWN, (SHIFTED,), "fixed", others),
+        (long, (SHIFTED,), "mixed", synthetic.SEEDS),
+        (KNOWN, both, "fixed", synthetic.SEEDS),  # as the suite `synthetic` has run them
+        (long, both, "mixed", synthetic.SEEDS),
     ]
     return [list(_trials(*part)) for part in plan]
 
@@ -270,7 +280,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 def _panel(rows: Sequence[dict[str, Any]], ability: str) -> Panel:
     drawn = {
         (model, training): points
-        for model in (PUBLISHED, RIVAL, OURS)  # the last is painted on top
+        for model in (PUBLISHED, RIVAL, SHIFTED, OURS)  # the last is painted on top
         for training in ("fixed", "mixed")
         if (points := shares(rows, ability, model, training))
     }
