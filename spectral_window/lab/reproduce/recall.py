@@ -1,14 +1,15 @@
 """What a memory recalls: the well-posed tasks and harder ones, at up to 1,024 times the length.
 
 Four models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`), a Transformer, and
-one with the memory's trick, keys of the token before (`nn/attention.py`). Shape and training are
-those of the suite `synthetic`; where it has run a probe with the same settings already, its row is
-taken. "mixed" models have seen up to 8 times their base length in the second half of their
-training.
+one with the memory's trick, keys of the token before (`nn/attention.py`). On the tasks of the suite
+`synthetic` its rows stand for the paper's SWH and the Transformer, trained on 2 to 5 times as many
+sequences as the memory is here. "mixed" models have seen up to 8 times their base length in the
+second half of their training.
 
-Every test has 2,048 held-out sequences but where `rows_of` says fewer. Beyond 1,024 tokens a model
-with a state of constant size reads a text in segments, each from the state that the one before
-left (`hf/model.py`), so at 1,024 times nothing but that state has come from the beginning.
+Every test at the base length has 2,048 held-out sequences; longer ones have fewer (`ROWS`). Beyond
+1,024 tokens a model with a state of constant size reads a text in segments, each from the state
+that the one before left (`hf/model.py`), so at 1,024 times nothing but that state has come from the
+beginning.
 
 The stages are in the order of what they decide, and results are written after each: a suite that is
 stopped early lacks rows, and what is there stands.
@@ -42,54 +43,44 @@ MODELS: dict[str, dict[str, Any]] = {
     SHIFTED: {"mixer": "attention", "shifted_keys": True},
 }
 COLORS = {PUBLISHED: SERIES[0], RIVAL: SERIES[1], OURS: SERIES[2], SHIFTED: SERIES[3]}
-FAR = (256, 1024)  # times the base length, for the memory alone
+ROWS = {1: 2048, 4: 512, 16: 128, 32: 512, 256: 64, 1024: 32}  # of a test, by times the base length
+FAR = (256, 1024)  # for the memory alone
 MIXED = (1, 2, 4, 8)
+EACH = 5  # probes in one process
 
 
 @dataclass(frozen=True)
 class Ability:
-    """One line of the table: a task with its options, the length it is trained at, for how many
-    steps, and the multiples of that length at which it is asked."""
+    """One line of the table: a task with its options, the length it is trained at, how long and on
+    how many sequences a step, and the multiples of that length at which it is asked."""
 
     task: str
     options: dict[str, Any] = field(default_factory=dict)
     base: int = 32
     steps: int = 1000
+    rows: int = 32
     reach: tuple[int, ...] = (1, 4, 16, 32)
-    far: bool = False
 
     def probe(self, model: str, training: str, seed: int) -> Probe:
-        reach = (*self.reach, *FAR) if self.far and model == OURS else self.reach
-        tests = tuple(Exam(self.task, self.base * k, self.rows_of(k)) for k in reach)
+        reach = [k for k in self.reach if k not in FAR or model == OURS]
         return Probe(
             self.task,
             synthetic.POSED_SHAPE | MODELS[model],
-            tests,
+            tuple(Exam(self.task, self.base * k, ROWS[k]) for k in reach),
             options=self.options,
             lengths=tuple(self.base * k for k in (MIXED if training == "mixed" else (1,))),
+            rows=self.rows,
             steps=self.steps,
             lr=3e-3,
             seed=seed,
         )
 
-    def rows_of(self, reach: int) -> int:
-        """Sequences of a test: 2,048, but fewer beyond 32 times, and between the ends of what
-        `synthetic` does not ask."""
-        if reach in FAR:
-            return 65_536 // reach
-        return 2048 if reach in (1, 32) or not self.between else 512
 
-    @property
-    def between(self) -> bool:
-        return self.reach == (1, 4, 16, 32)
-
-
-# as `synthetic` asks them, so that its rows count
-KNOWN = {
-    "Recall, 4 pairs": Ability("recall", reach=synthetic.REACH, far=True),
-    "Needle": Ability("needle", reach=synthetic.REACH, far=True),
-    "Induction": Ability("induction", steps=2000, reach=synthetic.REACH, far=True),
-    "MQAR, 8 pairs": Ability("mqar", base=64, steps=1500, reach=(1, 2, 4)),
+KNOWN = {  # to the suite `synthetic` too
+    "Recall, 4 pairs": Ability("recall", steps=400, rows=64, reach=(1, 4, 32, *FAR)),
+    "Needle": Ability("needle", steps=400, rows=64, reach=(1, 4, 32, *FAR)),
+    "Induction": Ability("induction", steps=800, rows=64, reach=(1, 4, 32, *FAR)),
+    "MQAR, 8 pairs": Ability("mqar", base=64, steps=600, reach=(1, 4)),
 }
 HARDER = {
     "Gap of 1 to 4": Ability("gap", {"gap": 4}),
@@ -134,15 +125,15 @@ def stages(*, quick: bool = False) -> list[list[Trial]]:
         few = [*_trials(("Recall, 4 pairs", "Gap of 1 to 4"), every, "fixed", (0,))]
         return [[Trial(t.ability, t.model, t.training, synthetic.shorten(t.probe)) for t in few]]
     first, others = synthetic.SEEDS[:1], synthetic.SEEDS[1:]
-    long = [name for name, ability in KNOWN.items() if ability.far]
-    three, rest, both = (OURS, PUBLISHED, RIVAL), (PUBLISHED, RIVAL, SHIFTED), (PUBLISHED, RIVAL)
+    long = [name for name, ability in KNOWN.items() if FAR[0] in ability.reach]
+    three, rest = (OURS, PUBLISHED, RIVAL), (PUBLISHED, RIVAL, SHIFTED)
     plan = [
         (KNOWN, (OURS,), "fixed", first),
         (HARDER, three, "mixed", first),
         (KNOWN, (OURS,), "fixed", others),
-        (KNOWN, (SHIFTED,), "fixed", first),
-        (HARDER, (SHIFTED,), "mixed", first),
         (HARDER, (OURS,), "mixed", others),
+        (HARDER, (SHIFTED,), "mixed", first),
+        (KNOWN, (SHIFTED,), "fixed", first),
         (HARDEST, every, "mixed", first),
         (long, (OURS,), "mixed", first),
         (HARDER, rest, "mixed", others),
@@ -153,10 +144,14 @@ def stages(*, quick: bool = False) -> list[list[Trial]]:
         (HARDER, every, "fixed", others),
         (KNOWN, (SHIFTED,), "fixed", others),
         (long, (SHIFTED,), "mixed", synthetic.SEEDS),
-        (KNOWN, both, "fixed", synthetic.SEEDS),  # as the suite `synthetic` has run them
-        (long, both, "mixed", synthetic.SEEDS),
     ]
-    return [list(_trials(*part)) for part in plan]
+    named = {ability.task: name for name, ability in KNOWN.items()}
+    known = [
+        Trial(named[e.probe.task], e.model, e.training, e.probe)
+        for e in synthetic.entries()
+        if e.form == "posed" and e.probe.task in named and e.model in (PUBLISHED, RIVAL)
+    ]
+    return [*(list(_trials(*part)) for part in plan), known]
 
 
 def _trials(
@@ -184,8 +179,8 @@ def run(
     """Run what is missing of the suite; out/recall.json, .md and .png are written after each stage,
     and when it is stopped.
 
-    earlier: the folder of synthetic.json, whose rows with the same settings are taken over. work:
-    where every probe keeps its row. Raises Interrupted on a signal; the next call goes on.
+    earlier: the folder of synthetic.json, whose rows are not measured again. work: where every
+    probe keeps its row. Raises Interrupted on a signal; the next call goes on.
     """
     known: dict[str, dict[str, Any]] = {}
     for folder, suite in ((earlier, "synthetic"), (out, "recall")):
@@ -194,7 +189,7 @@ def run(
     plan, failed = stages(quick=quick), []
     for trials in plan:
         missing = [(t.name, t.probe) for t in trials if t.probe.key not in known]
-        jobs = probes.jobs(missing, work, 8 if quick else probes.EACH)
+        jobs = probes.jobs(missing, work, 8 if quick else EACH)
         say(f"{len(trials)} probes, {len(missing)} not in earlier results, {len(jobs)} jobs to run")
         try:
             failed += run_all(jobs, workers=workers, say=say)
@@ -273,7 +268,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Share of right answers against length, a panel a task, as a PNG."""
     there = [ability for ability in ABILITIES if any(r["ability"] == ability for r in rows)]
     panels = [_panel(rows, ability) for ability in there]
-    about = "lines: means over seeds; bands: their range; dotted: chance"
+    about = "share of right answers against length; bands: range over seeds; dotted: chance"
     return sheet(panels, min(4, len(panels)), about, path)
 
 
