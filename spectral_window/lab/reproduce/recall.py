@@ -242,32 +242,31 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The shares as a Markdown table: mean over seeds, the lowest behind it where seeds differ, and
-    how many seeds where they are not three."""
+    """The shares as a Markdown table, means over seeds; how many, where they are not three."""
     head = "| task | trained at | asked at | " + " | ".join(MODELS) + " |\n"
     text = head + "|---|---|---|" + "---|" * len(MODELS) + "\n"
     for ability, training in lines(rows):
         about = ABILITIES[ability]
-        of = {model: shares(rows, ability, model, training) for model in MODELS}
-        shown = [k for k in (1, 4, 32, *FAR) if any(k in found for found in of.values())]
+        of = [shares(rows, ability, model, training) for model in MODELS]
+        shown = [k for k in (1, 4, 32, *FAR) if any(k in found for found in of)]
         trained = f"{about.base}" + (
             f" ... {about.base * about.mixed[-1]}" if training == "mixed" else ""
         )
-        cells = [" / ".join(_cell(of[model].get(k)) for k in shown) for model in MODELS]
-        asked = " / ".join(f"{k:,}x" for k in shown)
-        text += f"| {ability} | {trained} | {asked} | " + " | ".join(cells) + " |\n"
+        asked = ", ".join(f"{k:,}x" for k in shown)
+        cells = " | ".join(_cell([found[k] for k in shown if k in found]) for found in of)
+        text += f"| {ability} | {trained} | {asked} | {cells} |\n"
     return text
 
 
-def _cell(values: Sequence[float] | None) -> str:
-    if not values:
+def _cell(found: Sequence[Sequence[float]]) -> str:
+    """What the seeds of one model scored at each length: "1.000, 0.97 (1 seed)"."""
+    if not found:
         return "-"
-    mean = sum(values) / len(values)
-    text = f"{mean:.2f}" if mean < 0.99 else f"{mean:.3f}"
-    notes = [f"lowest {values[0]:.2f}"] if mean - values[0] >= 0.01 else []
-    if len(values) != len(synthetic.SEEDS):
-        notes.append("1 seed" if len(values) == 1 else f"{len(values)} seeds")
-    return text + (f" ({', '.join(notes)})" if notes else "")
+    means = [sum(values) / len(values) for values in found]
+    text = ", ".join(f"{mean:.3f}" if mean >= 0.99 else f"{mean:.2f}" for mean in means)
+    seeds = min(map(len, found))
+    many = "" if seeds == len(synthetic.SEEDS) else f" ({seeds} seed{'s' * (seeds > 1)})"
+    return text + many
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
@@ -289,14 +288,14 @@ def _panel(rows: Sequence[dict[str, Any]], ability: str) -> Panel:
         f"recall-{ability}",
         ability,
         "share of right answers against length",
-        lambda axes: _paint(axes, drawn, _chance(ABILITIES[ability])),
+        lambda axes: _paint(axes, drawn, ABILITIES[ability]),
         width=3.6,
         height=2.7,
     )
 
 
 def _paint(
-    axes: Axes, drawn: Mapping[tuple[str, str], Mapping[int, Sequence[float]]], chance: float
+    axes: Axes, drawn: Mapping[tuple[str, str], Mapping[int, Sequence[float]]], ability: Ability
 ) -> None:
     for (model, training), points in drawn.items():
         x, color, mixed = list(points), COLORS[model], training == "mixed"
@@ -309,10 +308,10 @@ def _paint(
             x, [p[0] for p in points.values()], [p[-1] for p in points.values()],
             color=color, alpha=0.15, lw=0,
         )  # fmt: skip
-    axes.axhline(chance, color=MUTED, lw=0.9, ls=":")
+    axes.axhline(_chance(ability), color=MUTED, lw=0.9, ls=":")
     axes.set_xscale("log", base=2)
-    axes.set_xlim(1, FAR[-1])
-    axes.xaxis.set_major_locator(FixedLocator([1, 4, 32, *FAR]))
+    axes.set_xlim(1, ability.reach[-1])
+    axes.xaxis.set_major_locator(FixedLocator(list(ability.reach)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}x"))
     axes.set_ylim(0, 1.03)
