@@ -273,8 +273,8 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Share of right answers against length, a panel a task, as a PNG."""
     there = [ability for ability in ABILITIES if any(r["ability"] == ability for r in rows)]
     panels = [_panel(rows, ability) for ability in there]
-    about = "share of right answers against length; bands: range over seeds; dotted: chance"
-    return sheet(panels, min(4, len(panels)), about, path)
+    about = "right answers; bands: range over seeds; dotted: chance"
+    return sheet(panels, min(4 if len(panels) <= 8 else 5, len(panels)), about, path)
 
 
 def _panel(rows: Sequence[dict[str, Any]], ability: str) -> Panel:
