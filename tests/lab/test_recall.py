@@ -113,7 +113,7 @@ def test_a_stopped_suite_has_written_its_rows_and_goes_on(tmp_path, stages, monk
         "say": lambda _: None,
     }
     paper.mkdir()
-    row = probes.run(first) | {"form": "posed"}
+    row = json.loads(json.dumps(probes.run(first) | {"form": "posed"}))
     (paper / "synthetic.json").write_text(json.dumps({"rows": [row]}))
 
     def stopped(jobs, **_):
