@@ -7,11 +7,13 @@ from pathlib import Path
 
 from spectral_window.errors import ResourceError, unknown
 from spectral_window.lab.jobs import workers_here
-from spectral_window.lab.reproduce import efficiency, lm, synthetic
+from spectral_window.lab.reproduce import efficiency, lm, recall, synthetic
 from spectral_window.lab.trainings import Text
 
 PAPER = ("synthetic", "efficiency", "lm")
-SUITES = (*PAPER, "memory")  # the last is beyond the paper: only by its name
+BEYOND = ("memory", "recall")  # beyond the paper: only by their names, with results of their own
+SUITES = (*PAPER, *BEYOND)
+BEYOND_RESULTS = Path("results/memory")
 QUICK_NOTE = "quick version: it shows the way, and its numbers mean nothing"
 
 
@@ -34,8 +36,9 @@ def run(
             raise unknown("suite", suite, SUITES)
     if size not in lm.SIZES:
         raise unknown("size", size, lm.SIZES)
-    given = out is not None
+    beyond = out or (None if quick else BEYOND_RESULTS)
     out, work = folders(out, work, quick)
+    beyond = beyond or out
     workers = workers_here(jobs)
     failed: list[str] = []
     for suite in suites or PAPER:
@@ -46,12 +49,22 @@ def run(
             )
         elif suite == "efficiency":
             found = efficiency.run(out, quick=quick, command=command, say=tell)
+        elif suite == "recall":
+            found = recall.run(
+                beyond,
+                work / "recall",
+                earlier=out,
+                quick=quick,
+                workers=workers,
+                command=command,
+                say=tell,
+            )
         else:
             chosen = "quick" if quick else size
             runs = work / (f"lm-{chosen}" if suite == "lm" else f"memory-{chosen}")
             text = Text(tuple(data), tuple(valid), runs / "text")
             found = lm.run(
-                out if suite == "lm" or given or quick else Path("results/memory"),
+                out if suite == "lm" else beyond,
                 runs,
                 size=chosen,
                 text=text,
@@ -62,7 +75,8 @@ def run(
                 say=tell,
             )
         failed += found.get("failed", [])
-    tell(f"spectral-window report {out}    makes a page of it")
+    if not suites or set(suites) - set(BEYOND):
+        tell(f"spectral-window report {out}    makes a page of it")
     refuse_failures(failed)
 
 

@@ -1,4 +1,13 @@
-"""The mixer `attention`: the Transformer baseline, full causal attention with RoPE."""
+"""The mixer `attention`: the Transformer baseline, full causal attention with RoPE.
+
+With `shifted_keys` every key is mixed with that of the token before, before its rotation:
+
+    k_t <- shift_0 * k_t + shift_1 * k_{t-1}          shift [D, 2], learned
+
+which starts as the token's own key in the first half of the heads and as the key of the token
+before in the others. A query then finds what followed a token like its own in one layer, where
+plain attention needs two: what the memory's keys give it (`nn/memory.py`), given to its rival.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +18,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectral_window.nn.kernels import Filter, _begin_at, _parameter
 from spectral_window.nn.layers import project
 from spectral_window.nn.mixers import ROPE_THETA, Mixer, check_rotary, register
+from spectral_window.nn.options import Option
 from spectral_window.ops.documents import Documents, given_documents
+from spectral_window.ops.fir import Taps
 from spectral_window.ops.methods import Method, enrol, resolve
 from spectral_window.ops.rotary import rotate
 
 
 class AttentionState(NamedTuple):
     """key, value: [B, S, H, K] in the model's dtype, keys already rotated; position: [B, S] int64,
-    -1 where a key is padding or belongs to a document that has ended. S grows with every call."""
+    -1 where a key is padding or belongs to a document that has ended. S grows with every call.
+    last: the key of the last token [B, 1, D] before its rotation, or None without shifted keys."""
 
     key: Tensor
     value: Tensor
     position: Tensor
+    last: Tensor | None = None
 
 
-@register("attention", ROPE_THETA)
+class KeyShift(Filter):
+    """Mixes keys with those of the token before: shift [D, 2], kept in float32 and without weight
+    decay like a kernel's parameters. half: the channels that start with the token's own key."""
+
+    def __init__(self, channels: int, half: int):
+        super().__init__(channels)
+        self.half = half
+        self.shift = _parameter(channels, 2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        before = torch.arange(self.channels, device=self.shift.device) >= self.half
+        _begin_at(self.shift, torch.stack((~before, before), -1).float())
+
+    def forward(self) -> Taps:
+        return Taps(self.shift)
+
+
+SHIFTED_KEYS = Option(
+    "shifted_keys", bool, False, help="keys are mixed with those of the token before"
+)
+
+
+@register("attention", ROPE_THETA, SHIFTED_KEYS)
 class AttentionMixer(Mixer):
     """Full causal attention with RoPE, by PyTorch's fused kernel: the Transformer baseline. No
     biases."""
@@ -42,6 +79,8 @@ class AttentionMixer(Mixer):
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
+        half = (self.num_heads + 1) // 2 * self.head_dim
+        self.shift = KeyShift(dim, half) if self.settings["shifted_keys"] else None
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
@@ -49,7 +88,8 @@ class AttentionMixer(Mixer):
         check_rotary(values)
 
     def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
-        return [("attention", ())]
+        shift = [] if self.shift is None else [(self.shift.operator, tuple(self.shift()))]
+        return [("attention", ()), *shift]
 
     def forward(
         self,
@@ -62,7 +102,16 @@ class AttentionMixer(Mixer):
         if documents is not None:
             documents.check(None if state is None else self._next(state))
         positions = None if documents is None else documents.positions
-        q, k, v = map(self._split, project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        last = None
+        if self.shift is not None:
+            k, last = self.shift.convolve(
+                k,
+                state=None if state is None else state.last,
+                positions=documents,
+                method=self.method(self.shift.operator),
+            )
+        q, k, v = map(self._split, (q, k, v))
         past = 0 if state is None else state.key.shape[1]
         # where every row is one document without padding, no mask is built and the fused causal
         # kernel is used
@@ -81,7 +130,7 @@ class AttentionMixer(Mixer):
         y = attend(q, k, v, mask, mask is None and past == 0)
         if not plain:
             y = torch.where((positions >= 0)[..., None, None], y, 0.0)
-        return project(y.flatten(-2), self.out_proj)[0], AttentionState(k, v, key_position)
+        return project(y.flatten(-2), self.out_proj)[0], AttentionState(k, v, key_position, last)
 
     @staticmethod
     def _next(state: AttentionState) -> Tensor:
@@ -121,14 +170,15 @@ class AttentionMixer(Mixer):
         empty = torch.zeros(
             batch_size, 0, self.num_heads, self.head_dim, dtype=dtype, device=device
         )
-        return AttentionState(
-            empty, empty, torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
-        )
+        position = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+        last = torch.zeros(batch_size, 1, self.hidden_size, dtype=dtype, device=device)
+        return AttentionState(empty, empty, position, None if self.shift is None else last)
 
     def state_bytes(
         self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
     ) -> int:
-        return batch_size * context * (2 * self.hidden_size * dtype.itemsize + 8)
+        last = 0 if self.shift is None else self.hidden_size * dtype.itemsize
+        return batch_size * (context * (2 * self.hidden_size * dtype.itemsize + 8) + last)
 
     def flops_per_token(self, context: int) -> int:
         return 2 * sum(p.numel() for p in self.parameters()) + 2 * self.hidden_size * (context + 1)

@@ -26,6 +26,7 @@ PAPER = {
 }
 VARIANTS = [
     ("attention", {}),
+    ("attention", {"shifted_keys": True}),
     *[("memory", PAPER | {"branches": branches}) for branches in (BRANCHES, ("window",))],
     *[("spectral_window", PAPER | {"kernel": kernel}) for kernel in KERNELS],
     *[
@@ -42,7 +43,8 @@ every_mixer = pytest.mark.parametrize(
 
 
 def options_id(options: dict) -> str:
-    return "-".join(str(options[key]) for key in PAPER if key in options) or "plain"
+    known = [key for key in PAPER if key in options]
+    return "-".join(str(options[key]) for key in known or options) or "plain"
 
 
 def by_spectra(kernel: torch.nn.Module) -> bool:
@@ -230,7 +232,7 @@ def test_mixer_dynamics_norms_and_biases_are_not_decayed(name, options):
     mixer = build(name, options)
     kept = no_weight_decay(mixer)
     for parameter, value in mixer.named_parameters():
-        dynamics = parameter.startswith(("kernel.", "memory."))
+        dynamics = parameter.startswith(("kernel.", "memory.", "shift."))
         assert (parameter in kept) == (dynamics or value.dim() < 2), parameter
 
 

@@ -80,24 +80,94 @@ def test_the_same_seed_draws_the_same_and_another_split_other_sequences(name):
     assert not np.array_equal(draw(name, seed=4).inputs, again)
 
 
-@every_posed
+SEVERAL = {  # what is asked may stand several times, and why
+    "sorting": "tokens are sorted, not looked up",
+    "two-token-keys": "each token of a key stands in other keys",
+    "overwriting": "a key is written again",
+    "parity": "there are two tokens",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in POSED if name not in SEVERAL])
 def test_noise_keys_and_values_never_meet(name):
     """Without the pairs there is nothing to answer with: a key stands once before it is asked."""
     inputs, labels, _ = draw(name, length=200)
-    if name == "sorting":
-        return
     for row, label in zip(inputs, labels, strict=True):
         for at in np.flatnonzero(label != IGNORED):
             assert (row[:at] == row[at]).sum() == 1
 
 
-@pytest.mark.parametrize("name", ["recall", "needle", "induction", "mqar"])
+LATER = {  # how many tokens after its key the answer stands
+    "recall": 1, "needle": 1, "induction": 1, "mqar": 1, "overwriting": 1, "two-token-keys": 1,
+    "value-first": -1, "gap": None, "two-hops": None,
+}  # fmt: skip
+
+
+@every_posed
 def test_distance_leads_from_the_question_to_its_key(name):
     inputs, labels, distance = draw(name)
+    if name not in LATER:
+        assert not distance.any(), "an answer without a place has no distance"
+        return
     rows, at = np.nonzero(labels != IGNORED)
     place = at - distance[rows, at]
     assert (inputs[rows, place] == inputs[rows, at]).all()
-    assert (inputs[rows, place + 1] == labels[rows, at]).all()
+    if LATER[name] is not None:
+        assert (inputs[rows, place + LATER[name]] == labels[rows, at]).all()
+
+
+def looked_up(inputs: np.ndarray, labels: np.ndarray, distance: np.ndarray):
+    """For every question: its row from the key on, up to the separator, and the answer."""
+    for row, label, far in zip(inputs, labels, distance, strict=True):
+        end = int(np.flatnonzero(row == 0)[0])
+        for at in np.flatnonzero(label != IGNORED):
+            yield row[at - far[at] : end], label[at]
+
+
+@pytest.mark.parametrize("gap", [1, 4, 12])
+def test_a_gap_of_noise_and_nothing_else_parts_a_key_from_its_value(gap):
+    task = make("gap", gap=gap, pairs=2)
+    noise, seen = 1 + task.keys + task.values, set()
+    for row, answer in looked_up(*task.batch(generator(0, "test"), 500, 40)):
+        between = int(np.flatnonzero(row < noise)[1]) - 1  # where the next token is no noise
+        assert row[between + 1] == answer
+        seen.add(between)
+    assert seen == set(range(1, gap + 1))
+
+
+def test_neither_token_of_a_two_token_key_tells_it():
+    for row, answer in looked_up(*draw("two-token-keys")):
+        assert row[1] == answer
+    inputs = draw("two-token-keys").inputs
+    for row in inputs:
+        given = row[: int(np.flatnonzero(row == 0)[0])]
+        keys = given[(given > 0) & (given <= 16)].reshape(4, 2)
+        assert len({tuple(key) for key in keys}) == 4
+        for column in keys.T:
+            assert np.unique(column, return_counts=True)[1].tolist() == [2, 2]
+
+
+def test_of_an_overwritten_key_the_last_value_is_asked():
+    written = []
+    for row, label, far in zip(*draw("overwriting"), strict=True):
+        end = int(np.flatnonzero(row == 0)[0])
+        for at in np.flatnonzero(label != IGNORED):
+            places = np.flatnonzero(row[:end] == row[at])
+            assert at - far[at] == places[-1]
+            written.append(len(places))
+    assert set(written) >= {1, 2, 3}, "a model could count instead of replacing"
+
+
+def test_two_hops_lead_through_another_key_in_either_order():
+    inputs, labels, distance = draw("two-hops")
+    later = set()
+    for row, label, far in zip(inputs, labels, distance, strict=True):
+        for at in np.flatnonzero(label != IGNORED):
+            first = at - far[at]
+            (second,) = (p for p in np.flatnonzero(row == row[first + 1]) if p != first + 1)
+            assert row[second + 1] == label[at]
+            later.add(bool(second > first))
+    assert later == {True, False}
 
 
 def test_sorting_asks_the_whole_order_token_by_token():

@@ -7,6 +7,8 @@ cannot be solved better than 86 %, and a model at 86 % has solved it.
     published-*   the paper's own tasks (section 2 of the experiments), flaws included
     recall, needle, induction, sorting, mqar
                   the same questions so asked that an answer exists (ceiling 1)
+    gap, value-first, two-token-keys, overwriting, two-hops, parity
+                  recall that is more than "what followed this token", and a state (ceiling 1)
 
     task = make("recall", pairs=4)
     batch = task.batch(generator(seed=0, split="train"), rows=64, length=32)
@@ -15,7 +17,7 @@ To add one: subclass `Task`, decorate it with `@register("name")`; the contract 
 (tests/data/test_tasks.py) then checks its labels, its solver against its ceiling, and its seeds.
 """
 
-from spectral_window.data.tasks import posed, published
+from spectral_window.data.tasks import posed, published, recall
 from spectral_window.data.tasks.task import (
     IGNORED,
     TASKS,
@@ -37,5 +39,6 @@ __all__ = [
     "make",
     "posed",
     "published",
+    "recall",
     "register",
 ]

@@ -64,7 +64,7 @@ def entries(*, seeds: tuple[int, ...] = SEEDS, quick: bool = False) -> list[Entr
         return [*_published(seeds), *_posed(seeds)]
     found = [*_published(seeds[:1]), *_posed(seeds[:1])]
     few = [e for e in found if e.model in ("SWH", "Transformer") and e.training == "fixed"]
-    return [_shortened(entry) for entry in few]
+    return [dataclasses.replace(entry, probe=shorten(entry.probe)) for entry in few]
 
 
 def _published(seeds: tuple[int, ...]) -> Iterator[Entry]:
@@ -106,10 +106,10 @@ def _posed(seeds: tuple[int, ...]) -> Iterator[Entry]:
                 yield Entry("posed", model, "fixed", probe)
 
 
-def _shortened(entry: Entry) -> Entry:
-    tests = tuple(dataclasses.replace(test, rows=64) for test in entry.probe.tests[:2])
-    probe = dataclasses.replace(entry.probe, steps=10, rows=16, tests=tests)
-    return dataclasses.replace(entry, probe=probe)
+def shorten(probe: Probe) -> Probe:
+    """Ten steps and two small tests of it: for a quick version."""
+    tests = tuple(dataclasses.replace(test, rows=64) for test in probe.tests[:2])
+    return dataclasses.replace(probe, steps=10, rows=16, tests=tests)
 
 
 def run(

@@ -1,0 +1,323 @@
+"""What a memory recalls: the well-posed tasks and harder ones, at up to 1,024 times the length.
+
+Four models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`), a Transformer, and
+one with the memory's trick, keys of the token before (`nn/attention.py`). On the tasks of the suite
+`synthetic` its rows stand for the paper's SWH and the Transformer, trained on 2 to 5 times as many
+sequences as the memory is here. "mixed" models have seen longer sequences (`Ability.mixed`) in the
+second half of their training.
+
+Every test at the base length has 2,048 held-out sequences; longer ones have fewer (`ROWS`). Beyond
+1,024 tokens a model with a state of constant size reads a text in segments, each from the state
+that the one before left (`hf/model.py`), so at 1,024 times nothing but that state has come from the
+beginning.
+
+The stages are in the order of what they decide, and results are written after each: a suite that is
+stopped early lacks rows, and what is there stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from spectral_window.data.tasks import make
+from spectral_window.files import write_text
+from spectral_window.lab import probes, results
+from spectral_window.lab.figures import MUTED, PAPER, SERIES
+from spectral_window.lab.jobs import Say, run_all
+from spectral_window.lab.panels import Panel, sheet
+from spectral_window.lab.probes import Exam, Probe
+from spectral_window.lab.reproduce import synthetic
+
+OURS, PUBLISHED, RIVAL = "SWH with memory", "SWH", "Transformer"
+SHIFTED = "Transformer, shifted keys"
+MODELS: dict[str, dict[str, Any]] = {
+    OURS: {"mixer": "memory"},
+    PUBLISHED: synthetic.MODELS["SWH"],
+    RIVAL: synthetic.MODELS["Transformer"],
+    SHIFTED: {"mixer": "attention", "shifted_keys": True},
+}
+COLORS = {PUBLISHED: SERIES[0], RIVAL: SERIES[1], OURS: SERIES[2], SHIFTED: SERIES[3]}
+ROWS = {1: 2048, 4: 512, 32: 512, 256: 64, 1024: 32}  # of a test, by times the base length
+FAR = (256, 1024)  # for the memory alone
+EACH = 5  # probes in one process
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One line of the table: a task with its options, the length it is trained at, how long and on
+    how many sequences a step, the multiples of that length at which it is asked, and those that
+    training with mixed lengths draws from."""
+
+    task: str
+    options: dict[str, Any] = field(default_factory=dict)
+    base: int = 32
+    steps: int = 800
+    rows: int = 32
+    reach: tuple[int, ...] = (1, 4, 32)
+    mixed: tuple[int, ...] = (1, 2, 4)
+
+    def probe(self, model: str, training: str, seed: int) -> Probe:
+        reach = [k for k in self.reach if k not in FAR or model == OURS]
+        return Probe(
+            self.task,
+            synthetic.POSED_SHAPE | MODELS[model],
+            tuple(Exam(self.task, self.base * k, ROWS[k]) for k in reach),
+            options=self.options,
+            lengths=tuple(self.base * k for k in (self.mixed if training == "mixed" else (1,))),
+            rows=self.rows,
+            steps=self.steps,
+            lr=3e-3,
+            seed=seed,
+        )
+
+
+KNOWN = {  # to the suite `synthetic` too, so mixed lengths are its own
+    name: dataclasses.replace(ability, rows=64, reach=(1, 4, 32, *FAR), mixed=(1, 2, 4, 8))
+    for name, ability in {
+        "Recall, 4 pairs": Ability("recall", steps=400),
+        "Needle": Ability("needle", steps=400),
+        "Induction": Ability("induction", steps=800),
+    }.items()
+} | {"MQAR, 8 pairs": Ability("mqar", base=64, steps=600, reach=(1, 4))}
+HARDER = {
+    "Gap of 1 to 4": Ability("gap", {"gap": 4}),
+    "Gap of 1 to 12, 2 pairs": Ability("gap", {"gap": 12, "pairs": 2}),
+    "Value before key": Ability("value-first"),
+    "Keys of two tokens": Ability("two-token-keys"),
+    "Overwritten keys": Ability("overwriting"),
+}
+HARDEST = {
+    "Two hops": Ability("two-hops"),
+    "Parity": Ability("parity"),
+}
+MORE = {
+    "Gap of 1": Ability("gap", {"gap": 1}),
+    "Gap of 1 to 8, 2 pairs": Ability("gap", {"gap": 8, "pairs": 2}),
+    "Gap of 1 to 16, 2 pairs": Ability("gap", {"gap": 16, "pairs": 2}, base=64),
+    "Recall, 8 pairs": Ability("recall", {"pairs": 8}),
+    "Recall, 16 of 32 keys": Ability("recall", {"pairs": 16, "keys": 32}, base=64),
+}
+ABILITIES = KNOWN | HARDER | HARDEST | MORE
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One probe of the suite, and the line it belongs to."""
+
+    ability: str
+    model: str
+    training: str  # "fixed" or "mixed" lengths
+    probe: Probe
+
+    @property
+    def name(self) -> str:
+        return f"{self.ability}, {self.model}, {self.training}, seed {self.probe.seed}"
+
+
+def stages(*, quick: bool = False) -> list[list[Trial]]:
+    """The suite, what decides most first; `quick` shows the way and no result: ten steps of each
+    model on two tasks."""
+    every = tuple(MODELS)
+    if quick:
+        few = [*_trials(("Recall, 4 pairs", "Gap of 1 to 4"), every, "fixed", (0,))]
+        return [[Trial(t.ability, t.model, t.training, synthetic.shorten(t.probe)) for t in few]]
+    first, others = synthetic.SEEDS[:1], synthetic.SEEDS[1:]
+    long = [name for name, ability in KNOWN.items() if FAR[0] in ability.reach]
+    rest = (PUBLISHED, RIVAL, SHIFTED)
+    plan = [
+        (KNOWN, (OURS,), "fixed", first),
+        (HARDER, (OURS,), "mixed", first),
+        (HARDER, (RIVAL,), "mixed", first),
+        (KNOWN, (OURS,), "fixed", others),
+        (HARDER, (PUBLISHED,), "mixed", first),
+        (HARDER, (OURS,), "mixed", others),
+        (HARDER, (SHIFTED,), "mixed", first),
+        (KNOWN, (SHIFTED,), "fixed", first),
+        (HARDEST, every, "mixed", first),
+        (long, (OURS,), "mixed", first),
+        (HARDER, rest, "mixed", others),
+        (MORE, every, "mixed", first),
+        (long, (OURS,), "mixed", others),
+        (HARDER, every, "fixed", first),
+        ({**HARDEST, **MORE}, every, "mixed", others),
+        (HARDER, every, "fixed", others),
+        (KNOWN, (SHIFTED,), "fixed", others),
+        (long, (SHIFTED,), "mixed", synthetic.SEEDS),
+    ]
+    named = {ability.task: name for name, ability in KNOWN.items()}
+    known = [
+        Trial(named[e.probe.task], e.model, e.training, e.probe)
+        for e in synthetic.entries()
+        if e.form == "posed" and e.probe.task in named and e.model in (PUBLISHED, RIVAL)
+    ]
+    return [*(list(_trials(*part)) for part in plan), known]
+
+
+def _trials(
+    abilities: Sequence[str] | Mapping[str, Ability],
+    models: Sequence[str],
+    training: str,
+    seeds: Sequence[int],
+) -> Iterator[Trial]:
+    for seed in seeds:
+        for name in abilities:
+            for model in models:
+                yield Trial(name, model, training, ABILITIES[name].probe(model, training, seed))
+
+
+def run(
+    out: Path,
+    work: Path,
+    *,
+    earlier: Path | None = None,
+    quick: bool,
+    workers: int,
+    command: str,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Run what is missing of the suite; out/recall.json, .md and .png are written after each stage,
+    and when it is stopped.
+
+    earlier: the folder of synthetic.json, whose rows are not measured again. work: where every
+    probe keeps its row. Raises Interrupted on a signal; the next call goes on.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for folder, suite in ((earlier, "synthetic"), (out, "recall")):
+        found = results.load(folder, suite) if folder else None
+        known |= {row["key"]: row for row in (found or {"rows": []})["rows"]}
+    plan, failed = stages(quick=quick), []
+    for trials in plan:
+        missing = [(t.name, t.probe) for t in trials if t.probe.key not in known]
+        jobs = probes.jobs(missing, work, 8 if quick else EACH)
+        say(f"{len(trials)} probes, {len(missing)} not in earlier results, {len(jobs)} jobs to run")
+        try:
+            failed += run_all(jobs, workers=workers, say=say)
+        finally:
+            rows = _rows(plan, known, work)
+            path = results.keep(out, "recall", rows, quick=quick, command=command, failed=failed)
+            say(f"{len(rows)} of {sum(map(len, plan))} rows: {path}")
+            if rows:
+                write_text(out / "recall.md", table(rows))
+                figure(rows, out / "recall.png")
+    return results.load(out, "recall") or {}
+
+
+def _rows(
+    plan: Sequence[Sequence[Trial]], known: Mapping[str, dict[str, Any]], work: Path
+) -> list[dict[str, Any]]:
+    rows = []
+    for trial in (trial for trials in plan for trial in trials):
+        row = known.get(trial.probe.key) or probes.read(trial.probe, work)
+        if row is not None:
+            about = {"ability": trial.ability, "model": trial.model, "training": trial.training}
+            rows.append({k: v for k, v in row.items() if k != "form"} | about)
+    return rows
+
+
+# ------------------------------------------------------------------------------------ table, figure
+
+
+def shares(rows: Sequence[dict[str, Any]], ability: str, model: str, training: str) -> dict:
+    """Reach (times the base length) -> the share of right answers of each seed, ascending."""
+    base, found = ABILITIES[ability].base, dict[int, list[float]]()
+    for row in rows:
+        if (row["ability"], row["model"], row["training"]) == (ability, model, training):
+            for test in row["tests"]:
+                reach = found.setdefault(test["length"] // base, [])
+                reach.append(test["right"] / test["asked"])
+    return {reach: sorted(found[reach]) for reach in sorted(found)}
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(ability, training) of every line of the table, in the suite's order."""
+    there = {(row["ability"], row["training"]) for row in rows}
+    return [(a, t) for a in ABILITIES for t in ("fixed", "mixed") if (a, t) in there]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The shares as a Markdown table, means over seeds; how many, where they are not three."""
+    head = "| task | trained at | asked at | " + " | ".join(MODELS) + " |\n"
+    text = head + "|---|---|---|" + "---|" * len(MODELS) + "\n"
+    for ability, training in lines(rows):
+        about = ABILITIES[ability]
+        of = [shares(rows, ability, model, training) for model in MODELS]
+        shown = [k for k in (1, 4, 32, *FAR) if any(k in found for found in of)]
+        trained = f"{about.base}" + (
+            f" ... {about.base * about.mixed[-1]}" if training == "mixed" else ""
+        )
+        asked = ", ".join(f"{k:,}x" for k in shown)
+        cells = " | ".join(_cell([found[k] for k in shown if k in found]) for found in of)
+        text += f"| {ability} | {trained} | {asked} | {cells} |\n"
+    return text
+
+
+def _cell(found: Sequence[Sequence[float]]) -> str:
+    """What the seeds of one model scored at each length: "1.000, 0.97 (1 seed)"."""
+    if not found:
+        return "-"
+    means = [sum(values) / len(values) for values in found]
+    text = ", ".join(f"{mean:.3f}" if mean >= 0.99 else f"{mean:.2f}" for mean in means)
+    seeds = min(map(len, found))
+    many = "" if seeds == len(synthetic.SEEDS) else f" ({seeds} seed{'s' * (seeds > 1)})"
+    return text + many
+
+
+def figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Share of right answers against length, a panel a task, as a PNG."""
+    there = [ability for ability in ABILITIES if any(r["ability"] == ability for r in rows)]
+    panels = [_panel(rows, ability) for ability in there]
+    about = "right answers; bands: range over seeds; dotted: chance"
+    return sheet(panels, min(4 if len(panels) <= 8 else 5, len(panels)), about, path)
+
+
+def _panel(rows: Sequence[dict[str, Any]], ability: str) -> Panel:
+    drawn = {
+        (model, training): points
+        for model in (PUBLISHED, RIVAL, SHIFTED, OURS)  # the last is painted on top
+        for training in ("fixed", "mixed")
+        if (points := shares(rows, ability, model, training))
+    }
+    return Panel(
+        f"recall-{ability}",
+        ability,
+        "share of right answers against length",
+        lambda axes: _paint(axes, drawn, ABILITIES[ability]),
+        width=3.6,
+        height=2.7,
+    )
+
+
+def _paint(
+    axes: Axes, drawn: Mapping[tuple[str, str], Mapping[int, Sequence[float]]], ability: Ability
+) -> None:
+    for (model, training), points in drawn.items():
+        x, color, mixed = list(points), COLORS[model], training == "mixed"
+        axes.plot(
+            x, [sum(p) / len(p) for p in points.values()], color=color, lw=1.7, marker="o", ms=3.6,
+            ls=(0, (4, 2)) if mixed else "-", mfc=PAPER if mixed else color, clip_on=False,
+            label=f"{model}, mixed lengths" if mixed else model, zorder=3,
+        )  # fmt: skip
+        axes.fill_between(
+            x, [p[0] for p in points.values()], [p[-1] for p in points.values()],
+            color=color, alpha=0.15, lw=0,
+        )  # fmt: skip
+    axes.axhline(_chance(ability), color=MUTED, lw=0.9, ls=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(1, ability.reach[-1])
+    axes.xaxis.set_major_locator(FixedLocator(list(ability.reach)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}x"))
+    axes.set_ylim(0, 1.03)
+
+
+def _chance(ability: Ability) -> float:
+    """A guess among the tokens that can be an answer."""
+    task = make(ability.task, **ability.options)
+    return 1 / getattr(task, "values", getattr(task, "tokens", task.vocab_size))

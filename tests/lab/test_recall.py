@@ -1,0 +1,169 @@
+"""The recall suite: equal sizes, settings in the key, rows that are taken over, kept and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from itertools import chain
+
+import pytest
+
+from spectral_window.cli import main
+from spectral_window.data.tasks import make
+from spectral_window.hf.model import count_parameters
+from spectral_window.lab import probes
+from spectral_window.lab.probes import Exam, Probe
+from spectral_window.lab.reproduce import recall, synthetic
+from spectral_window.training.interrupt import Interrupted
+
+TRIALS = list(chain.from_iterable(recall.stages()))
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "window": 4}
+SMALL = Probe("needle", SHAPE, (Exam("needle", 32, 20),), lengths=(32,), steps=2, rows=4)
+
+
+def test_a_key_names_all_settings_of_a_probe():
+    other = {
+        "task": "recall", "model": SHAPE | {"mixer": "memory"}, "tests": (Exam("needle", 64, 20),),
+        "options": {"values": 8}, "match": False, "lengths": (32, 64), "rows": 5, "steps": 3,
+        "lr": 2e-3, "weight_decay": 0.0, "decay_all": True, "clip": 2.0, "seed": 1,
+    }  # fmt: skip
+    assert other.keys() == {field.name for field in dataclasses.fields(Probe)}
+    keys = {dataclasses.replace(SMALL, **{name: value}).key for name, value in other.items()}
+    assert len(keys | {SMALL.key}) == len(other) + 1
+
+
+def test_every_trial_has_its_own_key_and_name():
+    assert len({t.probe.key for t in TRIALS}) == len({t.name for t in TRIALS}) == len(TRIALS)
+
+
+def test_every_task_has_all_models_three_seeds_and_mixed_or_fixed_lengths_alike():
+    for ability in recall.ABILITIES:
+        of = {model: set() for model in recall.MODELS}
+        for trial in TRIALS:
+            if trial.ability == ability:
+                of[trial.model].add((trial.training, trial.probe.seed))
+        assert len({frozenset(runs) for runs in of.values()}) == 1
+        assert {seed for _, seed in of[recall.OURS]} == {0, 1, 2}
+
+
+def test_models_are_equally_large():
+    """On every vocabulary: tasks of the same one have the same models."""
+    probes = {(make(t.probe.task, **t.probe.options).vocab_size, t.model): t.probe for t in TRIALS}
+    for vocabulary in {size for size, _ in probes}:
+        of = [count_parameters(probes[vocabulary, model].config()) for model in recall.MODELS]
+        assert max(of) <= 1.01 * min(of)
+
+
+def test_no_model_sees_a_whole_sequence_in_its_window():
+    for trial in TRIALS:
+        assert 2 * trial.probe.model["window"] < min(trial.probe.lengths)
+
+
+def test_two_thousand_sequences_are_asked_at_the_base_length_and_the_memory_at_1024_times():
+    for trial in TRIALS:
+        base = recall.ABILITIES[trial.ability].base
+        tests = {test.length // base: test for test in trial.probe.tests}
+        assert tests[1].rows == 2048
+        mqar = trial.probe.task == "mqar"
+        assert max(k for k in tests if k not in recall.FAR) == (4 if mqar else 32)
+        far = [test.length for k, test in tests.items() if k in recall.FAR]
+        wanted = trial.model == recall.OURS and trial.probe.task in (
+            "needle",
+            "induction",
+            "recall",
+        )
+        assert far == ([8192, 32_768] if wanted and trial.ability in recall.KNOWN else [])
+
+
+def test_rows_of_the_suite_synthetic_count_here_and_the_memory_learns_from_fewer_sequences():
+    theirs = {e.probe.key for e in synthetic.entries()}
+    for trial in TRIALS:
+        if trial.ability in recall.KNOWN:
+            taken = trial.model in (recall.PUBLISHED, recall.RIVAL)
+            assert (trial.probe.key in theirs) == taken
+            if not taken:
+                (of,) = {
+                    t.probe.rows * t.probe.steps
+                    for t in TRIALS
+                    if (t.ability, t.model) == (trial.ability, recall.RIVAL)
+                }
+                assert 2 <= of / (trial.probe.rows * trial.probe.steps) <= 5
+
+
+@pytest.fixture
+def stages(monkeypatch) -> list[list[recall.Trial]]:
+    """Two stages of a small probe each."""
+    found = [
+        [recall.Trial("Needle", recall.OURS, "fixed", dataclasses.replace(SMALL, seed=seed))]
+        for seed in (0, 1)
+    ]
+    monkeypatch.setattr(recall, "stages", lambda quick: found)
+    return found
+
+
+def test_a_stopped_suite_has_written_its_rows_and_goes_on(tmp_path, stages, monkeypatch):
+    first, second = (stage[0].probe for stage in stages)
+    work, out, paper = (tmp_path / name for name in ("work", "out", "paper"))
+    options = {
+        "earlier": paper,
+        "quick": False,
+        "workers": 1,
+        "command": "c",
+        "say": lambda _: None,
+    }
+    paper.mkdir()
+    row = json.loads(json.dumps(probes.run(first) | {"form": "posed"}))
+    (paper / "synthetic.json").write_text(json.dumps({"rows": [row]}))
+
+    def stopped(jobs, **_):
+        if jobs:
+            raise Interrupted(signal.SIGTERM)
+        return []
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recall, "run_all", stopped)
+        with pytest.raises(Interrupted):
+            recall.run(out, work, **options)
+    (kept,) = json.loads((out / "recall.json").read_text())["rows"]
+    about = {"ability": "Needle", "model": recall.OURS, "training": "fixed"}
+    assert kept == {k: v for k, v in row.items() if k != "form"} | about
+    found = recall.run(out, work, **options)
+    assert [row["key"] for row in found["rows"]] == [first.key, second.key]
+    # the results alone are enough to know what is done
+    again = recall.run(out, tmp_path / "elsewhere", **options | {"earlier": None})
+    assert again["rows"] == found["rows"]
+    assert not list((tmp_path / "elsewhere").glob("*"))
+
+
+def test_the_table_has_means_and_tells_how_many_seeds_there_were():
+    def row(model: str, *right: int) -> dict:
+        tests = [
+            {"length": 32 * k, "right": r, "asked": 100}
+            for k, r in zip((1, 32, 1024), right, strict=False)
+        ]
+        return {"ability": "Needle", "model": model, "training": "fixed", "tests": tests}
+
+    rows = [row(recall.OURS, 100, 100, 90), row(recall.OURS, 100, 100, 60)]
+    rows += [row(recall.OURS, 100, 99, 90), row(recall.RIVAL, 100, 40)]
+    assert recall.table(rows).splitlines() == [
+        "| task | trained at | asked at | SWH with memory | SWH | Transformer "
+        "| Transformer, shifted keys |",
+        "|---|---|---|---|---|---|---|",
+        "| Needle | 32 | 1x, 32x, 1,024x | 1.000, 0.997, 0.80 | - | 1.000, 0.40 (1 seed) | - |",
+    ]
+
+
+def test_the_quick_version_runs_to_its_end_with_table_and_picture(tmp_path, capsys):
+    assert main(["reproduce", "recall", "--quick", "--work", str(tmp_path)]) == 0
+    assert "quick version" in capsys.readouterr().err
+    results = tmp_path / "results"
+    found = json.loads((results / "recall.json").read_text())
+    assert found["quick"]
+    assert {(r["ability"], r["model"]) for r in found["rows"]} == {
+        (ability, model)
+        for ability in ("Recall, 4 pairs", "Gap of 1 to 4")
+        for model in recall.MODELS
+    }
+    assert (results / "recall.md").read_text().count("\n") == 4
+    assert (results / "recall.png").read_bytes().startswith(b"\x89PNG")
