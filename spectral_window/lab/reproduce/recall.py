@@ -18,7 +18,7 @@ stopped early lacks rows, and what is there stands.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def stages(*, quick: bool = False) -> list[list[Trial]]:
 
 
 def _trials(
-    abilities: Sequence[str] | Mapping[str, Ability],
+    abilities: Iterable[str],
     models: Sequence[str],
     training: str,
     seeds: Sequence[int],
