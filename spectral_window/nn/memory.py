@@ -29,9 +29,11 @@ from spectral_window.nn.kernels import Filter, _begin_at, _parameter
 from spectral_window.nn.mixers import register
 from spectral_window.nn.options import Option
 from spectral_window.nn.spectral_window import SpectralWindowMixer
+from spectral_window.ops import memory_step
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps
+from spectral_window.ops.memory_step import Parameters
 from spectral_window.ops.pointwise import gated_add, unit
 from spectral_window.ops.window import WindowState
 
@@ -120,9 +122,16 @@ class MemoryMixer(SpectralWindowMixer):
         self, projected: list[Tensor], documents: Documents | None, state: MemoryState | None
     ) -> tuple[Tensor, tuple[Any, ...]]:
         q, k, v, gates = projected
-        write, read = gates.to(state_dtype(q.dtype)).chunk(2, -1)
         attended, states = super()._local([q, k, v], documents, state)
         own = self.memory
+        if state is not None:
+            past = state.memory, state.queries
+            given = q, v, attended, gates
+            parameters = Parameters(own.lag, own.write_bias, own.read_bias, own.scale, SHORTEST)
+            if memory_step.serves(self.methods, given, past, parameters):
+                y, *after = memory_step.step(given, past, parameters, documents)
+                return y, (*states, *after)
+        write, read = gates.to(state_dtype(q.dtype)).chunk(2, -1)
         lagged, queries = own.convolve(
             q,
             state=None if state is None else state.queries,

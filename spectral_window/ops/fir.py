@@ -158,7 +158,8 @@ def _by(convolve: Convolve) -> Callable[..., tuple[Tensor, Tensor]]:
 def _last(x: Tensor, kept: int) -> Tensor:
     """The last `kept` of x [B, N, D], zeros in front of fewer; a view would keep all of x in
     memory."""
-    x = F.pad(x, (0, 0, max(kept - x.shape[1], 0), 0))
+    if x.shape[1] < kept:
+        return F.pad(x, (0, 0, kept - x.shape[1], 0))
     return x[:, x.shape[1] - kept :].clone()
 
 
@@ -323,6 +324,8 @@ class _InOnePass(torch.autograd.Function):
             asked = [x for x in (u, weights, before) if x is not None and x.requires_grad]
             with torch.enable_grad():
                 y, _ = _by(_in_float32(_shifts))(u, weights, before, ctx.documents)
+                if not y.requires_grad:  # there is padding alone
+                    return None, None, None, None
                 found = iter(torch.autograd.grad(y, asked, grad, create_graph=again))
             needed = ctx.needs_input_grad[:3]
             return *(next(found) if needs else None for needs in needed), None
@@ -342,8 +345,9 @@ def _compiled(
     table = _table(documents, weights)
     if table is not None:
         return y, _inputs_at(table, u, before)
-    if u.shape[1] < kept:
-        u = u if before is None else torch.cat((before, u), 1)
+    time = u.shape[1]
+    if before is not None and time < kept:
+        return y, torch.cat((before[:, time:], u), 1)
     return y, _last(u, kept)
 
 

@@ -56,15 +56,35 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def unit(x: Tensor, shortest: float) -> Tensor:
     """x divided by its length over the last dimension, by `shortest` where it is shorter: [..., N]
-    in at least float32."""
+    in at least float32. Raises TypeError for a dtype that is not floating."""
+    if not x.is_floating_point():
+        raise UserTypeError(f"x is {x.dtype} (unit): expected a floating dtype")
     return resolve("unit", "auto", x).function(x, shortest)
 
 
 def gated_add(base: Tensor, x: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
     """base + gate scale x, in base's dtype.
 
-    base [..., H N]; x [..., H, N] and gate [..., H], in at least float32; scale [H N].
+    base [..., H N]; x [..., H, N] and gate [..., H], in at least float32; scale [H N]. Raises
+    TypeError or ValueError before any work.
     """
+    parts = base, x, gate, scale
+    if (
+        x.dim() < 2
+        or base.shape != (*x.shape[:-2], x.shape[-2] * x.shape[-1])
+        or gate.shape != x.shape[:-1]
+        or scale.shape != base.shape[-1:]
+    ):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise UserError(
+            f"base, x, gate, scale have shapes {shapes} (gated_add): expected [..., H N], "
+            "[..., H, N], [..., H] and [H N]"
+        )
+    if not all(part.is_floating_point() for part in parts):
+        raise UserTypeError(
+            f"base, x, gate, scale are {', '.join(str(part.dtype) for part in parts)} (gated_add): "
+            "expected floating dtypes"
+        )
     return resolve("gated_add", "auto", base, x, gate, scale).function(base, x, gate, scale)
 
 

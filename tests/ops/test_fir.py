@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from spectral_window.ops import Taps, fir_conv
 from spectral_window.ops.fir import fast_size
+from spectral_window.ops.methods import resolve
 from tests.contracts.measure import block_error, relative
 
 WHOLE = ["auto", "fft", "shifts", "compiled"]
@@ -133,6 +134,57 @@ def test_gradients_are_right_once_and_twice(length):
 
         assert torch.autograd.gradcheck(run, (u, weights, state))
         assert torch.autograd.gradgradcheck(run, (u, weights, state))
+
+
+@settings(max_examples=40)
+@given(packed(), st.sampled_from([1, 4, 20]), st.data())
+def test_compiled_gradients_are_those_of_each_document_alone(case, length, data):
+    """Of inputs, taps and the inputs before, against the shifts in float64; and once more."""
+    rows, known = case
+    time = 1 + max(sum(a + b for a, b in row) for row in rows)
+    positions = torch.full((len(rows), time), -1)
+    for b, row in enumerate(rows):
+        at = 0
+        for i, (gap, size) in enumerate(row):
+            goes_on = known and i == 0 and data.draw(st.booleans())
+            positions[b, at + gap : at + gap + size] = torch.arange(size) + (5 if goes_on else 0)
+            at += gap + size
+    given_state = torch.randn(len(rows), length - 1, 3, requires_grad=data.draw(st.booleans()))
+    leaves = [torch.randn(len(rows), time, 3, requires_grad=True)]
+    leaves += [torch.randn(3, length, requires_grad=True)]
+    leaves += [given_state] if known else []
+    at = data.draw(st.sampled_from([positions, None]))
+    assume(at is None or bool((at >= 0).any()))
+    found = []
+    for method, dtype in (("compiled", torch.float32), ("shifts", torch.float64)):
+        u, weights, *state = (x.detach().to(dtype).requires_grad_(x.requires_grad) for x in leaves)
+        asked = [x for x in (u, weights, *state) if x.requires_grad]
+        taps, before = Taps(weights), state[0] if state else None
+        y, _ = fir_conv(u, taps, state=before, positions=at, method=method)
+        once = torch.autograd.grad(y.square().sum(), asked, retain_graph=True)
+        (more,) = torch.autograd.grad(y.square().sum(), [u], create_graph=True)
+        twice = torch.autograd.grad(more.square().sum(), asked)
+        found.append([y, *once, *twice])
+    for mine, true in zip(*found, strict=True):
+        assert relative(mine, true.detach()) <= 2e-6
+
+
+def test_compiled_gradients_have_the_same_bits_on_any_number_of_threads():
+    u, taps = torch.randn(2, 200, 5, requires_grad=True), draw_taps(5, 4)
+    weights = taps.weights.requires_grad_()
+    before, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        y, _ = fir_conv(u, taps, method="compiled")
+        found.append((y, *torch.autograd.grad(y.square().sum(), (u, weights))))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_few_taps_are_compiled_and_many_are_not():
+    names = [resolve("fir", "auto", torch.empty(1, 9, 3), torch.empty(3, n)).name for n in (4, 40)]
+    assert names == ["compiled", "fft"]
 
 
 @pytest.mark.parametrize("length", [4, 40])

@@ -55,7 +55,7 @@ def _unit(job):
         for row in range(part * ROWS, min((part + 1) * ROWS, rows)):
             x = row_of(half, job[5], row * size, room)
             factor = np.float32(1) / max(np.sqrt(dot(x, x)), shortest)
-            _times(x, factor, float32s(job[7] + 4 * row * size, size))
+            scaled(x, factor, float32s(job[7] + 4 * row * size, size))
         part = take(job)
 
 
@@ -85,7 +85,7 @@ def _unit_backward(job):
 
 
 @inner
-def _times(x, factor, y):
+def scaled(x, factor, y):
     for j in range(x.shape[0]):
         y[j] = x[j] * factor
 

@@ -49,7 +49,7 @@ def _scaled(typingctx: Any, number: Any, exponent: Any) -> Any:
 
 
 @inner
-def _exp(x):
+def exponential(x):
     """e^x within 2 units in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, and e^r by its Taylor
     polynomial. Held between e^-87 and e^88."""
     x = np.float32(88.0) if x > np.float32(88.0) else x
@@ -180,7 +180,7 @@ def _gated(gate, up, y):
     """y = up gate / (1 + e^-gate)"""
     one = np.float32(1)
     for j in range(gate.shape[0]):
-        y[j] = up[j] * gate[j] / (one + _exp(-gate[j]))
+        y[j] = up[j] * gate[j] / (one + exponential(-gate[j]))
 
 
 @inner
@@ -188,7 +188,7 @@ def _gate_gradient(gate, up, g, d_gate, d_up):
     """With s = 1 / (1 + e^-gate): g up s (1 + gate (1 - s)) and g gate s."""
     one = np.float32(1)
     for j in range(gate.shape[0]):
-        s = one / (one + _exp(-gate[j]))
+        s = one / (one + exponential(-gate[j]))
         d_gate[j] = g[j] * up[j] * s * (one + gate[j] * (one - s))
         d_up[j] = g[j] * gate[j] * s
 
