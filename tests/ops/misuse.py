@@ -30,11 +30,10 @@ from spectral_window.ops import (
     window_attention,
 )
 from spectral_window.ops.compiled.threads import KERNELS, Kernel
-from spectral_window.ops.documents import Documents
+from spectral_window.ops.documents import given_documents
 from spectral_window.ops.linear import linear_maps
 from spectral_window.ops.memory_step import Parameters
 from spectral_window.ops.pointwise import gated_add, rms_norm, swiglu, unit
-from tests.ops.compiled_delta import compiled_memory
 
 REFUSED = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError)
 
@@ -128,9 +127,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
         )
 
     def remember(q, k, v, beta, decay, state, positions, method=None):
-        memory = partial(delta_memory, method=method) if method else compiled_memory
-        if not method and state is not None and q.shape[1] == 1:
-            memory = partial(delta_memory)  # by compiled code, unless a gradient is wanted
+        memory = partial(delta_memory, method=method or "auto")  # "auto" is compiled code
         return memory(q, k, v, beta, decay=decay, state=state, positions=positions)
 
     def filtered(u, weights, state, positions, method="auto"):
@@ -150,7 +147,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
         own = Parameters(lag, write, read, scale, 1e-4)
         given, state = (q, v, attended, gates), (memory, queries)
         if not method and memory_step.serves({}, given, state, own):
-            return memory_step.step(given, state, own, Documents(at))
+            return memory_step.step(given, state, own, given_documents(at, None, q))
         lagged, after = fir_conv(q, Taps(lag), state=queries, positions=at)
         p, kappa, value = (x.unflatten(-1, (len(write), -1)) for x in (q, lagged, v))
         wide = torch.promote_types(q.dtype, torch.float32)
