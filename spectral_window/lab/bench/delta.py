@@ -26,7 +26,6 @@ from spectral_window.hf.model import SWHForCausalLM
 from spectral_window.hf.peers import next_token, remember
 from spectral_window.lab.bench.floors import multiply
 from spectral_window.lab.bench.models import (
-    TRAIN,
     TRAIN_LAYERS,
     check,
     check_gradients,
@@ -52,7 +51,8 @@ LENGTHS, HEADS = (1024, 4096), (1, 6, 12)
 STEP = "one token"
 PRODUCT, COPY = "a product of as many multiply-adds", "a copy of the state"
 LAYER_HEADS = (1, 3, 6, 12)
-LAYER_PREFILL, LAYER_DECODE, CONTEXT = ((1024, 4), (4096, 4)), 12, 1000  # (T, layers); layers
+LAYER_TRAIN = ((1, 1024), (1, 4096))  # (B, T)
+LAYER_PREFILL, LAYER_DECODE, CONTEXT = ((1024, 4), (4096, 2)), 12, 1000  # (T, layers); layers
 
 
 # --------------------------------------------------------------------------------- the operator
@@ -183,7 +183,7 @@ def _trains(dtype: torch.dtype, quick: bool, out: dict[str, str]) -> Lineups:
         if why := check_gradients(model, dtype):
             out[name] = why["SWH"]
         model.train()
-    for batch, time in ((2, 32), (1, 64)) if quick else TRAIN:
+    for batch, time in ((2, 32), (1, 64)) if quick else LAYER_TRAIN:
         ids = draw_ids(config, batch, time)
         lineup: dict[str, Call] = {
             name: partial(train_step, model, ids, dtype) for name, model in held.items()

@@ -7,8 +7,6 @@ the place of a filter, two normalisations, two gates and four conversions.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -157,9 +155,8 @@ def step(
     batch, channels, heads = len(q), q.shape[2], len(own[1])
     memory, before = (dense(x) for x in state)
     at = None if positions is None else dense(positions)
-    new: Any = {"dtype": FLOAT32, "device": q.device}
-    room = torch.empty(4, batch, 1, heads, channels // heads, **new)
-    beta, read = torch.empty(2, batch, 1, heads, **new)
+    room = torch.empty(4, batch, 1, heads, channels // heads, dtype=FLOAT32, device="cpu")
+    beta, read = torch.empty(2, batch, 1, heads, dtype=FLOAT32, device="cpu")
     queries, keys, values, out = room
     after, recent = torch.empty_like(memory), torch.empty_like(before)
     found = queries, keys, values, beta, read, recent
