@@ -154,9 +154,10 @@ def bench_memory_layer(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     """Rows by part: ratios are to the paper's layer."""
     rows: list[dict[str, Any]] = []
     parts = ("train", _trains), ("prefill", _prefills), ("decode", _decodes)
+    wrong: dict[str, str] = {}  # of gradients or logits: such a model takes no part any more
     for part, lineups in parts:
-        race = Race(seconds=0.01 if quick else 10.0, fewest=3, most=40, longest=60.0)
-        for lineup, tags in lineups(dtype, quick, race.out):
+        race = Race(seconds=0.01 if quick else 10.0, fewest=3, most=40, longest=60.0, out=wrong)
+        for lineup, tags in lineups(dtype, quick, wrong):
             with torch.set_grad_enabled(part == "train"):
                 rows += race.run(lineup, part=part, **tags)
     return rows
@@ -176,12 +177,12 @@ def models(layers: int, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
     return found
 
 
-def _trains(dtype: torch.dtype, quick: bool, out: dict[str, str]) -> Lineups:
+def _trains(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> Lineups:
     held = models(TRAIN_LAYERS, torch.float32, quick)
     config = held["SWH"].config
     for name, model in held.items():
         if why := check_gradients(model, dtype):
-            out[name] = why["SWH"]
+            wrong[name] = why["SWH"]
         model.train()
     for batch, time in ((2, 32), (1, 64)) if quick else LAYER_TRAIN:
         ids = draw_ids(config, batch, time)
@@ -191,12 +192,12 @@ def _trains(dtype: torch.dtype, quick: bool, out: dict[str, str]) -> Lineups:
         yield lineup, {"batch": batch, "length": time, "layers": config.num_hidden_layers}
 
 
-def _prefills(dtype: torch.dtype, quick: bool, out: dict[str, str]) -> Lineups:
+def _prefills(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> Lineups:
     for time, layers in ((64, 3),) if quick else LAYER_PREFILL:
         held = models(layers, dtype, quick)
         for name, model in held.items():
             if why := check(model, dtype):
-                out[name] = why["SWH"]
+                wrong[name] = why["SWH"]
         ids = draw_ids(held["SWH"].config, 1, time)
         lineup: dict[str, Call] = {
             name: partial(next_token, model, ids) for name, model in held.items()
@@ -204,7 +205,7 @@ def _prefills(dtype: torch.dtype, quick: bool, out: dict[str, str]) -> Lineups:
         yield lineup, {"length": time, "layers": layers}
 
 
-def _decodes(dtype: torch.dtype, quick: bool, out: dict[str, str]) -> Lineups:
+def _decodes(dtype: torch.dtype, quick: bool, _: dict[str, str]) -> Lineups:
     held = models(LAYER_DECODE, dtype, quick)
     token = draw_ids(held["SWH"].config, 1, 1)
     lineup: dict[str, Call] = {
