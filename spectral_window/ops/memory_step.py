@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.methods import resolve
+from spectral_window.ops.tracing import is_recorded
 
 
 class Parameters(NamedTuple):
@@ -35,6 +36,8 @@ def serves(
     own: Parameters,
 ) -> bool:
     """May `step` be called? methods: those asked for, by operator; the rest as for `step`."""
+    if is_recorded():  # no size may be looked at
+        return False
     q, (memory, queries), parameters = inputs[0], state, own[:4]
     if q.dim() != 3 or q.shape[1] != 1 or not q.numel() or methods.get("fir", "auto") != "auto":
         return False
