@@ -49,8 +49,9 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[BENCH]...",
-            help="spectral, window, prefill, decode, train, scaling, memory, or all (the default). "
-            "With --device cuda: ceilings, spectral, window, train.",
+            help="spectral, window, prefill, decode, train, scaling, memory, memory_op, "
+            "memory_layer, or all (the default). With --device cuda: ceilings, spectral, window, "
+            "train.",
         ),
     ] = None,
     out: Annotated[

@@ -22,6 +22,7 @@ TAGS = {
     "length": "T {:,}",
     "context": "context {:,}",
     "window": "W {}",
+    "heads": "heads: {}",
     "batch": "B {}",
     "layers": "layers: {}",
     "pass": "{}",

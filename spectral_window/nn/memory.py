@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_window.errors import UserError
@@ -30,9 +29,12 @@ from spectral_window.nn.kernels import Filter, _begin_at, _parameter
 from spectral_window.nn.mixers import register
 from spectral_window.nn.options import Option
 from spectral_window.nn.spectral_window import SpectralWindowMixer
+from spectral_window.ops import memory_step
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps
+from spectral_window.ops.memory_step import Parameters
+from spectral_window.ops.pointwise import gated_add, unit
 from spectral_window.ops.window import WindowState
 
 LAG = 4  # queries that make a key: the token's own and the three before
@@ -120,9 +122,16 @@ class MemoryMixer(SpectralWindowMixer):
         self, projected: list[Tensor], documents: Documents | None, state: MemoryState | None
     ) -> tuple[Tensor, tuple[Any, ...]]:
         q, k, v, gates = projected
-        write, read = gates.to(state_dtype(q.dtype)).chunk(2, -1)
         attended, states = super()._local([q, k, v], documents, state)
         own = self.memory
+        if state is not None:
+            past = state.memory, state.queries
+            given = q, v, attended, gates
+            parameters = Parameters(own.lag, own.write_bias, own.read_bias, own.scale, SHORTEST)
+            if memory_step.serves(self.methods, given, past, parameters):
+                y, *after = memory_step.step(given, past, parameters, documents)
+                return y, (*states, *after)
+        write, read = gates.to(state_dtype(q.dtype)).chunk(2, -1)
         lagged, queries = own.convolve(
             q,
             state=None if state is None else state.queries,
@@ -138,9 +147,8 @@ class MemoryMixer(SpectralWindowMixer):
             positions=documents,
             method=self.method("delta"),
         )
-        gate = torch.sigmoid(read + own.read_bias)[..., None]
-        found = (gate * found).flatten(-2) * own.scale
-        return (attended + found).to(attended.dtype), (*states, memory, queries)
+        gate = torch.sigmoid(read + own.read_bias)
+        return gated_add(attended, found, gate, own.scale), (*states, memory, queries)
 
     def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
         return [*super().operators(), (self.memory.operator, tuple(self.memory())), ("delta", ())]
@@ -150,7 +158,7 @@ class MemoryMixer(SpectralWindowMixer):
 
     def _unit(self, x: Tensor) -> Tensor:
         """x [B, T, D] of length 1 in each memory head, in at least float32."""
-        return F.normalize(self._heads(x).to(state_dtype(x.dtype)), dim=-1, eps=SHORTEST)
+        return unit(self._heads(x), SHORTEST)
 
     def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
         paper = super().init_state(batch_size, dtype=dtype, device=device)

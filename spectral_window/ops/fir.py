@@ -11,8 +11,9 @@ two; and what lies L tokens back is not seen at all. The table of methods is at 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,20 @@ from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops import recorded, reference
 from spectral_window.ops.checks import check_like, check_out, check_state
 from spectral_window.ops.documents import Documents, Tokens, anywhere, documents_after
-from spectral_window.ops.methods import Method, Reason, enrol, one_token, resolve
+from spectral_window.ops.methods import (
+    Method,
+    Reason,
+    enrol,
+    first_of,
+    not_recorded,
+    numba_on_cpu,
+    one_token,
+    resolve,
+)
 from spectral_window.ops.tracing import is_recorded, readable
 
 FEW = 16  # taps; more are served better by an FFT
+Convolve = Callable[[Tensor, Tensor], Tensor]
 
 
 class Taps(NamedTuple):
@@ -111,31 +122,45 @@ def fir_conv(
         others = {"weights": weights, "state": state, "cu_seqlens": cu_seqlens}
         check_out(out, u, "fir_conv", positions, **others)
     documents = documents_after(state, positions, cu_seqlens, u)
-    y, final = _convolve(u, weights, state, documents, chosen.function)
+    if u.numel():
+        before = None if state is None else state.to(u.dtype)
+        y, final = chosen.function(u, weights, before, documents)
+    else:
+        kept = u.new_zeros(taps.state_shape(u.shape[0]))
+        y, final = u.clone(), kept if state is None else state.to(u.dtype)
     return y if out is None else out.copy_(y), final
 
 
-def _convolve(
-    u: Tensor, weights: Tensor, state: Tensor | None, documents: Documents | None, method
-) -> tuple[Tensor, Tensor]:
-    """`fir_conv` for checked inputs, by a method of the table."""
-    batch, time, channels = u.shape
-    kept = weights.shape[1] - 1
-    before = None if state is None else state.to(u.dtype)
-    if not u.numel():
-        return u.clone(), u.new_zeros(batch, kept, channels) if before is None else before
-    if documents is not None and is_recorded():
-        known = u.new_zeros(batch, kept, channels) if before is None else before
-        return recorded.convolve_taps(u, weights, known, documents.positions)
-    if documents is not None:
-        documents.check(None if state is None else anywhere(batch), wait=True)
-        return _each_document(u, weights, before, documents, method)
-    if before is None:  # of a text shorter than the filter, only the first T taps are of any use
-        before = u.new_zeros(batch, min(kept, time - 1), channels)
-    x = torch.cat((before, u), 1)
-    y = method(x, weights[:, : before.shape[1] + 1])
-    x = F.pad(x, (0, 0, max(kept - x.shape[1], 0), 0))
-    return y, x[:, x.shape[1] - kept :].clone()  # a view would keep all of x in memory
+def _by(convolve: Convolve) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A method that convolves rows, each with the inputs before it, by `convolve`: called with x
+    [B, L - 1 + N, D], the L - 1 inputs before and the N to answer, and weights [D, L], it returns
+    [B, N, D] in x's dtype."""
+
+    def method(
+        u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, time, channels = u.shape
+        kept = weights.shape[1] - 1
+        if documents is not None and is_recorded():
+            known = u.new_zeros(batch, kept, channels) if before is None else before
+            return recorded.convolve_taps(u, weights, known, documents.positions)
+        if documents is not None:
+            documents.check(None if before is None else anywhere(batch), wait=True)
+            return _each_document(u, weights, before, documents, convolve)
+        if before is None:  # of a text shorter than the filter, only the first T taps are of use
+            before = u.new_zeros(batch, min(kept, time - 1), channels)
+        x = torch.cat((before, u), 1)
+        return convolve(x, weights[:, : before.shape[1] + 1]), _last(x, kept)
+
+    return method
+
+
+def _last(x: Tensor, kept: int) -> Tensor:
+    """The last `kept` of x [B, N, D], zeros in front of fewer; a view would keep all of x in
+    memory."""
+    if x.shape[1] < kept:
+        return F.pad(x, (0, 0, kept - x.shape[1], 0))
+    return x[:, x.shape[1] - kept :].clone()
 
 
 class _Group(NamedTuple):
@@ -238,10 +263,103 @@ def _places(tokens: Tokens, kept: int, document: Tensor, offset: Tensor) -> Tens
     return torch.where(inside, token, torch.where(remembered, earlier, nothing))
 
 
-# ------------------------------------------------------------------------------ the methods
-#
-# Each is called with x [B, L - 1 + N, D], the L - 1 inputs before and the N to answer, and weights
-# [D, L], and returns [B, N, D] in x's dtype.
+class _Sources(NamedTuple):
+    """What compiled code needs to know of documents and padding. taps: [n, L] where the input of
+    each tap of the n tokens lies; last: [B, L - 1] where each row's state afterwards does; both as
+    `compiled.fir.source` has it."""
+
+    taps: Tensor
+    last: Tensor
+
+
+def _sources(tokens: Tokens, kept: int, nothing: int) -> _Sources:
+    pool = _pool(tokens, kept)
+    rows = len(tokens.last)
+    before = torch.arange(-1, -1 - rows * kept, -1, dtype=torch.int64, device="cpu")
+    place = torch.cat((tokens.token, before, before.new_tensor([nothing])))
+    index = torch.arange(len(tokens.token), dtype=torch.int64, device="cpu")
+    back = torch.arange(0, -1 - kept, -1, dtype=torch.int64, device="cpu")
+    offset = (index - tokens.head[tokens.document])[:, None] + back
+    taps = place[_places(tokens, kept, tokens.document, offset)]
+    # a row without tokens keeps its state
+    last = torch.where(pool.alive[:, None], place[pool.last], before.view(rows, kept))
+    return _Sources(taps, last)
+
+
+def _table(documents: Documents | None, weights: Tensor) -> _Sources | None:
+    if documents is None:
+        return None
+    from spectral_window.ops.compiled.fir import NOTHING
+
+    kept = weights.shape[1] - 1
+    return documents.plan(("fir", kept, "sources"), lambda tokens: _sources(tokens, kept, NOTHING))
+
+
+def _in_one_pass(
+    u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
+) -> Tensor:
+    from spectral_window.ops.compiled import fir
+
+    table = _table(documents, weights)
+    return fir.convolve(u, weights, before, None if table is None else table.taps)
+
+
+class _InOnePass(torch.autograd.Function):
+    """A second derivative and the gradient of the inputs before go through the shifts."""
+
+    forward = staticmethod(_in_one_pass)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.documents = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from spectral_window.ops.compiled import fir
+
+        u, weights, before = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if again or ctx.needs_input_grad[2]:
+            asked = [x for x in (u, weights, before) if x is not None and x.requires_grad]
+            with torch.enable_grad():
+                y, _ = _by(_in_float32(_shifts))(u, weights, before, ctx.documents)
+                if not y.requires_grad:  # there is padding alone
+                    return None, None, None, None
+                found = iter(torch.autograd.grad(y, asked, grad, create_graph=again))
+            needed = ctx.needs_input_grad[:3]
+            return *(next(found) if needs else None for needs in needed), None
+        table = _table(ctx.documents, weights)
+        sources = None if table is None else table.taps
+        return *fir.convolve_backward(u, weights, before, sources, grad), None, None
+
+
+def _compiled(
+    u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    kept = weights.shape[1] - 1
+    if documents is not None:
+        documents.check(None if before is None else anywhere(len(u)), wait=True)
+    run = _InOnePass.apply if torch.is_grad_enabled() else _in_one_pass
+    y = run(u, weights, before, documents)
+    table = _table(documents, weights)
+    if table is not None:
+        return y, _inputs_at(table, u, before)
+    time = u.shape[1]
+    if before is not None and time < kept:
+        return y, torch.cat((before[:, time:], u), 1)
+    return y, _last(u, kept)
+
+
+def _inputs_at(table: _Sources, u: Tensor, before: Tensor | None) -> Tensor:
+    """The states [B, L - 1, D] after the rows' last tokens."""
+    at = table.last[..., None]
+    after = u.flatten(0, 1)[table.last.clamp(min=0)]
+    if before is None:
+        return torch.where(at >= 0, after, 0.0)
+    flat = before.flatten(0, 1)
+    known = flat[(-1 - table.last).clamp(0, max(len(flat) - 1, 0))]
+    return torch.where(at >= 0, after, torch.where(at >= -len(flat), known, 0.0))
 
 
 def _exact(x: Tensor, weights: Tensor) -> Tensor:
@@ -300,18 +418,25 @@ def _few_taps(x: Tensor, weights: Tensor | None = None, *_: object) -> Reason:
 enrol(
     "fir",
     Method(
+        "compiled",
+        _compiled,
+        "all taps in one pass over memory, compiled by numba, causal to the bit, O(T L), on a CPU",
+        first_of(numba_on_cpu(torch.float32, torch.bfloat16), not_recorded),
+        _few_taps,
+    ),
+    Method(
         "step",
-        _in_float32(_step),
+        _by(_in_float32(_step)),
         "one token: a weighted sum of the last L inputs, constant state and time",
         one_token,
     ),
     Method(
         "shifts",
-        _in_float32(_shifts),
+        _by(_in_float32(_shifts)),
         "a multiply-add of the whole input for each tap, causal to the bit, O(T L), plain torch",
         None,
         _few_taps,
     ),
-    Method("fft", _in_float32(_fft), "zero-padded FFT in float32, O(T log T)"),
-    Method("reference", _exact, "the direct sum in float64, O(T L): the truth for the others"),
+    Method("fft", _by(_in_float32(_fft)), "zero-padded FFT in float32, O(T log T)"),
+    Method("reference", _by(_exact), "the direct sum in float64, O(T L): the truth for the others"),
 )

@@ -9,7 +9,7 @@ first that runs on the tensors of a call and pays there, and tells why those bef
     window       chunked sliding-window attention         `window.window_attention`
     delta        key-value memory by the delta rule       `delta_memory.delta_memory`
     linear       several linear maps of one input         `linear.linear_maps`
-    rms_norm, swiglu                                      `pointwise`
+    rms_norm, swiglu, unit, gated_add                     `pointwise`
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from spectral_window.errors import UserError, unknown
-from spectral_window.ops.tracing import is_exported, is_recorded, is_transformed, may_bypass
+from spectral_window.ops.tracing import (
+    PLAIN,
+    is_exported,
+    is_recorded,
+    is_transformed,
+    may_bypass,
+)
 
 HAS_NUMBA = find_spec("numba") is not None
 HAS_TRITON = find_spec("triton") is not None
@@ -175,6 +181,15 @@ def not_transformed(*_: Any) -> Reason:
 def not_interpreted(x: Tensor, *_: Any) -> Reason:
     """For Triton, under "auto"."""
     return "Triton's interpreter is for tests" if x.device.type == "cpu" else None
+
+
+def not_recorded(*tensors: Any) -> Reason:
+    """For compiled code whose derivatives are recorded eagerly alone."""
+    if is_recorded() or is_transformed():
+        return "graphs and transformations need torch's operations"
+    if any(isinstance(x, Tensor) and type(x) not in PLAIN for x in tensors):
+        return "it needs plain tensors"
+    return None
 
 
 def past_the_dispatcher(*tensors: Tensor | None) -> Reason:

@@ -1,4 +1,5 @@
-"""RMSNorm and the gate of SwiGLU: what a layer does between its matrix products.
+"""RMSNorm, the gate of SwiGLU, vectors of length 1 and gated sums: what a layer does between its
+matrix products.
 
 On a CPU, in float32 and bfloat16, compiled code does each in one pass; everywhere else, and where
 torch.compile fuses such things itself, it is PyTorch's operations.
@@ -53,6 +54,43 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return resolve("swiglu", "auto", gate, up).function(gate, up)
 
 
+def unit(x: Tensor, shortest: float) -> Tensor:
+    """x divided by its length over the last dimension, by `shortest` where it is shorter: [..., N]
+    in at least float32. Raises TypeError for a dtype that is not floating."""
+    if not x.is_floating_point():
+        raise UserTypeError(f"x is {x.dtype} (unit): expected a floating dtype")
+    return resolve("unit", "auto", x).function(x, shortest)
+
+
+def gated_add(base: Tensor, x: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    """base + gate scale x, in base's dtype.
+
+    base [..., H N]; x [..., H, N] and gate [..., H], in at least float32; scale [H N]. Raises
+    TypeError or ValueError before any work.
+    """
+    parts = base, x, gate, scale
+    if (
+        not is_recorded()
+        and (  # a graph's sizes are not looked at
+            x.dim() < 2
+            or base.shape != (*x.shape[:-2], x.shape[-2] * x.shape[-1])
+            or gate.shape != x.shape[:-1]
+            or scale.shape != base.shape[-1:]
+        )
+    ):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise UserError(
+            f"base, x, gate, scale have shapes {shapes} (gated_add): expected [..., H N], "
+            "[..., H, N], [..., H] and [H N]"
+        )
+    if not all(part.is_floating_point() for part in parts):
+        raise UserTypeError(
+            f"base, x, gate, scale are {', '.join(str(part.dtype) for part in parts)} (gated_add): "
+            "expected floating dtypes"
+        )
+    return resolve("gated_add", "auto", base, x, gate, scale).function(base, x, gate, scale)
+
+
 def _not_compiled(x: Tensor, other: Tensor | None = None) -> Reason:
     dtype = x.dtype
     if not (HAS_NUMBA and (dtype is torch.float32 or dtype is torch.bfloat16) and x.is_cpu):
@@ -70,6 +108,13 @@ def _not_gated(gate: Tensor, up: Tensor | None = None) -> Reason:
     if up is not None and not (up.dtype == gate.dtype and up.shape == gate.shape):
         return "it needs one dtype and one shape"
     return _not_compiled(gate, up)
+
+
+def _not_added(base: Tensor, *others: Tensor) -> Reason:
+    for each in others[:2]:
+        if each.dtype != torch.float32 or not (each.is_cpu and type(each) in PLAIN):
+            return "it needs what is added, and its gate, in float32 on a CPU"
+    return _not_compiled(base, *others[2:])
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -123,6 +168,60 @@ class _SwiGLU(torch.autograd.Function):
         return pointwise.swiglu_backward(gate, up, grad)
 
 
+def _unit(x: Tensor, shortest: float) -> Tensor:
+    from spectral_window.ops.compiled import heads
+
+    return heads.unit(x, shortest)
+
+
+def _added(base: Tensor, x: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    from spectral_window.ops.compiled import heads
+
+    return heads.gated_add(base, x, gate, scale)
+
+
+class _Unit(torch.autograd.Function):
+    forward = staticmethod(_unit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        x, ctx.shortest = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from spectral_window.ops.compiled import heads
+
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                y = _unit_by_torch(x, ctx.shortest)
+                return *torch.autograd.grad(y, x, grad, create_graph=True), None
+        return heads.unit_backward(x, ctx.shortest, grad), None
+
+
+class _GatedAdd(torch.autograd.Function):
+    forward = staticmethod(_added)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from spectral_window.ops.compiled import heads
+
+        x, gate, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                g = grad.to(x.dtype).unflatten(-1, x.shape[-2:])
+                weighted = g * scale.unflatten(-1, x.shape[-2:])
+                dx, d_gate = weighted * gate[..., None], (weighted * x).sum(-1)
+                d_scale = (g * gate[..., None] * x).flatten(0, -3).sum(0).flatten()
+                return grad, dx, d_gate, d_scale.to(scale.dtype)
+        return grad, *heads.gated_add_backward(grad, x, gate, scale)
+
+
 def _norm_in_one_pass(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (_RMSNorm.apply if torch.is_grad_enabled() else _norm)(x, weight, eps)
 
@@ -139,6 +238,22 @@ def _gated_by_torch(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def _unit_in_one_pass(x: Tensor, shortest: float) -> Tensor:
+    return (_Unit.apply if torch.is_grad_enabled() else _unit)(x, shortest)
+
+
+def _unit_by_torch(x: Tensor, shortest: float) -> Tensor:
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=shortest)
+
+
+def _added_in_one_pass(base: Tensor, x: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return (_GatedAdd.apply if torch.is_grad_enabled() else _added)(base, x, gate, scale)
+
+
+def _added_by_torch(base: Tensor, x: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return (base + (gate[..., None] * x).flatten(-2) * scale).to(base.dtype)
+
+
 _COMPILED, _TORCH = (
     "one pass over memory in compiled code (numba), on a CPU",
     "PyTorch's operations",
@@ -152,4 +267,14 @@ enrol(
     "swiglu",
     Method("compiled", _gated_in_one_pass, _COMPILED, _not_gated),
     Method("torch", _gated_by_torch, _TORCH),
+)
+enrol(
+    "unit",
+    Method("compiled", _unit_in_one_pass, _COMPILED, _not_compiled),
+    Method("torch", _unit_by_torch, _TORCH),
+)
+enrol(
+    "gated_add",
+    Method("compiled", _added_in_one_pass, _COMPILED, _not_added),
+    Method("torch", _added_by_torch, _TORCH),
 )

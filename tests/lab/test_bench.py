@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from spectral_window.cli import app
 from spectral_window.errors import UserError
 from spectral_window.lab import bench
-from spectral_window.lab.bench import floors, goals, models, operators, pictures
+from spectral_window.lab.bench import delta, floors, goals, models, operators, pictures
 from spectral_window.lab.bench.race import Race
 from spectral_window.training.knobs import MATMUL_SETTINGS
 from spectral_window.training.machine import FLOAT32, folder_name
@@ -82,6 +82,42 @@ def test_a_wrong_contestant_gets_no_time(monkeypatch):
     for row in rows:
         assert row["status"].startswith("wrong: relative error 1.0e-03")
         assert not set(TIMED) & row.keys()
+
+
+def test_a_wrong_method_of_the_memory_or_model_with_it_gets_no_time(monkeypatch):
+    true = delta.methods
+    monkeypatch.setattr(
+        delta,
+        "methods",
+        lambda time: true(time) | {"wrong": lambda *inputs: true(time)["ours"](*inputs) * 1.001},
+    )
+    monkeypatch.setattr(delta, "HEADS", (1,))
+    rows = bench.measure("memory_op", "float32", quick=True)
+    rows = [row for row in rows if row["contestant"] == "wrong"]
+    assert rows
+    for row in rows:
+        assert row["status"].startswith("wrong: relative error 1.0e-03")
+        assert not set(TIMED) & row.keys()
+
+    def judged(model, _):
+        return {"SWH": "wrong: relative error"} if model.config.mixer == "memory" else {}
+
+    monkeypatch.setattr(delta, "check", judged)
+    monkeypatch.setattr(delta, "check_gradients", judged)
+    rows = bench.measure("memory_layer", "float32", quick=True)
+    for row in rows:
+        assert ("milliseconds" in row) == (row["contestant"] == "SWH"), row
+
+
+def test_the_floor_of_the_memory_multiplies_as_often_as_the_recurrence(monkeypatch):
+    """Three multiply-adds an entry of the state: read at the key, write, read at the query."""
+    asked = []
+    monkeypatch.setattr(delta, "multiply", lambda *given: asked.append(given))
+    for heads, backward in ((1, False), (3, False), (3, True)):
+        delta.lineup_of(delta.draw(12, heads, 5, torch.float32), backward)
+        (((read, wrote),),), rows, dtype = asked.pop()
+        assert dtype == torch.float32
+        assert rows * read * wrote == 5 * heads * 3 * (12 // heads) ** 2 * (3 if backward else 1)
 
 
 def test_a_model_with_wrong_logits_or_gradients_gets_no_time(monkeypatch):

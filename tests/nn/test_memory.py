@@ -15,6 +15,9 @@ from spectral_window.lab.probes import Exam, Probe, run
 from spectral_window.nn.layers import no_weight_decay
 from spectral_window.nn.memory import MemoryMixer
 from spectral_window.nn.spectral_window import SpectralWindowMixer
+from spectral_window.ops import memory_step
+from spectral_window.ops.methods import HAS_NUMBA
+from tests.contracts.measure import relative
 from tests.hf.small import small_config, small_model, tokens
 
 DIM, HEADS, WINDOW = 12, 2, 4
@@ -168,6 +171,43 @@ def test_a_key_does_not_reach_across_a_document_or_into_padding():
         alone = layer(x[:, begin:end])
         assert (found[:, begin:end] - alone).abs().max() <= 1e-12 * alone.abs().max()
     assert not found[positions < 0].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_token_in_a_single_call_is_what_the_operators_make_of_it(heads, dtype, monkeypatch):
+    """A row goes on, one begins afresh, one has no token; or all go on."""
+    layer = drawn(MemoryMixer, memory_heads=heads).float().to(dtype)
+    start, token = torch.randn(3, 9, DIM).to(dtype), torch.randn(3, 1, DIM).to(dtype)
+    state, asked = layer(start)[1], []
+    serves = memory_step.serves
+    for at in (None, torch.tensor([[9], [0], [-1]])):
+        monkeypatch.setattr(memory_step, "serves", lambda *x: asked.append(serves(*x)) or asked[-1])
+        single = layer(token, at, state)
+        monkeypatch.setattr(memory_step, "serves", lambda *x: False)
+        apart = layer(token, at, state)
+        pairs = list(zip(single[1], apart[1], strict=True))
+        for mine, true in [(single[0], apart[0]), *pairs[2:]]:
+            assert mine.dtype == true.dtype
+            assert relative(mine, true) <= (1e-6 if dtype == torch.float32 else 4e-3)
+        assert torch.equal(single[1].queries, apart[1].queries)
+    assert asked == [HAS_NUMBA, HAS_NUMBA]
+
+
+def test_a_method_asked_for_by_name_is_not_passed_over_by_the_single_call():
+    layer = drawn(MemoryMixer).float()
+    state = layer(torch.randn(1, 5, DIM))[1]
+    given = torch.randn(1, 1, DIM), torch.randn(1, 1, DIM), torch.randn(1, 1, DIM)
+    own = layer.memory
+    parameters = memory_step.Parameters(own.lag, own.write_bias, own.read_bias, own.scale, 1e-4)
+    inputs, past = (*given, torch.randn(1, 1, 2)), (state.memory, state.queries)
+    with torch.no_grad():
+        for asked in ({"delta": "step"}, {"delta": "chunked"}, {"fir": "shifts"}):
+            assert not memory_step.serves(asked, inputs, past, parameters)
+        assert memory_step.serves({}, inputs, past, parameters) == HAS_NUMBA
+        assert not memory_step.serves({}, inputs, (state.memory.double(), past[1]), parameters)
+    assert not memory_step.serves({}, inputs, past, parameters)  # gradients may be wanted
 
 
 def test_autocast_leaves_the_memory_as_exact_as_its_inputs():

@@ -20,16 +20,20 @@ from torch import Tensor
 
 from spectral_window.ops import (
     Modes,
+    Taps,
     WindowState,
     compiled,
     delta_memory,
+    fir_conv,
+    memory_step,
     spectral_conv,
     window_attention,
 )
 from spectral_window.ops.compiled.threads import KERNELS, Kernel
+from spectral_window.ops.documents import given_documents
 from spectral_window.ops.linear import linear_maps
-from spectral_window.ops.pointwise import rms_norm, swiglu
-from tests.ops.compiled_delta import compiled_memory
+from spectral_window.ops.memory_step import Parameters
+from spectral_window.ops.pointwise import gated_add, rms_norm, swiglu, unit
 
 REFUSED = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError)
 
@@ -123,14 +127,51 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
         )
 
     def remember(q, k, v, beta, decay, state, positions, method=None):
-        memory = partial(delta_memory, method=method) if method else compiled_memory
-        if not method and state is not None and q.shape[1] == 1:
-            memory = partial(compiled_memory, method="step")
+        memory = partial(delta_memory, method=method or "auto")  # "auto" is compiled code
         return memory(q, k, v, beta, decay=decay, state=state, positions=positions)
+
+    def filtered(u, weights, state, positions, method="auto"):
+        return fir_conv(u, Taps(weights), state=state, positions=positions, method=method)
+
+    def length(x, method=None):
+        if method:
+            return (x / x.norm(dim=-1, keepdim=True).clamp(min=1e-4),)
+        return (unit(x, 1e-4),)
+
+    def add(base, x, gate, scale, method=None):
+        if method:
+            return (base + (gate[..., None] * x).flatten(-2) * scale,)
+        return (gated_add(base, x, gate, scale),)
+
+    def token(q, v, attended, gates, memory, queries, lag, write, read, scale, at, method=None):
+        own = Parameters(lag, write, read, scale, 1e-4)
+        given, state = (q, v, attended, gates), (memory, queries)
+        if not method and memory_step.serves({}, given, state, own):
+            return memory_step.step(given, state, own, given_documents(at, None, q))
+        lagged, after = fir_conv(q, Taps(lag), state=queries, positions=at)
+        p, kappa, value = (x.unflatten(-1, (len(write), -1)) for x in (q, lagged, v))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        found, memory = delta_memory(
+            unit(p, 1e-4),
+            unit(kappa, 1e-4),
+            value.to(wide),
+            torch.sigmoid(gates[..., : len(write)].to(wide) + write),
+            state=memory,
+            positions=at,
+            method=method or "auto",
+        )
+        opened = torch.sigmoid(gates[..., len(write) :].to(wide) + read)
+        return gated_add(attended, found, opened, scale), memory, after
 
     found: dict[str, Any] = {
         "norm": (norm, [torch.randn(3, 2, 8), torch.rand(8)], slow),
         "gate": (gate, [torch.randn(3, 2, 8), torch.randn(3, 2, 8)], slow),
+        "length": (length, [torch.randn(3, 2, 8)], slow),
+        "add": (
+            add,
+            [torch.randn(3, 2, 8), torch.randn(3, 2, 2, 4), torch.rand(3, 2, 2), torch.rand(8)],
+            slow,
+        ),
         "linear": (linear, [torch.randn(3, 8), *torch.randn(2, 6, 8), torch.randn(6)], slow),
     }
     for time in (1, 6):
@@ -143,6 +184,13 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
         ring = [torch.randn(3, 6, 2, 4) for _ in range(2)]
         ring = [torch.where((begin > 0)[:, None, None, None], x, 0.0) for x in ring]
         found[f"window {time}"] = attend, [*qkv, *ring, begin, at], slow
+        tensors = [torch.randn(3, time, 8), torch.randn(8, 4), torch.randn(3, 3, 8), at]
+        found[f"filter {time}"] = filtered, tensors, slow
+    vectors = [torch.randn(3, 1, 8) for _ in range(3)]
+    past = [torch.randn(3, 1, 4), torch.randn(3, 2, 4, 4), torch.randn(3, 3, 8)]
+    own = [torch.randn(8, 4), torch.randn(2), torch.randn(2), torch.randn(8)]
+    at = torch.tensor([[4], [-1], [0]])
+    found["token"] = token, [*vectors, *past, *own, at], slow
     for time in (1, 66):
         qkv = [F.normalize(torch.randn(3, time, 2, 4), dim=-1) for _ in range(3)]
         gates = [torch.rand(3, time, 2) for _ in range(2)]
@@ -255,6 +303,10 @@ def recorded_calls() -> dict[str, tuple[int, tuple[Any, ...]]]:
                     changed[0] = changed[0].requires_grad_()
                 if operator.__name__ == "remember":  # so does its state
                     changed[5] = inputs[5]
+                if operator.__name__ == "filtered":
+                    changed[1] = inputs[1]
+                if operator.__name__ == "token":
+                    changed[4], changed[6:] = inputs[4], inputs[6:]
                 answer(operator, changed)
     finally:
         Kernel.__call__ = plain  # type: ignore[method-assign]

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spectral_window.ops import METHODS, Taps, fir_conv
+from spectral_window.ops import Taps, fir_conv
 from spectral_window.ops.fir import fast_size
+from spectral_window.ops.methods import resolve
 from tests.contracts.measure import block_error, relative
 
-WHOLE = ["auto", "fft", "shifts"]
+WHOLE = ["auto", "fft", "shifts", "compiled"]
 LENGTHS = [1, 2, 4, 16, 17, 40]  # few taps go by shifts, more than 16 by an FFT
 
 
@@ -32,7 +33,8 @@ def by_hand(u: torch.Tensor, taps: Taps) -> torch.Tensor:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("method", [*WHOLE, "reference"])
 def test_every_method_is_the_sum_over_the_last_inputs(method, length):
-    for dtype, bar in ((torch.float32, 2e-6), (torch.float64, 1e-11)):
+    bars = {torch.float32: 2e-6} | ({} if method == "compiled" else {torch.float64: 1e-11})
+    for dtype, bar in bars.items():
         for time in (1, 3, length, length + 1, 100):
             taps, u = draw_taps(5, length, dtype), torch.randn(2, time, 5, dtype=dtype)
             y, state = fir_conv(u, taps, method=method)
@@ -134,6 +136,57 @@ def test_gradients_are_right_once_and_twice(length):
         assert torch.autograd.gradgradcheck(run, (u, weights, state))
 
 
+@settings(max_examples=40)
+@given(packed(), st.sampled_from([1, 4, 20]), st.data())
+def test_compiled_gradients_are_those_of_each_document_alone(case, length, data):
+    """Of inputs, taps and the inputs before, against the shifts in float64; and once more."""
+    rows, known = case
+    time = 1 + max(sum(a + b for a, b in row) for row in rows)
+    positions = torch.full((len(rows), time), -1)
+    for b, row in enumerate(rows):
+        at = 0
+        for i, (gap, size) in enumerate(row):
+            goes_on = known and i == 0 and data.draw(st.booleans())
+            positions[b, at + gap : at + gap + size] = torch.arange(size) + (5 if goes_on else 0)
+            at += gap + size
+    given_state = torch.randn(len(rows), length - 1, 3, requires_grad=data.draw(st.booleans()))
+    leaves = [torch.randn(len(rows), time, 3, requires_grad=True)]
+    leaves += [torch.randn(3, length, requires_grad=True)]
+    leaves += [given_state] if known else []
+    at = data.draw(st.sampled_from([positions, None]))
+    assume(at is None or bool((at >= 0).any()))
+    found = []
+    for method, dtype in (("compiled", torch.float32), ("shifts", torch.float64)):
+        u, weights, *state = (x.detach().to(dtype).requires_grad_(x.requires_grad) for x in leaves)
+        asked = [x for x in (u, weights, *state) if x.requires_grad]
+        taps, before = Taps(weights), state[0] if state else None
+        y, _ = fir_conv(u, taps, state=before, positions=at, method=method)
+        once = torch.autograd.grad(y.square().sum(), asked, retain_graph=True)
+        (more,) = torch.autograd.grad(y.square().sum(), [u], create_graph=True)
+        twice = torch.autograd.grad(more.square().sum(), asked)
+        found.append([y, *once, *twice])
+    for mine, true in zip(*found, strict=True):
+        assert relative(mine, true.detach()) <= 2e-6
+
+
+def test_compiled_gradients_have_the_same_bits_on_any_number_of_threads():
+    u, taps = torch.randn(2, 200, 5, requires_grad=True), draw_taps(5, 4)
+    weights = taps.weights.requires_grad_()
+    before, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        y, _ = fir_conv(u, taps, method="compiled")
+        found.append((y, *torch.autograd.grad(y.square().sum(), (u, weights))))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_few_taps_are_compiled_and_many_are_not():
+    names = [resolve("fir", "auto", torch.empty(1, 9, 3), torch.empty(3, n)).name for n in (4, 40)]
+    assert names == ["compiled", "fft"]
+
+
 @pytest.mark.parametrize("length", [4, 40])
 def test_the_future_does_not_reach_the_past(length):
     taps, u = draw_taps(4, length), torch.randn(2, 60, 4)
@@ -174,12 +227,14 @@ def test_the_state_holds_its_own_memory_alone():
 
 def test_many_short_documents_cost_what_their_tokens_cost(monkeypatch):
     """One long document beside many short ones: the rows are not all as long as the longest."""
-    rows = []
-    fft = METHODS["fir"]["fft"]
-    counted = fft._replace(
-        function=lambda x, taps: rows.append(x.shape[:2]) or fft.function(x, taps)
-    )
-    monkeypatch.setitem(METHODS["fir"], "fft", counted)
+    rows, rfft = [], torch.fft.rfft
+
+    def counted(x, size):
+        if x.dim() == 3:  # the inputs, and not the taps
+            rows.append((x.shape[0], x.shape[2]))
+        return rfft(x, size)
+
+    monkeypatch.setattr(torch.fft, "rfft", counted)
     positions = torch.tensor([[*range(1000), *([0] * 500), *([0, 1, 2] * 100)]])
     y, _ = fir_conv(torch.randn(1, 1800, 2), draw_taps(2, 700), positions=positions)
     assert y.shape == (1, 1800, 2)

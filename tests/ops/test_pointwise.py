@@ -1,16 +1,17 @@
-"""RMSNorm and SwiGLU's gate in compiled code equal the exact formulas, forward and backward."""
+"""RMSNorm, SwiGLU's gate, vectors of length 1 and gated sums in compiled code equal the exact
+formulas, forward and backward."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from spectral_window.ops.compiled import pointwise
-from spectral_window.ops.pointwise import rms_norm, swiglu
+from spectral_window.ops.compiled import heads, pointwise
+from spectral_window.ops.pointwise import gated_add, rms_norm, swiglu, unit
 from tests.contracts.measure import relative
 
 SIZES = [1, 3, 16, 17, 60, 768]
-EPS = 1e-6
+EPS, SHORTEST = 1e-6, 1e-4
 
 
 @pytest.fixture(params=[1, 2])
@@ -40,6 +41,25 @@ def cases(size, dtype):
     ]
 
 
+def exact_unit(x):
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=SHORTEST)
+
+
+def exact_sum(base, x, gate, scale):
+    return base + (gate[..., None] * x).flatten(-2) * scale
+
+
+def head_cases(size, dtype):
+    """The same for vectors of heads; what is float32 whatever the dtype stays so."""
+    x, added = torch.randn(2, 37, 3, size).mul(3).to(dtype), torch.randn(2, 37, 3, size)
+    x[0, 1] *= 1e-6  # too short
+    base, gate = torch.randn(2, 37, 3 * size).to(dtype), torch.rand(2, 37, 3)
+    return [
+        (lambda x: unit(x, SHORTEST), exact_unit, (x,)),
+        (gated_add, exact_sum, (base, added, gate, torch.randn(3 * size))),
+    ]
+
+
 def with_gradients(operator, inputs, grad):
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     y = operator(*leaves)
@@ -56,6 +76,44 @@ def test_float32_equals_the_exact_formula_with_its_gradients(size, threads):
             # a norm over one channel is its sign: its gradient is the difference of equal numbers
             small = size == 1 and ours.shape == found[1].shape and exact is exact_norm
             assert small or relative(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("size", [2, 16, 17, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_of_heads_equal_the_exact_formula_with_their_gradients(size, dtype, threads):
+    for operator, exact, inputs in head_cases(size, dtype):
+        found = with_gradients(operator, inputs, grad := torch.randn(inputs[0].shape))
+        truth = with_gradients(
+            exact, [x.double() for x in inputs], grad.to(found[0].dtype).double()
+        )
+        for ours, theirs in zip(found, truth, strict=True):
+            half = ours.dtype == torch.bfloat16
+            bar = 1.25 * relative(theirs.bfloat16(), theirs) if half else 1e-6
+            assert relative(ours, theirs) <= bar
+
+
+def test_what_scales_all_tokens_has_one_gradient_on_any_number_of_threads():
+    (_, _, inputs) = head_cases(16, torch.float32)[1]
+    base, x, gate, scale = inputs
+    grad, found = torch.randn(base.shape), []
+    before = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(heads.gated_add_backward(grad, x, gate, scale))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_a_gated_sum_of_other_shapes_or_whole_numbers_is_refused():
+    base, x, gate, scale = head_cases(4, torch.float32)[1][2]
+    for wrong in ((base[None], x, gate, scale), (base, x, gate[..., :2], scale)):
+        with pytest.raises(ValueError, match=r"gated_add\): expected \[\.\.\., H N\]"):
+            gated_add(*wrong)
+    with pytest.raises(TypeError, match="floating"):
+        gated_add(base, x, gate.int(), scale)
+    with pytest.raises(TypeError, match="floating"):
+        unit(torch.ones(3, dtype=torch.int64), SHORTEST)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -77,7 +135,7 @@ def test_gradients_in_bfloat16_are_near_the_exact_ones():
 
 
 def test_a_second_derivative_is_pytorchs():
-    for operator, exact, inputs in cases(16, torch.float32):
+    for operator, exact, inputs in [*cases(16, torch.float32), *head_cases(16, torch.float32)]:
         seconds = []
         for function, dtype in ((operator, torch.float32), (exact, torch.float64)):
             leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]

@@ -4,6 +4,7 @@
     prefill, decode, train      whole models          models.py
     scaling                     time against T        models.py
     memory                      peaks, a process each memory.py
+    memory_op, memory_layer     the delta-rule memory delta.py
     floors.py  what the hardware needs for the same products and bytes
     race.py    the measurement: interleaved, median and spread of ratios
     goals.py   what is to be reached, computed from the rows
@@ -53,6 +54,8 @@ BENCHES = {
     "train": "models",
     "scaling": "models",
     "memory": "memory",
+    "memory_op": "delta",
+    "memory_layer": "delta",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What is about shape and not about speed is measured once: with all threads, in float32.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectral_window.lab.bench import Rows
+from spectral_window.lab.bench.delta import contestant
 from spectral_window.lab.bench.models import FAR, GEMMS, READING
 from spectral_window.lab.bench.operators import PASSES
 
@@ -232,6 +233,26 @@ GOALS = (
             at_least=0.95, at_most=1.05, unit="", note=DRIFT,
         )
         for part, name in (("spectral", "scan"), ("window", "ours"), ("prefill", "SWH"))
+    ),
+    *(
+        Goal(
+            "memory against plain chunks", f"5 x as fast, {direction}", "memory_op",
+            {"pass": direction, "contestant": "ours, chunked"}, dtype, at_least=5,
+        )
+        for direction in PASSES
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Goal(
+            "layer with a memory of 6 heads against the paper's",
+            f"{what}: at most {bound:.2f} x", "memory_layer",
+            {"part": part, "contestant": contestant(6)}, dtype, at_most=bound,
+        )
+        for part, what, bound in (
+            ("train", "training step", 1.15), ("prefill", "prefill", 1.10),
+            ("decode", "decode", 1.15),
+        )
+        for dtype in ("float32", "bfloat16")
     ),
 )  # fmt: skip
 

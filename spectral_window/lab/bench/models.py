@@ -54,13 +54,12 @@ BARS = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 GEMMS, READING = "its matrix products alone", "reading its bytes"
 
 
-def shape(layers: int, quick: bool = False) -> SWHConfig:
-    """The model every other one is made equal to."""
+def shape(layers: int, quick: bool = False, **more: Any) -> SWHConfig:
+    """The model every other one is made equal to; `more` fields of it."""
     if quick:
-        return SWHConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, window=8
-        )
-    return SWHConfig(vocab_size=4096, num_hidden_layers=layers)
+        more |= {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "window": 8}
+        return SWHConfig(num_hidden_layers=3, **more)
+    return SWHConfig(vocab_size=4096, num_hidden_layers=layers, **more)
 
 
 def build(config: SWHConfig, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Any]:
@@ -296,9 +295,10 @@ def _slopes(rows: list[dict[str, Any]], part: str, begin: int) -> list[dict[str,
 
 
 def in_float64(model: SWHForCausalLM) -> SWHForCausalLM:
-    """The same weights in float64 by the reference methods."""
+    """The same weights in float64 by the reference methods. (A memory's would keep a state for each
+    token in a backward pass; in float64 `chunked` is the recurrence to 1e-11.)"""
     truth = copy.deepcopy(model).double()
-    set_methods(truth, spectral="reference", window="reference")
+    set_methods(truth, spectral="reference", window="reference", delta="chunked")
     return truth
 
 

@@ -56,7 +56,7 @@ def bench_spectral(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     wrong = _check_spectral(dtype)
     for direction in PASSES:
         backward = direction != PASSES[0]
-        race = _race(quick, wrong)
+        race = new_race(quick, wrong)
         for length in (64, 128) if quick else SPECTRAL_LENGTHS:
             u, modes = draw_spectral(length, dtype, backward)
             lineup = spectral_lineup(u, modes, backward)
@@ -74,7 +74,7 @@ def spectral_lineup(u: Tensor, modes: Modes, backward: bool) -> dict[str, Call]:
     gradient = y if backward else None
     source = u.detach()
     calls: dict[str, Call] = {
-        name: partial(_call, operator, (u, *modes[:2]), gradient)
+        name: partial(call_once, operator, (u, *modes[:2]), gradient)
         for name, operator in spectral_operators().items()
     }
     into = torch.ones_like(y)
@@ -152,7 +152,7 @@ def _check_spectral(dtype: torch.dtype) -> dict[str, str]:
         return operator
 
     operators = {**spectral_operators(), GIVEN: into(torch.empty_like), FRESH: into(fresh_like)}
-    return _gate(operators, (u, *modes[:2]), truth, BARS[dtype])
+    return gate(operators, (u, *modes[:2]), truth, BARS[dtype])
 
 
 def far_errors(time: int, channels: int) -> list[dict[str, Any]]:
@@ -209,7 +209,7 @@ def bench_window(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
         wrong = _check_window(window, dtype)
         for direction in PASSES:
             backward = direction != PASSES[0]
-            race = _race(quick, wrong)
+            race = new_race(quick, wrong)
             lineup = window_lineup(draw_qkv(length, dtype, backward), window, backward)
             if window != WINDOWS[0]:
                 del lineup[FULL]  # it knows no window
@@ -221,7 +221,9 @@ def window_lineup(qkv: tuple[Tensor, ...], window: int, backward: bool) -> dict[
     """The contestants on q, k, v [B, T, H, K]."""
     gradient = torch.ones_like(qkv[2], requires_grad=False) if backward else None
     operators = {**window_operators(window), FULL: full}
-    return {name: partial(_call, operator, qkv, gradient) for name, operator in operators.items()}
+    return {
+        name: partial(call_once, operator, qkv, gradient) for name, operator in operators.items()
+    }
 
 
 def draw_qkv(length: int, dtype: torch.dtype, backward: bool) -> tuple[Tensor, ...]:
@@ -321,19 +323,21 @@ def _check_window(window: int, dtype: torch.dtype) -> dict[str, str]:
     halves = [torch.cat((x[..., 0::2], x[..., 1::2]), -1) for x in (q, k)]
     peer = {"local-attention": operators.pop("local-attention")}
     bar = BARS[dtype]
-    return _gate(operators, (q, k, v), truth, bar) | _gate(peer, (*halves, v), truth, bar)
+    return gate(operators, (q, k, v), truth, bar) | gate(peer, (*halves, v), truth, bar)
 
 
 # --------------------------------------------------------------------------------------- common
 
 
-def _race(quick: bool, wrong: dict[str, str]) -> Race:
+def new_race(quick: bool, wrong: dict[str, str]) -> Race:
+    """Of an operator's contestants, without those that are `wrong`."""
     if quick:
         return Race(seconds=0.01, out=dict(wrong))
     return Race(seconds=1.0, most=100, longest=10.0, out=dict(wrong))
 
 
-def _call(operator: Operator, inputs: tuple[Tensor, ...], gradient: Tensor | None) -> None:
+def call_once(operator: Operator, inputs: tuple[Tensor, ...], gradient: Tensor | None) -> None:
+    """The forward pass and, with a gradient of the output, the backward pass."""
     y = operator(*inputs)
     if gradient is not None:
         y.backward(gradient)
@@ -341,7 +345,7 @@ def _call(operator: Operator, inputs: tuple[Tensor, ...], gradient: Tensor | Non
             x.grad = None
 
 
-def _gate(
+def gate(
     operators: dict[str, Operator], inputs: tuple[Tensor, ...], truth: Tensor, bar: float
 ) -> dict[str, str]:
     """Contestant -> why it may not run."""

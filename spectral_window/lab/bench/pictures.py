@@ -2,7 +2,8 @@
 
     scaling    seconds against T of a one-layer SWH and Llama; the operators against T
     decode     milliseconds a token against context, above the floor of reading the weights
-    spectral, window, prefill, train   how many times as long as ours, or as a copy
+    memory_op  milliseconds against T, above the floor of a matrix product
+    spectral, window, prefill, train, memory_layer   how many times as long as ours, or as a copy
 
 Panels without rows are left out; a picture without any says "missing". Each names processor and
 threads.
@@ -20,8 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from spectral_window.lab.bench import Rows
+from spectral_window.lab.bench.delta import COPY, HEADS, PRODUCT
 from spectral_window.lab.bench.models import GEMMS, READING
-from spectral_window.lab.bench.operators import FRESH, FRESH_COPY, GIVEN, PASSES
+from spectral_window.lab.bench.operators import CHANNELS, FRESH, FRESH_COPY, GIVEN, PASSES
 from spectral_window.lab.figures import MUTED, SERIES, STYLE, say_missing
 
 Points = Sequence[tuple[float, float]]
@@ -34,7 +36,7 @@ INK_OF = {  # a contestant keeps its colour in every picture
     "RecurrentGemma": 4, "full causal attention": 4, "SWH, plain methods": 5, "window": 3,
     "spectral": 0, "Transformer": 1, FRESH: 3,
 }  # fmt: skip
-FLOORS = (GEMMS, READING, "copy", "clone", FRESH_COPY)
+FLOORS = (GEMMS, READING, "copy", "clone", FRESH_COPY, PRODUCT, COPY)
 
 
 def draw_all(groups: Mapping[str, Rows], folder: Path) -> list[Path]:
@@ -232,6 +234,36 @@ def _scaling(groups: Rows) -> list[Panel]:
     ]
 
 
+def _memory_op(groups: Rows) -> list[Panel]:
+    return [
+        Panel(
+            f"memory, {heads} x {CHANNELS // heads}, {BOTH}, float32",
+            _lines(
+                _rows(groups, "float32", **{"pass": BOTH}, heads=heads), "length", "milliseconds"
+            ),
+            "tokens", "milliseconds", tokens,
+        )
+        for heads in HEADS
+    ]  # fmt: skip
+
+
+def _memory_layer(groups: Rows) -> list[Panel]:
+    panels = []
+    for dtype in ("float32", "bfloat16"):
+        rows = [
+            row | {"heads": int(row["contestant"].split()[1]), "contestant": row["part"]}
+            for row in _rows(groups, dtype)
+            if row["contestant"] != "SWH" and row.get("length") != 1024
+        ]
+        panels.append(
+            Panel(
+                f"layer with a memory, {dtype}", _lines(rows, "heads", "ratio"),
+                "heads of the memory", "times the paper's layer", _plain,
+            )
+        )  # fmt: skip
+    return panels
+
+
 PICTURES: dict[str, Callable[[Rows], list[Panel]]] = {
     "spectral": _spectral,
     "window": _window,
@@ -239,6 +271,8 @@ PICTURES: dict[str, Callable[[Rows], list[Panel]]] = {
     "decode": _decode,
     "train": _train,
     "scaling": _scaling,
+    "memory_op": _memory_op,
+    "memory_layer": _memory_layer,
 }
 
 

@@ -156,7 +156,12 @@ def step(
     beta, *decay = (dense(x.float()) for x in inputs[3:])
     state = dense(state)
     out, after = v.new_empty(v.shape), state.new_empty(state.shape)
-    parts = q.shape[0] * q.shape[2] * -(-v.shape[3] // (LANES * _WIDTH))
     at = None if positions is None else dense(positions)
-    step_once(parts, q, k, v, beta, decay[0] if decay else None, at, out, state, after)
+    step_into(q, k, v, beta, decay[0] if decay else None, at, out, state, after)
     return out, after
+
+
+def step_into(q, k, v, beta, decay, positions, out, state, after) -> None:
+    """`step` on tensors that are dense already, into given memory."""
+    parts = q.shape[0] * q.shape[2] * -(-v.shape[3] // (LANES * _WIDTH))
+    step_once(parts, q, k, v, beta, decay, positions, out, state, after)

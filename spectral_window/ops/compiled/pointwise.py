@@ -31,7 +31,7 @@ from spectral_window.ops.compiled.threads import (
     widen,
 )
 
-_ROWS = 16  # that a thread takes at once
+ROWS = 16  # that a thread takes at once
 _HALF = 1  # the word that says bfloat16
 
 
@@ -49,7 +49,7 @@ def _scaled(typingctx: Any, number: Any, exponent: Any) -> Any:
 
 
 @inner
-def _exp(x):
+def exponential(x):
     """e^x within 2 units in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, and e^r by its Taylor
     polynomial. Held between e^-87 and e^88."""
     x = np.float32(88.0) if x > np.float32(88.0) else x
@@ -67,7 +67,7 @@ def _exp(x):
 
 
 @inner
-def _row(half, address, begin, room):
+def row_of(half, address, begin, room):
     """The numbers from `begin` of the array at `address`: float32 in place, bfloat16 in `room`."""
     size = room.shape[0]
     if not half:
@@ -79,13 +79,13 @@ def _row(half, address, begin, room):
 
 
 @inner
-def _place(half, address, begin, room):
-    """Where to write such numbers before `_put` is called with the same arguments."""
+def place_of(half, address, begin, room):
+    """Where to write such numbers before `put_row` is called with the same arguments."""
     return room if half else float32s(address + 4 * begin, room.shape[0])
 
 
 @inner
-def _put(half, address, begin, room):
+def put_row(half, address, begin, room):
     if half:
         bits = bfloat16s(address + 2 * begin, room.shape[0])
         for j in range(room.shape[0]):
@@ -93,7 +93,7 @@ def _put(half, address, begin, room):
 
 
 @summing
-def _dot(x, y):
+def dot(x, y):
     total = np.float32(0)
     for j in range(x.shape[0]):
         total += x[j] * y[j]
@@ -101,7 +101,7 @@ def _dot(x, y):
 
 
 @inner
-def _scale(x, factor, weight, y):
+def scale_by(x, factor, weight, y):
     # input and output are never one array: the compiler would have to go number by number
     for j in range(x.shape[0]):
         y[j] = x[j] * factor * weight[j]
@@ -141,12 +141,12 @@ def _rms_norm(job):
     rooms = np.empty((2, size), np.float32)
     part = take(job)
     while part >= 0:
-        for row in range(part * _ROWS, min((part + 1) * _ROWS, rows)):
+        for row in range(part * ROWS, min((part + 1) * ROWS, rows)):
             at = row * size
-            x, y = _row(half, job[5], at, rooms[0]), _place(half, job[8], at, rooms[1])
-            factor = np.float32(1) / np.sqrt(_dot(x, x) / np.float32(size) + eps)
-            _scale(x, factor, weight, y)
-            _put(half, job[8], at, y)
+            x, y = row_of(half, job[5], at, rooms[0]), place_of(half, job[8], at, rooms[1])
+            factor = np.float32(1) / np.sqrt(dot(x, x) / np.float32(size) + eps)
+            scale_by(x, factor, weight, y)
+            put_row(half, job[8], at, y)
         part = take(job)
 
 
@@ -164,14 +164,14 @@ def _rms_norm_backward(job):
             dw[j] = np.float32(0)
         for row in range(rows * part // job[1], rows * (part + 1) // job[1]):
             at = row * size
-            x, g = _row(half, job[5], at, rooms[0]), _row(half, job[8], at, rooms[1])
-            dx, weighted = _place(half, job[9], at, rooms[2]), rooms[3]
+            x, g = row_of(half, job[5], at, rooms[0]), row_of(half, job[8], at, rooms[1])
+            dx, weighted = place_of(half, job[9], at, rooms[2]), rooms[3]
             for j in range(size):
                 weighted[j] = g[j] * weight[j]
-            factor = np.float32(1) / np.sqrt(_dot(x, x) / np.float32(size) + eps)
-            mean = _dot(weighted, x) / np.float32(size)
+            factor = np.float32(1) / np.sqrt(dot(x, x) / np.float32(size) + eps)
+            mean = dot(weighted, x) / np.float32(size)
             _norm_gradient(x, g, weighted, factor, factor * factor * factor * mean, dx, dw)
-            _put(half, job[9], at, dx)
+            put_row(half, job[9], at, dx)
         part = take(job)
 
 
@@ -180,7 +180,7 @@ def _gated(gate, up, y):
     """y = up gate / (1 + e^-gate)"""
     one = np.float32(1)
     for j in range(gate.shape[0]):
-        y[j] = up[j] * gate[j] / (one + _exp(-gate[j]))
+        y[j] = up[j] * gate[j] / (one + exponential(-gate[j]))
 
 
 @inner
@@ -188,7 +188,7 @@ def _gate_gradient(gate, up, g, d_gate, d_up):
     """With s = 1 / (1 + e^-gate): g up s (1 + gate (1 - s)) and g gate s."""
     one = np.float32(1)
     for j in range(gate.shape[0]):
-        s = one / (one + _exp(-gate[j]))
+        s = one / (one + exponential(-gate[j]))
         d_gate[j] = g[j] * up[j] * s * (one + gate[j] * (one - s))
         d_up[j] = g[j] * gate[j] * s
 
@@ -200,12 +200,12 @@ def _swiglu(job):
     rooms = np.empty((3, size), np.float32)
     part = take(job)
     while part >= 0:
-        for row in range(part * _ROWS, min((part + 1) * _ROWS, rows)):
+        for row in range(part * ROWS, min((part + 1) * ROWS, rows)):
             at = row * size
-            gate, up = _row(half, job[5], at, rooms[0]), _row(half, job[6], at, rooms[1])
-            y = _place(half, job[7], at, rooms[2])
+            gate, up = row_of(half, job[5], at, rooms[0]), row_of(half, job[6], at, rooms[1])
+            y = place_of(half, job[7], at, rooms[2])
             _gated(gate, up, y)
-            _put(half, job[7], at, y)
+            put_row(half, job[7], at, y)
         part = take(job)
 
 
@@ -216,24 +216,27 @@ def _swiglu_backward(job):
     rooms = np.empty((5, size), np.float32)
     part = take(job)
     while part >= 0:
-        for row in range(part * _ROWS, min((part + 1) * _ROWS, rows)):
+        for row in range(part * ROWS, min((part + 1) * ROWS, rows)):
             at = row * size
-            gate, up = _row(half, job[5], at, rooms[0]), _row(half, job[6], at, rooms[1])
-            g = _row(half, job[7], at, rooms[2])
-            d_gate, d_up = _place(half, job[8], at, rooms[3]), _place(half, job[9], at, rooms[4])
+            gate, up = row_of(half, job[5], at, rooms[0]), row_of(half, job[6], at, rooms[1])
+            g = row_of(half, job[7], at, rooms[2])
+            d_gate, d_up = (
+                place_of(half, job[8], at, rooms[3]),
+                place_of(half, job[9], at, rooms[4]),
+            )
             _gate_gradient(gate, up, g, d_gate, d_up)
-            _put(half, job[8], at, d_gate)
-            _put(half, job[9], at, d_up)
+            put_row(half, job[8], at, d_gate)
+            put_row(half, job[9], at, d_up)
         part = take(job)
 
 
 @cache
-def _bits(number: float) -> int:
+def bits_of(number: float) -> int:
     """The 32 bits of a float32, to be passed in a job."""
     return struct.unpack("<i", struct.pack("<f", number))[0]
 
 
-def _shape(x: Tensor) -> tuple[int, int, int]:
+def shape_of(x: Tensor) -> tuple[int, int, int]:
     """(bfloat16?, rows, size) of [..., size]."""
     return int(x.dtype == torch.bfloat16), x.numel() // x.shape[-1], x.shape[-1]
 
@@ -241,34 +244,34 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] float32 or bfloat16; weight [D]: y like x."""
     x = dense(x)
-    y, shape = torch.empty_like(x), _shape(x)
+    y, shape = torch.empty_like(x), shape_of(x)
     w = dense(weight.float())
-    _rms_norm(-(-shape[1] // _ROWS), *shape, x, w, _bits(eps), y)
+    _rms_norm(-(-shape[1] // ROWS), *shape, x, w, bits_of(eps), y)
     return y
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight, given that of y."""
     x, grad = dense(x), dense(grad)
-    dx, shape = torch.empty_like(x), _shape(x)
+    dx, shape = torch.empty_like(x), shape_of(x)
     parts = min(4 * torch.get_num_threads(), shape[1])
     dw = torch.empty(parts, shape[2], dtype=torch.float32, device=x.device)
     w = dense(weight.float())
-    _rms_norm_backward(parts, *shape, x, w, _bits(eps), grad, dx, dw)
+    _rms_norm_backward(parts, *shape, x, w, bits_of(eps), grad, dx, dw)
     return dx, dw.sum(0, dtype=torch.float64).to(weight.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up, all [..., size] of one dtype, float32 or bfloat16."""
     gate, up = dense(gate), dense(up)
-    y, shape = torch.empty_like(gate), _shape(gate)
-    _swiglu(-(-shape[1] // _ROWS), *shape, gate, up, y)
+    y, shape = torch.empty_like(gate), shape_of(gate)
+    _swiglu(-(-shape[1] // ROWS), *shape, gate, up, y)
     return y
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, given that of the product."""
     gate, up, grad = dense(gate), dense(up), dense(grad)
-    d_gate, d_up, shape = torch.empty_like(gate), torch.empty_like(up), _shape(gate)
-    _swiglu_backward(-(-shape[1] // _ROWS), *shape, gate, up, grad, d_gate, d_up)
+    d_gate, d_up, shape = torch.empty_like(gate), torch.empty_like(up), shape_of(gate)
+    _swiglu_backward(-(-shape[1] // ROWS), *shape, gate, up, grad, d_gate, d_up)
     return d_gate, d_up

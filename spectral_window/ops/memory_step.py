@@ -1,0 +1,78 @@
+"""One token of a layer's memory in a single call, where a token is so little work that calling
+filter, normalisation, gates, recurrence and sum one by one would take longer than they do.
+
+It computes what `nn.memory` makes of those operators. It serves where they would be compiled code:
+where `resolve` takes "step_compiled" for the recurrence and nobody asked for another filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectral_window.ops.documents import Documents
+from spectral_window.ops.methods import resolve
+from spectral_window.ops.tracing import is_recorded
+
+
+class Parameters(NamedTuple):
+    """lag [D, L], write_bias and read_bias [H], scale [D]; vectors shorter than `shortest` are
+    divided by it and not by their length."""
+
+    lag: Tensor
+    write_bias: Tensor
+    read_bias: Tensor
+    scale: Tensor
+    shortest: float
+
+
+def serves(
+    methods: Mapping[str, str],
+    inputs: tuple[Tensor, ...],
+    state: tuple[Tensor, Tensor],
+    own: Parameters,
+) -> bool:
+    """May `step` be called? methods: those asked for, by operator; the rest as for `step`."""
+    if is_recorded():  # no size may be looked at
+        return False
+    q, (memory, queries), parameters = inputs[0], state, own[:4]
+    if q.dim() != 3 or q.shape[1] != 1 or not q.numel() or methods.get("fir", "auto") != "auto":
+        return False
+    batch, _, channels = q.shape
+    heads, taps = len(own.write_bias), own.lag.shape[-1]
+    each = batch, 1, channels
+    shapes = [x.shape for x in (*inputs, memory, queries, *parameters)]
+    size = channels // heads
+    if shapes != [
+        *(each, each, each, (batch, 1, 2 * heads)),
+        *((batch, heads, size, size), (batch, taps - 1, channels)),
+        *((channels, taps), (heads,), (heads,), (channels,)),
+    ]:
+        return False
+    one_dtype = all(x.dtype == q.dtype for x in (*inputs, queries))
+    if not one_dtype or any(x.dtype != torch.float32 for x in (memory, *parameters)):
+        return False
+    asked = methods.get("delta", "auto")
+    chosen = resolve("delta", asked, *inputs, *state, *parameters)
+    return chosen.name == "step_compiled"
+
+
+def step(
+    inputs: tuple[Tensor, ...],
+    state: tuple[Tensor, Tensor],
+    own: Parameters,
+    documents: Documents | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """inputs: q, v and what the window found [B, 1, D], the logits of the gates [B, 1, 2 H]; state:
+    the memory [B, H, D / H, D / H] float32 and the last queries [B, L - 1, D], oldest first.
+
+    Returns what window and memory found together, and the state after the token.
+    """
+    from spectral_window.ops.compiled import memory_step
+
+    positions = None if documents is None else documents.positions
+    q, v, attended, gates = inputs
+    return memory_step.step(attended, q, v, gates, own[:4], own.shortest, state, positions)
