@@ -41,7 +41,7 @@ class AttentionState(NamedTuple):
 
 class KeyShift(Filter):
     """Mixes keys with those of the token before: shift [D, 2], kept in float32 and without weight
-    decay like a kernel's parameters. own: the channels that start with the token's own key."""
+    decay like a kernel's parameters. own: how many channels start with the token's own key."""
 
     def __init__(self, channels: int, own: int):
         super().__init__(channels)
@@ -50,7 +50,9 @@ class KeyShift(Filter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        before = torch.arange(self.channels, device=self.shift.device) >= self.own
+        before = (
+            torch.arange(self.channels, dtype=torch.int64, device=self.shift.device) >= self.own
+        )
         _begin_at(self.shift, torch.stack((~before, before), -1).float())
 
     def forward(self) -> Taps:
@@ -79,8 +81,8 @@ class AttentionMixer(Mixer):
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
-        half = (self.num_heads + 1) // 2 * self.head_dim
-        self.shift = KeyShift(dim, half) if self.settings["shifted_keys"] else None
+        own = (self.num_heads + 1) // 2 * self.head_dim
+        self.shift = KeyShift(dim, own) if self.settings["shifted_keys"] else None
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from spectral_window.errors import UserError, unknown
+from spectral_window.ops.tracing import is_recorded
 
 LARGEST = 2**31 - 1
 
@@ -284,6 +285,8 @@ def chosen(options: Iterable[Option], values: Mapping[str, Any]) -> list[Option]
 
 def known(options: Iterable[Option]) -> Mapping[str, Option]:
     """`options` and those of all registered parts that they can name, by name."""
+    if is_recorded():  # a graph looks into this function, and not into a cache
+        return _find(tuple(options))
     # libraries ask a config for its fields at every token: what is registered seldom changes
     parts = tuple(part.options for registry in _registries for part in registry.values())
     return _found(tuple(options), parts)
@@ -291,6 +294,10 @@ def known(options: Iterable[Option]) -> Mapping[str, Option]:
 
 @lru_cache(maxsize=64)
 def _found(options: tuple[Option, ...], parts: tuple[Any, ...]) -> Mapping[str, Option]:
+    return MappingProxyType(_find(options))
+
+
+def _find(options: tuple[Option, ...]) -> dict[str, Option]:
     found: dict[str, Option] = {}
     waiting = list(options)
     while waiting:
@@ -298,7 +305,7 @@ def _found(options: tuple[Option, ...], parts: tuple[Any, ...]) -> Mapping[str, 
         if option.name not in found:
             found[option.name] = option
             waiting += _of_parts(option)
-    return MappingProxyType(found)
+    return found
 
 
 def _of_parts(option: Option) -> Iterator[Option]:

@@ -160,10 +160,6 @@ def test_the_quick_version_runs_to_its_end_with_table_and_picture(tmp_path, caps
     results = tmp_path / "results"
     found = json.loads((results / "recall.json").read_text())
     assert found["quick"]
-    assert {(r["ability"], r["model"]) for r in found["rows"]} == {
-        (ability, model)
-        for ability in ("Recall, 4 pairs", "Gap of 1 to 4")
-        for model in recall.MODELS
-    }
-    assert (results / "recall.md").read_text().count("\n") == 4
+    assert [row["model"] for row in found["rows"]] == list(recall.MODELS)
+    assert (results / "recall.md").read_text().count("\n") == 3
     assert (results / "recall.png").read_bytes().startswith(b"\x89PNG")

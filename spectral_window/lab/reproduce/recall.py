@@ -18,7 +18,7 @@ stopped early lacks rows, and what is there stands.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ COLORS = {PUBLISHED: SERIES[0], RIVAL: SERIES[1], OURS: SERIES[2], SHIFTED: SERI
 ROWS = {1: 2048, 4: 512, 32: 512, 256: 64, 1024: 32}  # of a test, by times the base length
 FAR = (256, 1024)  # for the memory alone
 EACH = 5  # probes in one process
+Shares = dict[int, list[float]]
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,15 @@ class Trial:
 
 def stages(*, quick: bool = False) -> list[list[Trial]]:
     """The suite, what decides most first; `quick` shows the way and no result: ten steps of each
-    model on two tasks."""
+    model on one task."""
     every = tuple(MODELS)
     if quick:
-        few = [*_trials(("Recall, 4 pairs", "Gap of 1 to 4"), every, "fixed", (0,))]
+        few = [*_trials(("Gap of 1 to 4",), every, "fixed", (0,))]
         return [[Trial(t.ability, t.model, t.training, synthetic.shorten(t.probe)) for t in few]]
     first, others = synthetic.SEEDS[:1], synthetic.SEEDS[1:]
     long = [name for name, ability in KNOWN.items() if FAR[0] in ability.reach]
     rest = (PUBLISHED, RIVAL, SHIFTED)
-    plan = [
+    plan: list[tuple[Collection[str], Sequence[str], str, Sequence[int]]] = [
         (KNOWN, (OURS,), "fixed", first),
         (HARDER, (OURS,), "mixed", first),
         (HARDER, (RIVAL,), "mixed", first),
@@ -161,7 +162,7 @@ def stages(*, quick: bool = False) -> list[list[Trial]]:
 
 
 def _trials(
-    abilities: Iterable[str],
+    abilities: Collection[str],
     models: Sequence[str],
     training: str,
     seeds: Sequence[int],
@@ -192,7 +193,7 @@ def run(
     for folder, suite in ((earlier, "synthetic"), (out, "recall")):
         found = results.load(folder, suite) if folder else None
         known |= {row["key"]: row for row in (found or {"rows": []})["rows"]}
-    plan, failed = stages(quick=quick), []
+    plan, failed = stages(quick=quick), list[str]()
     for trials in plan:
         missing = [(t.name, t.probe) for t in trials if t.probe.key not in known]
         jobs = probes.jobs(missing, work, 8 if quick else EACH)
@@ -224,9 +225,9 @@ def _rows(
 # ------------------------------------------------------------------------------------ table, figure
 
 
-def shares(rows: Sequence[dict[str, Any]], ability: str, model: str, training: str) -> dict:
+def shares(rows: Sequence[dict[str, Any]], ability: str, model: str, training: str) -> Shares:
     """Reach (times the base length) -> the share of right answers of each seed, ascending."""
-    base, found = ABILITIES[ability].base, dict[int, list[float]]()
+    base, found = ABILITIES[ability].base, Shares()
     for row in rows:
         if (row["ability"], row["model"], row["training"]) == (ability, model, training):
             for test in row["tests"]:
@@ -294,9 +295,7 @@ def _panel(rows: Sequence[dict[str, Any]], ability: str) -> Panel:
     )
 
 
-def _paint(
-    axes: Axes, drawn: Mapping[tuple[str, str], Mapping[int, Sequence[float]]], ability: Ability
-) -> None:
+def _paint(axes: Axes, drawn: Mapping[tuple[str, str], Shares], ability: Ability) -> None:
     for (model, training), points in drawn.items():
         x, color, mixed = list(points), COLORS[model], training == "mixed"
         axes.plot(
