@@ -1,8 +1,8 @@
 """What a model is: `SWHConfig`, a closed and checked set of fields.
 
 What every model has is declared here, a field a line; what its parts take, beside their classes
-(`nn.options`). Whoever needs a set of fields (a cache's identity, a recipe, a table) goes through
-these records by what they decide, and names none.
+(`nn.options`). Code that needs a set of fields (a cache's identity, a recipe, a table) selects these
+records by what they decide, and names none.
 
 A config is *closed*: a key that is not a field is an error that names the nearest field, because
 a misspelt `windw=64` that trains a window of 32 is found a week later. It is *checked* when it is
@@ -203,8 +203,8 @@ class SWHConfig(PreTrainedConfig):
         return found | {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
     def papers_layer(self, mixer: str = "spectral_window") -> SWHConfig:
-        """A config of the same sizes with `mixer` as it is by default: what a variant of a layer is
-        compared with at equal size."""
+        """A config of the same sizes whose `mixer` has its default options: the baseline for
+        comparing a variant of a layer at equal size."""
         fields = {option.name: getattr(self, option.name) for option in CORE}
         told = [o for o in known([_OPTIONS["mlp"]]).values() if o.name in vars(self)]
         fields |= {option.name: getattr(self, option.name) for option in told}

@@ -34,7 +34,7 @@ INK_OF = {  # a contestant keeps its colour in every picture
     "Llama": 1, "Llama, DynamicCache": 1, "the paper's FFT": 1, "naive chunks (the paper's)": 1,
     "Llama, StaticCache": 3, "Mamba2": 2, "chunked": 2, "local-attention": 2, "ours, chunked": 5,
     "RecurrentGemma": 4, "full causal attention": 4, "SWH, plain methods": 5, "window": 3,
-    "spectral": 0, "Transformer": 1, FRESH: 3,
+    "spectral": 0, "Transformer": 1, FRESH: 3, "train": 0, "prefill": 1, "decode": 2,
 }  # fmt: skip
 FLOORS = (GEMMS, READING, "copy", "clone", FRESH_COPY, PRODUCT, COPY)
 
@@ -91,6 +91,8 @@ class Panel:
 def _subdivision(lines: Lines) -> tuple[float, ...]:
     values = [y for points in lines.values() for _, y in points]
     spread = max(values) / min(values)
+    if spread < 3:
+        return (1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0, 7.0, 8.0, 9.0)
     return (1.0,) if spread > 300 else (1.0, 3.0) if spread > 10 else (1.0, 2.0, 3.0, 5.0)
 
 
