@@ -6,8 +6,8 @@ wants an operator should wait for. So three of its modules, and one of ours, are
 after they were imported, by whomever:
 
     the registry of configs   knows SWHConfig
-    our config                the model classes follow when the first one is made: whoever has a
-                              config may ask an Auto class for its model next
+    our config                the model classes follow when the first one is made: the next call
+                              may ask an Auto class for its model
     the package's names       `transformers.SWHForCausalLM`, which `transformers serve` and trainers
                               that are given a path ask for
     Trainer                   its default groups decay whatever is not a bias or a norm by its

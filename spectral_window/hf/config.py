@@ -1,8 +1,8 @@
 """What a model is: `SWHConfig`, a closed and checked set of fields.
 
 What every model has is declared here, a field a line; what its parts take, beside their classes
-(`nn.options`). Code that needs a set of fields (a cache's identity, a recipe, a table) selects these
-records by what they decide, and names none.
+(`nn.options`). Code that needs a set of fields (a cache's identity, a recipe, a table) selects
+these records by what they decide, and names none.
 
 A config is *closed*: a key that is not a field is an error that names the nearest field, because
 a misspelt `windw=64` that trains a window of 32 is found a week later. It is *checked* when it is

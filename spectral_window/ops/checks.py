@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_window.errors import UserError
+from spectral_window.errors import UserError, UserTypeError
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.tracing import readable
+
+
+def check_input(u: Tensor, op: str) -> None:
+    """Raise UserError or UserTypeError unless u is [B, T, D] of a floating dtype."""
+    if u.dim() != 3:
+        raise UserError(f"u has shape {tuple(u.shape)} ({op}): expected [batch, time, channels]")
+    if not u.dtype.is_floating_point:
+        raise UserTypeError(f"u is {u.dtype} ({op}): expected a floating dtype")
 
 
 def check_like(u: Tensor, op: str, *others: tuple[str, Tensor | None]) -> None:

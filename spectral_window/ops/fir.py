@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spectral_window.errors import NotFiniteError, UserError, UserTypeError
 from spectral_window.ops import recorded, reference
-from spectral_window.ops.checks import check_like, check_out, check_state
+from spectral_window.ops.checks import check_input, check_like, check_out, check_state
 from spectral_window.ops.documents import Documents, Tokens, anywhere, documents_after
 from spectral_window.ops.methods import (
     Method,
@@ -104,12 +104,7 @@ def fir_conv(
     in u, weights and state. Raises UserError (a ValueError) or UserTypeError (a TypeError) before
     any work.
     """
-    if u.dim() != 3:
-        raise UserError(
-            f"u has shape {tuple(u.shape)} (fir_conv): expected [batch, time, channels]"
-        )
-    if not u.dtype.is_floating_point:
-        raise UserTypeError(f"u is {u.dtype} (fir_conv): expected a floating dtype")
+    check_input(u, "fir_conv")
     if not isinstance(taps, Taps):
         raise UserTypeError(
             f"taps are a {type(taps).__name__} (fir_conv): pass Taps; Modes are for spectral_conv"

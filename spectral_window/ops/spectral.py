@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_window.errors import NotFiniteError, UserError, UserTypeError
+from spectral_window.errors import NotFiniteError, UserTypeError
 from spectral_window.ops import reference
-from spectral_window.ops.checks import check_like, check_out, check_state
+from spectral_window.ops.checks import check_input, check_like, check_out, check_state
 from spectral_window.ops.chunked_spectral import chunked
 from spectral_window.ops.documents import Documents, anywhere, documents_after, each_document
 from spectral_window.ops.methods import (
@@ -62,12 +62,7 @@ def spectral_conv(
     Differentiable, twice, in u, state, decay, frequency and gain. Raises UserError (a ValueError)
     or UserTypeError (a TypeError) before any work.
     """
-    if u.dim() != 3:
-        raise UserError(
-            f"u has shape {tuple(u.shape)} (spectral_conv): expected [batch, time, channels]"
-        )
-    if not u.dtype.is_floating_point:
-        raise UserTypeError(f"u is {u.dtype} (spectral_conv): expected a floating dtype")
+    check_input(u, "spectral_conv")
     if not isinstance(kernel, Modes):
         raise UserTypeError(
             f"kernel is a {type(kernel).__name__} (spectral_conv): pass Modes, or call fir_conv"

@@ -97,3 +97,15 @@ def test_packed_and_padded_rows_compile_to_one_graph(
         got, want = run(ids, **options), model(ids, use_cache=False, **options).logits
     text = PADDED.bool() if "attention_mask" in options else torch.ones_like(PADDED).bool()
     assert error(got[text], want[text]) <= 5e-6
+
+
+def test_documents_follow_a_layer_to_its_device_by_accelerates_hand() -> None:
+    """A model spread over devices has its layers' inputs moved; the CPU's copy stays known."""
+    from accelerate.utils import send_to_device
+
+    given = documents.Documents(PACKED.clone(), checked=True)
+    there = send_to_device(given, "meta")
+    assert there.positions.device.type == "meta"
+    assert there.checked
+    assert torch.equal(there.tokens.position, given.tokens.position)
+    assert send_to_device(given, "cpu") is given
