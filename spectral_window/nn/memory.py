@@ -10,10 +10,15 @@ head from the start.
     a       = WindowAttention(rope(q), rope(k), v)                 the paper's, unchanged
     p_t     = normalise(q_t)                                       without positions
     kappa_t = normalise(sum_{i < 4} lag_i * q_{t-i})               lag starts at 0 1 0 0
-    b_t     = sigmoid(x_t . w_write + write_bias)
+    b_t     = sigmoid(x_t . w_write + write_bias), or with write_gate=closing
+              tanh(max(x_t . w_write + write_bias, 0))
     S_t     = S_{t-1} + b_t kappa_t (v_t - S_{t-1}^T kappa_t)^T
     m_t     = sigmoid(x_t . w_read + read_bias) * scale * (S_t^T p_t)
     Y       = (RMSNorm(Y_spec) + (a + m) W_local) W_out            m joins before W_local
+
+What is written wears out what was there: a sigmoid writes a little of every token, and after tens
+of thousands of them half of what was asked for is gone. A gate that closes writes none of those
+that training has shown to be noise (results/memory).
 """
 
 from __future__ import annotations
@@ -56,11 +61,12 @@ class Memory(Filter):
     float32, and take no weight decay.
 
     lag [D, 4], the taps that make keys of queries, starts as "the token before"; scale [D], of what
-    is read, starts at 1; write_bias and read_bias [H], of the gates, start at 0.
+    is read, starts at 1; write_bias [H] starts at the number given, read_bias [H] at 0.
     """
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, write_bias: float = 0.0):
         super().__init__(channels)
+        self.first_bias = write_bias
         self.lag = _parameter(channels, LAG)
         self.scale = _parameter(channels)
         self.write_bias = _parameter(heads)
@@ -70,7 +76,7 @@ class Memory(Filter):
     def reset_parameters(self) -> None:
         _begin_at(self.lag, torch.eye(LAG)[1].expand_as(self.lag))
         nn.init.ones_(self.scale)
-        nn.init.zeros_(self.write_bias)
+        nn.init.constant_(self.write_bias, self.first_bias)
         nn.init.zeros_(self.read_bias)
 
     def forward(self) -> Taps:
@@ -80,9 +86,18 @@ class Memory(Filter):
 HEADS = Option(
     "memory_heads", int, 1, help="heads of the memory; its state has D^2 / heads numbers"
 )
+WRITE_GATES = {"sigmoid": 0.0, "closing": 0.5}  # name -> the bias that it starts with
+WRITE_GATE = Option(
+    "write_gate",
+    str,
+    "sigmoid",
+    choices=WRITE_GATES,
+    decides="function",
+    help="how much is written: sigmoid(x), or closing, tanh(max(x, 0)), which can be exactly 0",
+)
 
 
-@register("memory", HEADS)
+@register("memory", HEADS, WRITE_GATE)
 class MemoryMixer(SpectralWindowMixer):
     """The paper's layer with a delta-rule memory that joins the window's output (see the module).
 
@@ -96,7 +111,9 @@ class MemoryMixer(SpectralWindowMixer):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.memory_heads = self.settings["memory_heads"]
-        self.memory = Memory(self.hidden_size, self.memory_heads)
+        self.closes = self.settings["write_gate"] == "closing"
+        bias = WRITE_GATES[self.settings["write_gate"]]
+        self.memory = Memory(self.hidden_size, self.memory_heads, bias)
         # w_write, then w_read: one map, for a product with a single row of weights rounds
         # differently where a file has put them at another alignment
         self.gate_proj = nn.Linear(self.hidden_size, 2 * self.memory_heads, bias=False)
@@ -127,7 +144,9 @@ class MemoryMixer(SpectralWindowMixer):
         if state is not None:
             past = state.memory, state.queries
             given = q, v, attended, gates
-            parameters = Parameters(own.lag, own.write_bias, own.read_bias, own.scale, SHORTEST)
+            parameters = Parameters(
+                own.lag, own.write_bias, own.read_bias, own.scale, SHORTEST, self.closes
+            )
             if memory_step.serves(self.methods, given, past, parameters):
                 y, *after = memory_step.step(given, past, parameters, documents)
                 return y, (*states, *after)
@@ -142,7 +161,7 @@ class MemoryMixer(SpectralWindowMixer):
             self._unit(q),
             self._unit(lagged),
             self._heads(v).to(write.dtype),
-            torch.sigmoid(write + own.write_bias),
+            self._amount(write + own.write_bias),
             state=None if state is None else state.memory,
             positions=documents,
             method=self.method("delta"),
@@ -152,6 +171,10 @@ class MemoryMixer(SpectralWindowMixer):
 
     def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
         return [*super().operators(), (self.memory.operator, tuple(self.memory())), ("delta", ())]
+
+    def _amount(self, logit: Tensor) -> Tensor:
+        """How much of a value is written, 0 to 1."""
+        return torch.tanh(torch.relu(logit)) if self.closes else torch.sigmoid(logit)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.memory_heads, -1))

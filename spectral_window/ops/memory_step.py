@@ -20,13 +20,15 @@ from spectral_window.ops.tracing import is_recorded
 
 class Parameters(NamedTuple):
     """lag [D, L], write_bias and read_bias [H], scale [D]; vectors shorter than `shortest` are
-    divided by it and not by their length."""
+    divided by it and not by their length; `closes`: the write gate is tanh(max(x, 0)) instead of
+    sigmoid(x)."""
 
     lag: Tensor
     write_bias: Tensor
     read_bias: Tensor
     scale: Tensor
     shortest: float
+    closes: bool = False
 
 
 def serves(
@@ -75,4 +77,4 @@ def step(
 
     positions = None if documents is None else documents.positions
     q, v, attended, gates = inputs
-    return memory_step.step(attended, q, v, gates, own[:4], own.shortest, state, positions)
+    return memory_step.step(attended, q, v, gates, own[:4], *own[4:], state, positions)

@@ -23,7 +23,9 @@ from tests.hf.small import small_config, small_model, tokens
 DIM, HEADS, WINDOW = 12, 2, 4
 
 
-def memory_by_hand(x: torch.Tensor, p: dict[str, torch.Tensor], heads: int) -> torch.Tensor:
+def memory_by_hand(
+    x: torch.Tensor, p: dict[str, torch.Tensor], heads: int, closes: bool = False
+) -> torch.Tensor:
     """m_t of the module's docstring, one row and token after another."""
     out = torch.zeros_like(x)
     size = x.shape[2] // heads
@@ -40,6 +42,8 @@ def memory_by_hand(x: torch.Tensor, p: dict[str, torch.Tensor], heads: int) -> t
                 query = q[b, t, mine] / max(float(q[b, t, mine].norm()), 1e-4)
                 logit = p["gate_proj.weight"] @ x[b, t]
                 write = torch.sigmoid(logit[h] + p["memory.write_bias"][h])
+                if closes:
+                    write = torch.tanh((logit[h] + p["memory.write_bias"][h]).clamp(min=0))
                 read = torch.sigmoid(logit[heads + h] + p["memory.read_bias"][h])
                 S = S + write * torch.outer(key, v[b, t, mine] - S.T @ key)
                 out[b, t, mine] = read * p["memory.scale"][mine] * (S.T @ query)
@@ -65,11 +69,12 @@ def drawn(kind: type[MemoryMixer] = Alone, **options: Any) -> MemoryMixer:
     return layer
 
 
+@pytest.mark.parametrize("gate", ["sigmoid", "closing"])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_the_memory_is_its_equations_to_the_last_digit(heads):
-    layer = drawn(memory_heads=heads)
+def test_the_memory_is_its_equations_to_the_last_digit(heads, gate):
+    layer = drawn(memory_heads=heads, write_gate=gate)
     x = torch.randn(2, 70, DIM, dtype=torch.float64)
-    truth = memory_by_hand(x, dict(layer.state_dict()), heads)
+    truth = memory_by_hand(x, dict(layer.state_dict()), heads, gate == "closing")
     assert (layer(x) - truth).abs().max() <= 1e-12 * truth.abs().max()
 
 
@@ -193,6 +198,39 @@ def test_a_token_in_a_single_call_is_what_the_operators_make_of_it(heads, dtype,
             assert relative(mine, true) <= (1e-6 if dtype == torch.float32 else 4e-3)
         assert torch.equal(single[1].queries, apart[1].queries)
     assert asked == [HAS_NUMBA, HAS_NUMBA]
+
+
+@pytest.mark.parametrize("split", [1, 7])
+def test_a_closed_gate_writes_nothing_to_the_bit(split):
+    """By tokens and by chunks: what is stored is what was stored, however long it stays closed."""
+    layer = drawn(MemoryMixer, write_gate="closing").float()
+    state = layer(torch.randn(1, 9, DIM))[1]
+    with torch.no_grad():
+        layer.memory.write_bias.fill_(-1e3)
+        after = state
+        for x in torch.randn(1, 70, DIM).split(split, 1):
+            after = layer(x, state=after)[1]
+    assert torch.equal(after.memory, state.memory)
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="numba makes the single call")
+def test_the_closing_gate_of_a_single_token_is_tanh_at_every_size():
+    """S after one token from nothing is b kappa v^T: b, from where tanh is x to where it is 1."""
+    layer = drawn(MemoryMixer, write_gate="closing").float()
+    wide = drawn(MemoryMixer, write_gate="closing")
+    wide.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 1, DIM)
+    for bias in (-torch.inf, -1.0, 0.0, 1e-30, 1e-6, 0.2499, 0.25, 0.2501, 1.0, 9.0, torch.inf):
+        states = []
+        for mixer in (layer, wide):
+            with torch.no_grad():
+                mixer.gate_proj.weight.zero_()
+                mixer.memory.write_bias.fill_(bias)
+                empty = mixer.init_state(1, dtype=mixer.memory.lag.dtype, device="cpu")
+                given = x.to(mixer.q_proj.weight.dtype)
+                states.append(mixer(given, state=empty)[1].memory)
+        assert (states[0] - states[1]).abs().max() <= 1e-6 * states[1].abs().max(), bias
+        assert bool(states[0].any()) == (bias > 0)
 
 
 def test_a_method_asked_for_by_name_is_not_passed_over_by_the_single_call():

@@ -39,11 +39,11 @@ from spectral_window.ops.compiled.threads import (
 # the words of a job: addresses and sizes
 Q, V, GATES, POSITIONS, BEFORE = range(2, 7)  # POSITIONS: 0 for none; BEFORE: queries [B, L - 1, D]
 LAG, WRITE_BIAS, READ_BIAS = range(7, 10)  # [D, L], [H], [H]
-HEADS, SIZE, TAPS, SHORTEST, HALF = range(10, 15)  # SHORTEST: the bits of a float32
-QUERIES, KEYS, VALUES, BETA, READ, AFTER = range(15, 21)  # what is found; AFTER like BEFORE
+HEADS, SIZE, TAPS, SHORTEST, CLOSES, HALF = range(10, 16)  # SHORTEST: the bits of a float32
+QUERIES, KEYS, VALUES, BETA, READ, AFTER = range(16, 22)  # what is found; AFTER like BEFORE
 
 
-def _words(parts, q, v, gates, positions, before, own, shortest, found):
+def _words(parts, q, v, gates, positions, before, own, shortest, closes, found):
     lag, write_bias, read_bias = own
     heads, (channels, taps) = len(write_bias), lag.shape
     dtype, numbers = BFLOAT16 if q.dtype is BFLOAT16 else FLOAT32, parts * channels
@@ -58,7 +58,7 @@ def _words(parts, q, v, gates, positions, before, own, shortest, found):
         address(before, dtype, kept),
         address(lag, FLOAT32, channels * taps),
         *(address(bias, FLOAT32, heads) for bias in (write_bias, read_bias)),
-        *(heads, channels // heads, taps, bits_of(shortest), dtype is BFLOAT16),
+        *(heads, channels // heads, taps, bits_of(shortest), closes, dtype is BFLOAT16),
         *(address(x, FLOAT32, numbers) for x in (queries, keys, values)),
         *(address(x, FLOAT32, parts * heads) for x in (beta, read)),
         address(after, dtype, kept),
@@ -73,6 +73,20 @@ def normalised(x, shortest, y):
 @inner
 def opened(x, bias):
     return np.float32(1) / (np.float32(1) + exponential(-(x + bias)))
+
+
+@inner
+def closing(x, bias):
+    """tanh(max(x + bias, 0)): exactly 0 below 0, and without cancellation just above it."""
+    x = x + bias
+    if x <= 0:  # NaN stays NaN
+        return np.float32(0)
+    if x < np.float32(0.25):  # Taylor's series, to 1e-8 of it
+        z = x * x
+        return x * (np.float32(1) - z * (np.float32(1 / 3) - z * (np.float32(2 / 15)
+            - z * (np.float32(17 / 315) - z * np.float32(62 / 2835)))))  # fmt: skip
+    e = exponential(np.float32(-2) * x)
+    return (np.float32(1) - e) / (np.float32(1) + e)
 
 
 @inner
@@ -123,7 +137,8 @@ def prepare(job):
             normalised(q[head : head + size], shortest, float32s(job[QUERIES] + place, size))
             normalised(lagged[head : head + size], shortest, float32s(job[KEYS] + place, size))
             bias = float32s(job[WRITE_BIAS], heads)[h]
-            float32s(job[BETA] + 4 * part * heads, heads)[h] = opened(gates[h], bias)
+            amount = closing(gates[h], bias) if job[CLOSES] else opened(gates[h], bias)
+            float32s(job[BETA] + 4 * part * heads, heads)[h] = amount
             bias = float32s(job[READ_BIAS], heads)[h]
             float32s(job[READ] + 4 * part * heads, heads)[h] = opened(gates[heads + h], bias)
         if p < 0:
@@ -142,11 +157,13 @@ def step(
     gates: Tensor,
     own: tuple[Tensor, Tensor, Tensor, Tensor],
     shortest: float,
+    closes: bool,
     state: tuple[Tensor, Tensor],
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """attended, q, v [B, 1, D] and gates [B, 1, 2 H] in one dtype, float32 or bfloat16; own: lag
-    [D, L], write_bias [H], read_bias [H], scale [D] in float32; state: the memory [B, H, D / H,
+    [D, L], write_bias [H], read_bias [H], scale [D] in float32; closes: the write gate is
+    tanh(max(x, 0)); state: the memory [B, H, D / H,
     D / H] float32 and the last queries [B, L - 1, D] in q's dtype; positions [B, 1] int64 or None.
 
     Returns attended and what was read [B, 1, D], the memory and the queries after the token.
@@ -161,6 +178,6 @@ def step(
     after, recent = torch.empty_like(memory), torch.empty_like(before)
     found = queries, keys, values, beta, read, recent
     given = dense(q), dense(v), dense(gates), at, before, tuple(dense(x) for x in maps)
-    prepare(batch, *given, shortest, found)
+    prepare(batch, *given, shortest, closes, found)
     delta_step.step_into(queries, keys, values, beta, None, at, out, memory, after)
     return gated_add(attended, out, read, scale), after, recent
