@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module, metadata
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from spectral_window.cli.usage import Commands
 from spectral_window.commands.failures import PROGRAM
+from spectral_window.errors import UserError
 
 app = typer.Typer(
     name=PROGRAM,
@@ -35,6 +37,23 @@ def call(name: str, threads: int | None, **arguments: Any) -> None:
     # transformers shows bars for files that load in milliseconds; ours show what takes time.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import_module(f"spectral_window.commands.{name}").run(**arguments)
+
+
+def import_plugin(name: str) -> None:
+    """Import the module `name`; raises UserError where there is none, or where it fails itself."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        import_module(name)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines() or [""]
+        raise UserError(
+            f"cannot import {name!r} (--plugin): {type(error).__name__}: {reason[0]}; give a "
+            "module's name as in `import NAME`"
+        ) from error
 
 
 Threads = Annotated[
@@ -65,9 +84,20 @@ Model = Annotated[
 def _program(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    plugins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin",
+            metavar="MODULE",
+            help="Import this Python module first: a mixer or kernel that it registers is known to "
+            "the command. Found as Python finds it, and in the folder you are in.",
+        ),
+    ] = None,
 ) -> None:
     if version:
         print(f"{PROGRAM} {metadata.version(PROGRAM)}")
         raise typer.Exit
+    for name in plugins or ():
+        import_plugin(name)
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -30,6 +30,7 @@ from spectral_window.errors import DivergedError, NotFiniteError
 from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
+from spectral_window.lab import variants  # noqa: F401 - probes know its mixer and the rivals
 from spectral_window.lab.jobs import Job
 from spectral_window.training.machine import environment, keep_memory, matmul_precision
 from spectral_window.training.optimizer import parameter_groups

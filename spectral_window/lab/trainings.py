@@ -14,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from spectral_window import nn
 from spectral_window.data.text import open_corpus
 from spectral_window.errors import IntegrityError
 from spectral_window.lab import runs
 from spectral_window.lab.jobs import Job
+from spectral_window.nn.mixers import MIXERS
 from spectral_window.training.recipes import FREE_ON_RESUME, Recipe, resolve
 from spectral_window.training.text import prepare_text
 
@@ -83,7 +85,7 @@ class Training:
     def job(self, folder: Path, text: Text) -> Job:
         """The run as a job; its result.json ends it."""
         out = folder / self.place
-        words = ["train", self.recipe, *self.words(), "--out", str(out)]
+        words = [*self._plugin(), "train", self.recipe, *self.words(), "--out", str(out)]
         words += ["--corpus", str(text.tokens)]
         for option, sources in (("--data", text.data), ("--valid", text.valid)):
             words += [option, *sources] if sources else []
@@ -94,6 +96,12 @@ class Training:
             begun=out / "config.json",
             resume=("--resume",),
         )
+
+    def _plugin(self) -> list[str]:
+        """The words that make a mixer known that is not the package's own."""
+        mixer = MIXERS.get(str(self.knobs.get("mixer")))
+        outside = mixer is not None and not mixer.__module__.startswith(f"{nn.__name__}.")
+        return ["--plugin", mixer.__module__] if mixer is not None and outside else []
 
     def row(self, folder: Path, text: Text) -> dict[str, Any] | None:
         """How the run in `folder` ended, or None where it has not. Raises IntegrityError where it

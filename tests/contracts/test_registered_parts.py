@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spectral_window import nn
 from spectral_window.nn import fusions, kernels, mixers
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
@@ -57,7 +58,8 @@ def build(name: str, options: dict) -> mixers.Mixer:
 
 
 def test_every_registered_mixer_is_tried():
-    assert {name for name, _ in VARIANTS} == set(MIXERS)
+    ours = {name for name, mixer in MIXERS.items() if mixer.__module__.startswith(nn.__name__)}
+    assert {name for name, _ in VARIANTS} == ours  # the laboratory's have no state
 
 
 def methods(kernel: torch.nn.Module) -> list[str]:

@@ -13,10 +13,12 @@ seeds, the loss on held-out text in nats a token, equal tokens. Stages, each fro
     branches    SWH beside each of its branches alone, a quarter of the tokens
     published   as above
 
-A `Plan` says which variants pass through which stages: `PAPER` all of them, `MEMORY` (the layer
-with a memory beside its branches, see `nn/memory.py`) the sweep, main and seeds.
+A `Plan` says which variants pass through which stages: `PAPER` the paper's; `MEMORY` the layer with
+a memory beside its branches (`nn/memory.py`) against all that is taken instead (`hf/rivals.py`):
+the sweep, main and seeds with the nearest of them, `branches` with all.
 
-`size` is "small" (any text; hours on CPU cores, minutes on a GPU), "125m" (the paper's shape,
+`size` is "small" (any text; hours on CPU cores, minutes on a GPU), "short" (half its parameters, a
+million tokens, the sweep alone: minutes a model on any CPU core), "125m" (the paper's shape,
 FineWeb-Edu, a GPU) or "125m-short" (the same shape, 20 million tokens of any text, one learning
 rate: minutes on a GPU).
 """
@@ -29,9 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.errors import unknown
+from spectral_window.hf.rivals import RIVALS
 from spectral_window.lab import results
 from spectral_window.lab.jobs import Say, run_all
 from spectral_window.lab.trainings import Text, Training
+from spectral_window.nn.mixers import MIXERS
 
 Rows = Sequence[dict[str, Any]]
 Knobs = dict[str, float]
@@ -60,8 +64,12 @@ class Plan:
 
 
 PAPER = Plan(VARIANTS, STAGES, BOTH, BRANCHES)
-WITH_MEMORY = {name: VARIANTS[name] for name in BOTH} | {"SWH with memory": {"mixer": "memory"}}
-MEMORY = Plan(WITH_MEMORY, ("sweep", "main", "seeds"), tuple(WITH_MEMORY))
+CLOSE = {name: VARIANTS[name] for name in BOTH} | {
+    "SWH with memory": {"mixer": "memory"},
+    "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
+}
+EVERY = CLOSE | {MIXERS[name].label: {"mixer": name} for name in RIVALS}
+MEMORY = Plan(EVERY, ("sweep", "main", "seeds", "branches"), tuple(CLOSE), tuple(EVERY))
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class Size:
     """A recipe, and how much of it each stage takes (optimiser steps).
 
     The sweep is every learning rate at every width of the initial weights, and the pairs `beyond`,
-    which show that the grid has not ended too early. A single pair needs no sweep.
+    which show that the grid has not ended too early. A single pair needs no sweep. A stage of no
+    steps is left out.
     """
 
     recipe: str
@@ -99,6 +108,21 @@ SIZES = {
         main=4883,
         branches=1221,
         published={"steps": 512},
+    ),
+    "short": Size(
+        "paper-lm-small",
+        rates=(4e-3,),
+        widths=(0.05, 0.02),
+        sweep=256,
+        main=0,
+        branches=0,
+        published={"steps": 0},
+        knobs=(
+            ("hidden_size", 128),
+            ("num_hidden_layers", 2),
+            ("dtype", "float32"),
+            ("eval_every", 256),
+        ),
     ),
     "125m": Size(
         "paper-lm",
@@ -160,7 +184,8 @@ def run(
     plan: Plan = PAPER,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Run what is missing of `plan` and write out/lm-SIZE.json after every stage.
+    """Run what is missing of `plan`; out/lm-SIZE.json is written after every stage, and when it is
+    stopped.
 
     work: where the run folders are. tokens: of a main run, instead of the size's own; the other
     stages shrink with it. Raises Interrupted on a signal; the next call goes on.
@@ -179,14 +204,18 @@ def run(
         missing = [t for t in trainings if t.key(text) not in known]
         say(f"{stage}: {len(trainings)} trainings, {len(missing)} not in earlier results")
         jobs = [training.job(work, text) for training in missing]
-        failed += run_all(jobs, workers=workers, say=say)
-        for training in trainings:
-            row = known.get(training.key(text)) or training.row(work, text)
-            rows += [training.about | row] if row else []
-        # until the last stage, rows of an earlier call stay: this one may be stopped
-        there = {row["key"] for row in rows}
-        later = [] if stage == plan.stages[-1] else [r for k, r in known.items() if k not in there]
-        results.keep(out, name, rows + later, quick=size == "quick", command=command, failed=failed)
+        ended = False
+        try:
+            failed += run_all(jobs, workers=workers, say=say)
+            ended = stage == plan.stages[-1]
+        finally:
+            for training in trainings:
+                row = known.get(training.key(text)) or training.row(work, text)
+                rows += [training.about | row] if row else []
+            # until all is done, rows of an earlier call stay
+            there = {row["key"] for row in rows}
+            kept = rows if ended else rows + [r for k, r in known.items() if k not in there]
+            results.keep(out, name, kept, quick=size == "quick", command=command, failed=failed)
     say(f"{len(rows)} rows: {out / (name + '.json')}")
     return results.load(out, name) or {}
 
@@ -236,7 +265,7 @@ class _Suite:
     def __init__(self, size: Size, tokens: int | None, plan: Plan = PAPER):
         self.size, self.plan = size, plan
         per_step = self.size_recipe().tokens_per_step
-        self.scale = 1.0 if tokens is None else tokens / (size.main * per_step)
+        self.scale = tokens / (size.main * per_step) if tokens and size.main else 1.0
 
     def size_recipe(self) -> Any:
         return Training(self.size.recipe, dict(self.size.knobs), "").resolved()
@@ -255,6 +284,8 @@ class _Suite:
         if stage == "published":
             knobs = {k: v for k, v in size.published.items() if k != "steps"} | AS_PUBLISHED
             steps = size.published["steps"]
+            if not steps:
+                return []
             return [self._training(stage, variant, FIRST, steps, **knobs) for variant in BOTH]
         if stage == "seeds":
             return [
@@ -265,6 +296,8 @@ class _Suite:
         steps, variants = size.branches, plan.branches
         if stage == "main":
             steps, variants = size.main, plan.main
+        if not steps:
+            return []
         tried = candidates(rows) if len(swept) > 1 else dict.fromkeys(variants, swept)
         return [
             self._training(stage, variant, FIRST, steps, **knobs)
