@@ -177,7 +177,10 @@ def ablate(
     groups: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[GROUP]...", help="window, branches, fusion, kernel, or all (the default)."
+            metavar="[GROUP]...",
+            help="window, branches, fusion, kernel, or all of these (the default). Beyond the "
+            "paper, by its name alone and into results/memory: memory, what decides the memory's "
+            "form.",
         ),
     ] = None,
     data: Data = None,

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spectral_window.commands.reproduce import QUICK_NOTE, folders, refuse_failures, tell
+from spectral_window.commands.reproduce import (
+    BEYOND_RESULTS,
+    QUICK_NOTE,
+    folders,
+    refuse_failures,
+    tell,
+)
 from spectral_window.commands.show import print_table
 from spectral_window.lab import ablate
 from spectral_window.lab.jobs import workers_here
@@ -31,10 +37,14 @@ def run(
     command: str,
 ) -> None:
     """Run what is missing of the ablations and print their table."""
+    beyond = ablate.is_beyond(groups)
+    beyond_out = out or (None if quick else BEYOND_RESULTS)
     out, work = folders(out, work, quick)
+    if beyond:
+        out = beyond_out or out
     if quick:
         tell(QUICK_NOTE)
-    runs = work / "ablate"
+    runs = work / ("ablate-beyond" if beyond else "ablate")
     found = ablate.run(
         out,
         runs,
@@ -45,8 +55,9 @@ def run(
         command=command,
         say=tell,
     )
-    for group in groups or ablate.GROUPS:
-        lines = [line for line in ablate.table(found) if line["group"] == group]
+    chosen = ablate.named(groups)
+    for group in chosen:
+        lines = [line for line in ablate.table(found, chosen) if line["group"] == group]
         title = f"{group}: mean over seeds, half width of the 95 % interval"
         print_table(
             f"{title} ({QUICK_NOTE})" if quick else title,

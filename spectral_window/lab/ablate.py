@@ -7,6 +7,10 @@
 
 All variants share training, seeds and questions, but that the window alone begins on text with the
 initial weights it wants. The paper's layer is one of each group and is run once.
+
+The group "memory" is beyond the paper (`nn/memory.py`; what no option of it changes is in
+`variants.py`): run by its name alone, with results of its own. Its text is in float32, which a CPU
+of any kind computes fast. First seeds come first, so a run that is stopped has a row of each.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spectral_window.errors import unknown
+from spectral_window.errors import UserError, unknown
+from spectral_window.files import write_text
 from spectral_window.lab import probes, results
 from spectral_window.lab.jobs import Say, run_all
 from spectral_window.lab.probes import Exam, Probe
@@ -50,6 +55,30 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "fixed short filter": {"kernel": "short_filter"},
     },
 }
+MEMORY: dict[str, Any] = {"mixer": "memory"}
+VARIANT: dict[str, Any] = {"mixer": "memory_variant"}
+BEYOND: dict[str, dict[str, dict[str, Any]]] = {
+    "memory": {
+        "no memory (paper)": PAPER,
+        "memory": MEMORY,
+        "write gate that closes": MEMORY | {"write_gate": "closing"},
+        "2 heads": MEMORY | {"memory_heads": 2},
+        "4 heads": MEMORY | {"memory_heads": 4},
+        "no convolution": MEMORY | {"branches": ("window",)},
+        "no read gate": VARIANT | {"read_gate": False},
+        "key: the token before, fixed": VARIANT | {"memory_key": "before"},
+        "key: the window's": VARIANT | {"memory_key": "window"},
+        "added, no delta rule": VARIANT | {"delta_rule": False},
+        "own query": VARIANT | {"memory_query": True},
+        "own query and value": VARIANT | {"memory_query": True, "memory_value": True},
+        "decay": VARIANT | {"memory_decay": True},
+        "W = 16": MEMORY | {"window": 16},
+        "W = 64": MEMORY | {"window": 64},
+        "W = 128": MEMORY | {"window": 128},
+        "kernel: log-spaced": MEMORY | {"kernel": "log_spaced"},
+        "kernel: fixed short filter": MEMORY | {"kernel": "short_filter"},
+    },
+}
 TASK = "recall"
 LENGTH = 64  # of training; with W = 32 a query sees 33 to 64 tokens
 REACH = (1, 2, 4, 8, 16)
@@ -76,43 +105,68 @@ def run(
     command: str,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Run what is missing of the `groups` (none: all) and write out/ablate.json, the earlier groups
-    kept.
+    """Run what is missing of the `groups` (none: the paper's) and write out/ablate.json, also when it
+    is stopped, the earlier groups kept.
 
     quick: a few steps of one probe for each variant, and two language models: shows the way.
     work: where probes keep their rows and trainings their folders. Raises UserError for an unknown
     group, Interrupted on a signal; the next call goes on.
     """
-    for group in groups:
-        if group not in GROUPS:
-            raise unknown("ablation", group, GROUPS)
-    chosen = {group: GROUPS[group] for group in groups or GROUPS}
+    beyond, chosen = is_beyond(groups), named(groups)
     variants = unique(chosen)
     trials = [probe for overrides in variants for probe in probes_of(overrides, quick)]
     texts = [
         training
         for overrides in (variants[:2] if quick else variants)
-        for training in trainings_of(overrides, quick)
+        for training in trainings_of(overrides, quick, beyond)
     ]
     earlier = results.load(out, "ablate") or {"rows": []}
     known = {row["key"]: row for row in earlier["rows"]}
     text.prepare(texts[0].resolved())
     missing = [(_name(probe), probe) for probe in trials if probe.key not in known]
-    jobs = probes.jobs(missing, work, 9 if quick else probes.EACH)
-    jobs += [t.job(work, text) for t in texts if t.key(text) not in known]
+    begun = [training for training in texts if training.key(text) not in known]
+    jobs = []
+    for seeds in [(seed,) for seed in PROBE_SEEDS] if beyond else [PROBE_SEEDS]:
+        now = [named for named in missing if named[1].seed in seeds]
+        jobs += probes.jobs(now, work, 9 if quick else probes.EACH)
+        jobs += [t.job(work, text) for t in begun if t.about["seed"] in seeds]
     say(f"{len(trials)} probes and {len(texts)} trainings, {len(jobs)} jobs to run")
-    failed = run_all(jobs, workers=workers, say=say)
-    for probe in trials:
-        if row := probes.read(probe, work):
-            known[probe.key] = {"measure": probe.task, "overrides": overrides_of(probe)} | row
-    for training in texts:
-        if row := training.row(work, text):
-            known[row["key"]] = row
-    path = results.keep(
-        out, "ablate", list(known.values()), quick=quick, command=command, failed=failed
-    )
-    say(f"{len(known)} rows: {path}")
+    failed: list[str] = []
+    try:
+        failed = run_all(jobs, workers=workers, say=say)
+    finally:
+        for probe in trials:
+            if row := probes.read(probe, work):
+                known[probe.key] = {"measure": probe.task, "overrides": overrides_of(probe)} | row
+        for training in texts:
+            if row := training.row(work, text):
+                known[row["key"]] = row
+        rows = list(known.values())
+        path = results.keep(out, "ablate", rows, quick=quick, command=command, failed=failed)
+        say(f"{len(rows)} rows: {path}")
+        if beyond and rows:
+            write_text(out / "ablate.md", markdown(rows))
     return results.load(out, "ablate") or {}
+
+
+def named(groups: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The groups of these names; none: the paper's. Raises UserError for an unknown one."""
+    every = GROUPS | BEYOND
+    for group in groups:
+        if group not in every:
+            raise unknown("ablation", group, every)
+    return {group: every[group] for group in groups or GROUPS}
+
+
+def is_beyond(groups: Sequence[str]) -> bool:
+    """Are these groups beyond the paper? Raises UserError where some are and some are not."""
+    known = {group in BEYOND for group in groups}
+    if len(known) > 1:
+        raise UserError(
+            f"{', '.join(groups)} (ablations): {', '.join(BEYOND)} has results of its own; run it "
+            "by itself"
+        )
+    return known == {True}
 
 
 def unique(groups: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -137,10 +191,14 @@ def probes_of(overrides: dict[str, Any], quick: bool = False) -> list[Probe]:
     return [dataclasses.replace(found[0], steps=4, rows=8, tests=few)]
 
 
-def trainings_of(overrides: dict[str, Any], quick: bool = False) -> list[Training]:
+def trainings_of(
+    overrides: dict[str, Any], quick: bool = False, beyond: bool = False
+) -> list[Training]:
     """The language models of a variant, all seeds."""
     name = "-".join(f"{key}-{_plain(value)}" for key, value in overrides.items()) or "paper"
     recipe, knobs = ("tiny", QUICK_KNOBS) if quick else ("paper-lm-small", TEXT_KNOBS)
+    if beyond:
+        knobs = {**knobs, "dtype": "float32"}
     if overrides.get("branches") == ("window",):
         knobs = {**knobs, "initializer_range": NARROW}
     return [
@@ -173,11 +231,13 @@ def _name(probe: Probe) -> str:
     return f"{probe.task}, {changes or 'the paper'}, seed {probe.seed}"
 
 
-def table(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One line a variant: group, name, and for every measure an `Estimate` over the seeds, or None
-    where it is missing."""
+def table(
+    found: dict[str, Any], groups: dict[str, dict[str, dict[str, Any]]] = GROUPS
+) -> list[dict[str, Any]]:
+    """One line a variant of `groups`: group, name, and for every measure an `Estimate` over the
+    seeds, or None where it is missing."""
     lines = []
-    for group, variants in GROUPS.items():
+    for group, variants in groups.items():
         for name, overrides in variants.items():
             rows = [r for r in found["rows"] if r["overrides"] == _listed(overrides)]
             line: dict[str, Any] = {"group": group, "variant": name}
@@ -196,3 +256,27 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
             line["parameters"] = max(sizes) if sizes else None
             lines.append(line)
     return lines
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The groups beyond the paper as a Markdown table: means over seeds."""
+    reaches = (1, REACH[-1])
+    head = ["variant", "parameters of the language model", "held-out nats per token"]
+    head += [f"recall at {LENGTH * reach:,} tokens" for reach in reaches]
+    text = f"| {' | '.join(head)} |\n|{'---|' * len(head)}\n"
+    for line in table({"rows": list(rows)}, BEYOND):
+        mine = [
+            row for row in rows if row["overrides"] == _listed(BEYOND["memory"][line["variant"]])
+        ]
+        sizes = {row["parameters"] for row in mine if row["measure"] == "text"}
+        cells = [f"{max(sizes):,}" if sizes else "-", _mean(line["text"], 3)]
+        cells += [_mean(line[f"{TASK} {reach}x"], 3) for reach in reaches]
+        text += f"| {line['variant']} | {' | '.join(cells)} |\n"
+    return text
+
+
+def _mean(estimate: results.Estimate | None, digits: int) -> str:
+    if estimate is None:
+        return "-"
+    seeds = f" ({estimate.seeds} seeds)" if estimate.seeds > 1 else ""
+    return f"{estimate.value:.{digits}f}{seeds}"
