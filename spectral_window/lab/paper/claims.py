@@ -8,9 +8,11 @@ A verdict is computed from the suites' JSON and from nothing else:
     does not hold             neither does
     missing                   the measurement that would decide has not been made
 
-"Better" means by more than both 95 % intervals; "alike" that the intervals meet and the means are
-within 0.05: wide intervals alone make nothing alike. So a claim of superiority fails where nothing
-but noise separates two models, whichever is ahead.
+"Above" means by more than both 95 % intervals; "matches" that it is above, or that the intervals
+meet and the means are within 0.05: wide intervals alone make nothing alike. So a claim of
+superiority fails where nothing but noise separates two models, whichever is ahead. Of tasks at the
+length of training the paper's text says that SWH matches the Transformer, its figures show it
+above: each has its own verdict.
 """
 
 from __future__ import annotations
@@ -101,9 +103,11 @@ def ceiling(found: Found, task: str, length: int) -> float | None:
 
 def _synthetic(found: Found) -> list[Claim]:
     table = [
-        ("Associative recall", _above, ("published-associative", 32), ("recall", 32)),
-        ("Induction", _alike, ("published-induction", 32), ("induction", 32)),
-        ("Sorting", _above, ("published-sorting", 32), ("sorting", 32)),
+        ("Associative recall: matches", _matches, ("published-associative", 32), ("recall", 32)),
+        ("Associative recall: above", _above, ("published-associative", 32), ("recall", 32)),
+        ("Induction: matches", _matches, ("published-induction", 32), ("induction", 32)),
+        ("Sorting: matches", _matches, ("published-sorting", 32), ("sorting", 32)),
+        ("Sorting: above", _above, ("published-sorting", 32), ("sorting", 32)),
         ("Length generalisation, 4 times", _above, ("published-associative", 128), ("recall", 128)),
         ("Needle in a haystack, 8 times", _above, ("published-needle", 256), ("needle", 256)),
     ]
@@ -155,9 +159,9 @@ def _below(ours: Estimate, theirs: Estimate) -> bool:
     return ours.high < theirs.low
 
 
-def _alike(ours: Estimate, theirs: Estimate) -> bool:
-    meet = not _above(ours, theirs) and not _below(ours, theirs)
-    return meet and abs(ours.value - theirs.value) <= CLOSE
+def _matches(ours: Estimate, theirs: Estimate) -> bool:
+    apart = _below(ours, theirs) or abs(ours.value - theirs.value) > CLOSE
+    return _above(ours, theirs) or not apart
 
 
 def _verdict(published: bool | None, posed: bool | None) -> str:
