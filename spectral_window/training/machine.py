@@ -132,6 +132,26 @@ def product_error(device: str, product: Product = torch.matmul) -> float:
     return worst
 
 
+def slow_dtype(dtype: str, device: str) -> str | None:
+    """A line for whoever asked for a `dtype` that this processor has no units for, or None. It
+    still computes so: what a run computes does not depend on the machine."""
+    if dtype != "bfloat16" or torch.device(device).type != "cpu" or has_bfloat16_units():
+        return None
+    return (
+        "dtype=bfloat16 is emulated on this processor, several times slower than dtype=float32 "
+        "(a Zen 3: 16 times)"
+    )
+
+
+def has_bfloat16_units() -> bool:
+    """Does the processor multiply bfloat16 (AVX-512, AMX, Arm's BF16)? As oneDNN says, by which
+    torch multiplies it; without oneDNN the answer is no."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
 @functools.cache
 def _error_under(setting: str, device: str) -> float:
     with _set(setting):

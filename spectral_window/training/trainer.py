@@ -246,6 +246,8 @@ class _Run:
             )
             self.world.first(lambda: self._record(step))
             self.progress.note(str(machine.precision(self.recipe.matmul_precision, self.device)))
+            if slow := machine.slow_dtype(self.recipe.dtype, self.device):
+                self.progress.note(slow)
             self.progress.start(
                 f"{self.recipe.name} ({self.recipe.model['mixer']})", step, self.recipe.steps
             )

@@ -156,3 +156,11 @@ def test_the_error_is_of_float32_whatever_the_defaults_and_autocast():
 )
 def test_a_processor_names_a_folder(processor, folder):
     assert machine.folder_name(processor) == folder
+
+
+def test_a_dtype_that_the_processor_emulates_is_named_and_still_used():
+    """bfloat16 on a CPU without units for it took 16 times as long as float32, without a word."""
+    emulated = not machine.has_bfloat16_units()
+    assert (machine.slow_dtype("bfloat16", "cpu") is not None) == emulated
+    assert machine.slow_dtype("float32", "cpu") is None
+    assert machine.slow_dtype("bfloat16", "cuda") is None
