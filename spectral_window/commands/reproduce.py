@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spectral_window.errors import ResourceError, unknown
 from spectral_window.lab.jobs import workers_here
-from spectral_window.lab.reproduce import efficiency, lm, recall, synthetic
+from spectral_window.lab.reproduce import efficiency, lm, losses, recall, synthetic
 from spectral_window.lab.trainings import Text
 
 PAPER = ("synthetic", "efficiency", "lm")
@@ -74,6 +74,8 @@ def run(
                 plan=lm.PAPER if suite == "lm" else lm.MEMORY,
                 say=tell,
             )
+            if suite == "memory":
+                losses.write(found, beyond, f"lm-{chosen}")
         failed += found.get("failed", [])
     if not suites or set(suites) - set(BEYOND):
         tell(f"spectral-window report {out}    makes a page of it")

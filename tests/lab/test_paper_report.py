@@ -232,7 +232,11 @@ def test_a_quick_suite_is_marked_and_decides_no_claim(poor: Path) -> None:
     for title in ("The diagnostic tasks, as published", "The same abilities, well-posed"):
         assert paper_page.QUICK_NOTE in section(poor, title)
     verdicts = dict(re.findall(r'<tr><th scope="row">([^<]*)</th><td><span[^>]*>(.*?)</', source))
-    assert verdicts["Associative recall: above"] == verdicts["Needle in a haystack, 8 times"] == "quick"
+    assert (
+        verdicts["Associative recall: above"]
+        == verdicts["Needle in a haystack, 8 times"]
+        == "quick"
+    )
     assert verdicts["Language modelling"] == claims.HOLDS
     assert "7 have quick numbers only" in source.split("</h1>")[0]
 

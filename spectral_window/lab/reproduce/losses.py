@@ -1,0 +1,140 @@
+"""What `reproduce memory` shows: the held-out losses of `lm.MEMORY`'s models, a table and a figure.
+
+Each model counts with its best pair of learning rate and initial width in the part that is shown,
+the mean over seeds where there are several; a model that has no row there is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from spectral_window.files import write_text
+from spectral_window.lab.figures import MUTED, SERIES, count
+from spectral_window.lab.panels import Panel, name_lines, sheet
+from spectral_window.lab.reproduce import lm
+
+TITLES = {
+    "main": "all tokens",
+    "branches": "a quarter of the tokens",
+    "sweep": "a twentieth of the tokens",
+}
+OURS = "SWH with memory"
+FIRST_COLORS = {OURS: SERIES[2], "SWH": SERIES[0], "Transformer": SERIES[1]}
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write(found: Mapping[str, Any], out: Path, name: str) -> None:
+    """out/NAME.md and out/NAME.png of the rows of a suite; nothing where there are none."""
+    if rows := found.get("rows"):
+        write_text(out / f"{name}.md", table(rows))
+        figure(rows, out / f"{name}.png")
+
+
+def ends(rows: Rows, part: str) -> dict[str, tuple[float, list[Mapping[str, Any]]]]:
+    """Model -> (its mean held-out loss in a part, the rows it is the mean of), the best first."""
+    counted = {
+        variant: lm.counted(rows, part, variant)  # type: ignore[arg-type]
+        for variant in {row["variant"] for row in rows}
+    }
+    means = {
+        variant: (sum(row["eval_loss"] for row in of) / len(of), of)
+        for variant, of in counted.items()
+        if of
+    }
+    return dict(sorted(means.items(), key=lambda item: item[1][0]))
+
+
+def table(rows: Rows) -> str:
+    """A Markdown table a part. The last column is the perplexity beside the best model's that is
+    not ours: below 0 is better."""
+    text = ""
+    for part, title in TITLES.items():
+        found = ends(rows, part)
+        if not found:
+            continue
+        tokens = next(iter(found.values()))[1][0]["tokens"]
+        others = [loss for variant, (loss, _) in found.items() if not variant.startswith(OURS)]
+        text += f"{tokens:,} tokens a model ({title}):\n\n"
+        text += "| model | parameters | learning rate, initial width | held-out nats per token "
+        text += "| perplexity against the best other |\n|---|---|---|---|---|\n"
+        for variant, (loss, of) in found.items():
+            seeds = f" ({len(of)} seeds)" if len(of) > 1 else ""
+            beside = f"{math.exp(loss - min(others)) - 1:+.1%}" if others else "-"
+            text += (
+                f"| {variant} | {of[0]['parameters']:,} | {of[0]['lr']:g}, "
+                f"{of[0]['initializer_range']:g} | {loss:.3f}{seeds} | {beside} |\n"
+            )
+        text += "\n"
+    return text
+
+
+def figure(rows: Rows, path: Path) -> Path:
+    """Held-out loss against tokens of the longest runs there are, and where each part's ended, as a
+    PNG."""
+    there = {part: found for part in TITLES if (found := ends(rows, part))}
+    longest = next((part for part, found in there.items() if len(_curves(found)) > 1), None)
+    panels = []
+    if longest is not None:
+        curves = _curves(there[longest])
+        panels.append(
+            Panel(
+                f"losses-{longest}",
+                f"Held-out loss, {TITLES[longest]}",
+                "held-out nats per token against training tokens",
+                lambda axes: _paint_curves(axes, curves),
+            )
+        )
+    for part, found in there.items():
+        panels.append(
+            Panel(
+                f"ends-{part}",
+                f"At the end, {TITLES[part]}",
+                "held-out nats per token of each model",
+                lambda axes, found=found: _paint_ends(axes, found),  # type: ignore[misc]
+                height=1.3 + 0.27 * len(found),
+            )
+        )
+    about = "held-out text, nats per token, equal parameters; a dot a seed"
+    return sheet(panels, min(2, len(panels)), about, path)
+
+
+def _curves(found: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Model -> the curve of its first seed, of those with more than an end."""
+    return {
+        variant: of[0]["eval_curve"]
+        for variant, (_, of) in found.items()
+        if len(of[0]["eval_curve"]) > 2
+    }
+
+
+def _color(variant: str) -> str:
+    return FIRST_COLORS.get(variant, MUTED)
+
+
+def _paint_curves(axes: Axes, curves: Mapping[str, list[Any]]) -> None:
+    for variant, points in curves.items():
+        late = [(tokens, loss) for tokens, loss in points if tokens > 0.05 * points[-1][0]]
+        color = _color(variant)
+        axes.plot(*zip(*late, strict=True), color=color, lw=1.6, label=variant)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("nats per token")
+
+
+def _paint_ends(axes: Axes, found: Mapping[str, Any]) -> None:
+    for y, (variant, (loss, of)) in enumerate(found.items()):
+        for row in of:
+            axes.plot(row["eval_loss"], y, "o", ms=5, color=_color(variant))
+        axes.annotate(
+            f"{loss:.3f}", (max(row["eval_loss"] for row in of), y), xytext=(7, 0),
+            textcoords="offset points", va="center", fontsize=9, color=_color(variant),
+        )  # fmt: skip
+    name_lines(axes, list(found))
+    axes.margins(x=0.2)
+    axes.set_xlabel("nats per token")
