@@ -79,6 +79,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "1.3b": _shape(2048, 24, 32),
     },
 }
+# The recommended model: a memory beside the branches, one head for each 128 channels (one head of
+# all channels would cost a wide model half a training step more), whose write gate can close.
+PRESETS["memory"] = {
+    size: shape
+    | {"mixer": "memory", "memory_heads": shape["hidden_size"] // 128, "write_gate": "closing"}
+    for size, shape in PRESETS["paper"].items()
+}
 
 
 def _field(kind: type, default: Any, help: str, **more: Any) -> Any:

@@ -1,10 +1,12 @@
 """What a memory recalls: the well-posed tasks and harder ones, at up to 1,024 times the length.
 
-Four models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`), a Transformer, and
-one with the memory's trick, keys of the token before (`nn/attention.py`). On the tasks of the suite
-`synthetic` its rows stand for the paper's SWH and the Transformer, trained on 2 to 5 times as many
-sequences as the memory is here. "mixed" models have seen longer sequences (`Ability.mixed`) in the
-second half of their training.
+Models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`) whose write gate closes or
+is a sigmoid, a Transformer, one with the memory's trick, keys of the token before
+(`nn/attention.py`), and linear models that people take instead (`hf/rivals.py`).
+
+On the tasks of the suite `synthetic` its rows stand for the paper's SWH and the Transformer,
+trained on 2 to 5 times as many sequences as the others are here. "mixed" models have seen longer
+sequences (`Ability.mixed`) in the second half of their training.
 
 Every test at the base length has 2,048 held-out sequences; longer ones have fewer (`ROWS`). Beyond
 1,024 tokens a model with a state of constant size reads a text in segments, each from the state
@@ -34,18 +36,28 @@ from spectral_window.lab.jobs import Say, run_all
 from spectral_window.lab.panels import Panel, sheet
 from spectral_window.lab.probes import Exam, Probe
 from spectral_window.lab.reproduce import synthetic
+from spectral_window.nn.mixers import MIXERS
 
 OURS, PUBLISHED, RIVAL = "SWH with memory", "SWH", "Transformer"
-SHIFTED = "Transformer, shifted keys"
+SIGMOID, SHIFTED = "SWH with memory, sigmoid gate", "Transformer, shifted keys"
+LINEAR = ("gated_deltanet", "mamba2")
 MODELS: dict[str, dict[str, Any]] = {
-    OURS: {"mixer": "memory"},
+    OURS: {"mixer": "memory", "write_gate": "closing"},
+    SIGMOID: {"mixer": "memory"},
     PUBLISHED: synthetic.MODELS["SWH"],
     RIVAL: synthetic.MODELS["Transformer"],
     SHIFTED: {"mixer": "attention", "shifted_keys": True},
+} | {MIXERS[name].label: {"mixer": name} for name in LINEAR}
+COLORS = {
+    PUBLISHED: SERIES[0],
+    RIVAL: SERIES[1],
+    SHIFTED: SERIES[3],
+    **{MIXERS[name].label: color for name, color in zip(LINEAR, SERIES[4:], strict=True)},
+    SIGMOID: MUTED,
+    OURS: SERIES[2],  # the last is painted on top
 }
-COLORS = {PUBLISHED: SERIES[0], RIVAL: SERIES[1], OURS: SERIES[2], SHIFTED: SERIES[3]}
 ROWS = {1: 2048, 4: 512, 32: 512, 256: 64, 1024: 32}  # of a test, by times the base length
-FAR = (256, 1024)  # for the memory alone
+FAR = (256, 1024)  # for the memories alone
 EACH = 5  # probes in one process
 Shares = dict[int, list[float]]
 
@@ -65,7 +77,7 @@ class Ability:
     mixed: tuple[int, ...] = (1, 2, 4)
 
     def probe(self, model: str, training: str, seed: int) -> Probe:
-        reach = [k for k in self.reach if k not in FAR or model == OURS]
+        reach = [k for k in self.reach if k not in FAR or model in (OURS, SIGMOID)]
         return Probe(
             self.task,
             synthetic.POSED_SHAPE | MODELS[model],
@@ -125,18 +137,23 @@ class Trial:
 def stages(*, quick: bool = False) -> list[list[Trial]]:
     """The suite, what decides most first; `quick` shows the way and no result: ten steps of each
     model on one task."""
-    every = tuple(MODELS)
+    every = (OURS, PUBLISHED, RIVAL, SHIFTED)
     if quick:
         few = [*_trials(("Gap of 1 to 4",), every, "fixed", (0,))]
         return [[Trial(t.ability, t.model, t.training, synthetic.shorten(t.probe)) for t in few]]
     first, others = synthetic.SEEDS[:1], synthetic.SEEDS[1:]
     long = [name for name, ability in KNOWN.items() if FAR[0] in ability.reach]
     rest = (PUBLISHED, RIVAL, SHIFTED)
+    linear = tuple(MIXERS[name].label for name in LINEAR)
     plan: list[tuple[Collection[str], Sequence[str], str, Sequence[int]]] = [
         (KNOWN, (OURS,), "fixed", first),
         (HARDER, (OURS,), "mixed", first),
         (HARDER, (RIVAL,), "mixed", first),
+        (KNOWN, (SIGMOID,), "fixed", first),
+        (HARDER, (SIGMOID,), "mixed", first),
+        (("Recall, 4 pairs",), (SIGMOID,), "fixed", others[:1]),
         (KNOWN, (OURS,), "fixed", others),
+        (KNOWN, linear, "fixed", first),
         (HARDER, (PUBLISHED,), "mixed", first),
         (HARDER, (OURS,), "mixed", others),
         (HARDER, (SHIFTED,), "mixed", first),
@@ -243,12 +260,14 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The shares as a Markdown table, means over seeds; how many, where they are not three."""
-    head = "| task | trained at | asked at | " + " | ".join(MODELS) + " |\n"
-    text = head + "|---|---|---|" + "---|" * len(MODELS) + "\n"
+    """The shares as a Markdown table, means over seeds; how many, where they are not
+    three. Models without a row are left out."""
+    models = [model for model in MODELS if any(row["model"] == model for row in rows)]
+    head = "| task | trained at | asked at | " + " | ".join(models) + " |\n"
+    text = head + "|---|---|---|" + "---|" * len(models) + "\n"
     for ability, training in lines(rows):
         about = ABILITIES[ability]
-        of = [shares(rows, ability, model, training) for model in MODELS]
+        of = [shares(rows, ability, model, training) for model in models]
         shown = [k for k in (1, 4, 32, *FAR) if any(k in found for found in of)]
         trained = f"{about.base}" + (
             f" ... {about.base * about.mixed[-1]}" if training == "mixed" else ""
@@ -281,7 +300,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 def _panel(rows: Sequence[dict[str, Any]], ability: str) -> Panel:
     drawn = {
         (model, training): points
-        for model in (PUBLISHED, RIVAL, SHIFTED, OURS)  # the last is painted on top
+        for model in COLORS
         for training in ("fixed", "mixed")
         if (points := shares(rows, ability, model, training))
     }
