@@ -152,6 +152,50 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+OWN = """
+from spectral_window.nn.options import Option
+from spectral_window.nn.mixers import register
+from spectral_window.nn.spectral_window import SpectralWindowMixer
+
+@register("halved", Option("halved_by", float, 2.0, above=0.0, help="it divides"))
+class Halved(SpectralWindowMixer):
+    def forward(self, x, positions=None, state=None):
+        y, state = super().forward(x, positions, state)
+        return y / self.settings["halved_by"], state
+"""
+
+
+def test_a_module_of_ones_own_is_known_to_the_commands_that_are_told_of_it(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "text.txt").write_text("A cat sat on a mat, and a dog ran by. " * 60)
+    program = "-m", "spectral_window", "--plugin", "mine"
+    train = "train", "tiny", *KNOBS, "mixer=halved", "halved_by=3", "--data", "text.txt"
+
+    def run(*words: str) -> tuple[int, str]:
+        child = python(*words, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                       stderr=subprocess.STDOUT)  # fmt: skip
+        said = child.communicate()[0]
+        return child.returncode, said
+
+    assert run(*program, *train, "--out", "run")[0] == 0
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["command"].startswith("spectral-window --plugin mine train tiny")
+    assert about["recipe"]["halved_by"] == 3
+    assert run(*program, "generate", "run", "A cat", "--max-new-tokens", "3")[0] == 0
+    code, said = run("-m", "spectral_window", "generate", "run", "A cat")
+    assert (code, "halved" in said, "Traceback" in said) == (2, True, False)
+
+
+def test_a_plugin_that_cannot_be_imported_is_a_line_that_names_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_plugin.py").write_text("1 / 0")
+    for name, reason in (("no_such_plugin", "No module"), ("broken_plugin", "division by zero")):
+        assert main(["--plugin", name, "info", "nothing"]) == 2
+        said = capsys.readouterr().err
+        assert name in said
+        assert reason in said
+
+
 def small(**fields: Any) -> SWHForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

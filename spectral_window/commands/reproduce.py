@@ -71,7 +71,7 @@ def run(
                 workers=workers,
                 command=command,
                 tokens=tokens,
-                plan=lm.PAPER if suite == "lm" else lm.MEMORY,
+                plan=lm.PAPER if suite == "lm" else lm.FEW if quick else lm.MEMORY,
                 say=tell,
             )
             if suite == "memory":

@@ -105,8 +105,8 @@ def run(
     command: str,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Run what is missing of the `groups` (none: the paper's); out/ablate.json is written at the end
-    and when it is stopped, with the rows of earlier groups.
+    """Run what is missing of the `groups` (none: the paper's), and write out/ablate.json, at the
+    end or when it is stopped, with the rows of earlier groups.
 
     quick: a few steps of one probe for each variant, and two language models: shows the way.
     work: where probes keep their rows and trainings their folders. Raises UserError for an unknown

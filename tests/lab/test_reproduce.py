@@ -13,7 +13,7 @@ from spectral_window.cli import main
 from spectral_window.errors import IntegrityError, UserError
 from spectral_window.hf.model import count_parameters
 from spectral_window.lab import ablate, probes, results
-from spectral_window.lab.reproduce import lm, synthetic
+from spectral_window.lab.reproduce import lm, losses, synthetic
 from spectral_window.lab.trainings import Text, Training
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
@@ -307,7 +307,13 @@ def test_a_wrong_word_is_one_line_and_leaves_nothing(words, says, tmp_path, monk
 
 @pytest.mark.parametrize(
     "command",
-    ["reproduce synthetic", "ablate", pytest.param("reproduce lm", marks=pytest.mark.slow)],
+    [
+        "reproduce synthetic",
+        "ablate",
+        pytest.param("reproduce lm", marks=pytest.mark.slow),
+        pytest.param("reproduce memory", marks=pytest.mark.slow),
+        pytest.param("ablate memory", marks=pytest.mark.slow),
+    ],
 )
 def test_a_quick_version_runs_to_its_end_and_is_marked(command, tmp_path, capsys):
     words = [*command.split(), "--quick", "--work", str(tmp_path)]
@@ -327,18 +333,20 @@ def test_the_memory_passes_through_the_sweep_and_both_seeds_beside_the_paper_s_t
         {**t.about, "eval_loss": 4.0 + t.about["lr"] + t.about["initializer_range"]} for t in sweep
     ]
     main = suite.stage("main", rows)
-    assert [t.about["variant"] for t in main] == list(lm.MEMORY.variants)
+    assert [t.about["variant"] for t in main] == list(lm.MEMORY.main)
     seeds = suite.stage("seeds", [{**t.about, "eval_loss": 3.0} for t in main])
     assert [(t.about["variant"], t.about["seed"]) for t in seeds] == [
-        (name, 1) for name in lm.MEMORY.variants
+        (name, 1) for name in lm.MEMORY.main
     ]
+    quarter = suite.stage("branches", rows)
+    assert {t.about["variant"] for t in quarter} == set(lm.MEMORY.variants)
 
 
 def test_a_single_pair_of_rate_and_width_needs_no_sweep():
     suite = lm._Suite(lm.SIZES["125m-short"], None, lm.MEMORY)
     assert suite.stage("sweep", []) == []
     main = suite.stage("main", [])
-    assert [t.about["variant"] for t in main] == list(lm.MEMORY.variants)
+    assert [t.about["variant"] for t in main] == list(lm.MEMORY.main)
     assert all(t.resolved().steps == 305 for t in main if "memory" not in t.about["variant"])
 
 
@@ -363,3 +371,56 @@ def test_a_run_older_than_auto_precision_is_the_same_run(tmp_path, text, knobs, 
     else:
         row = training.row(tmp_path, text)
         assert row["eval_loss"] == 3.5
+
+
+def test_what_the_memory_is_compared_with_is_one_table_a_part_and_a_picture(tmp_path):
+    def row(part: str, variant: str, seed: int, lr: float, *losses: float) -> dict:
+        curve = [[1e6 * (k + 1), loss] for k, loss in enumerate(losses)]
+        return {
+            "part": part, "variant": variant, "seed": seed, "lr": lr, "initializer_range": 0.02,
+            "eval_loss": losses[-1], "eval_curve": curve, "parameters": 3_000_000,
+            "tokens": 20_000_000 if part == "main" else 1_000_000,
+        }  # fmt: skip
+
+    rows = [row("sweep", "SWH", 0, lr, loss) for lr, loss in ((1e-3, 4.5), (2e-3, 4.4))]
+    rows += [row("sweep", losses.OURS, 0, 1e-3, 4.3), row("sweep", "Mamba-2", 0, 1e-3, 4.2)]
+    for seed, worse in ((0, 0.0), (1, 0.1)):
+        rows += [row("main", "SWH", seed, 2e-3, 4.0, 3.5, 3.2 + worse)]
+        rows += [row("main", losses.OURS, seed, 1e-3, 3.9, 3.4, 3.1 + worse)]
+    losses.write({"rows": rows}, tmp_path, "lm-small")
+    lines = (tmp_path / "lm-small.md").read_text().splitlines()
+    assert "| SWH with memory | 3,000,000 | 0.001, 0.02 | 3.150 (2 seeds) | -9.5% |" in lines
+    assert "| SWH | 3,000,000 | 0.002, 0.02 | 4.400 | +22.1% |" in lines, "the better rate counts"
+    assert lines.index("20,000,000 tokens a model (all tokens):") == 0
+    assert (tmp_path / "lm-small.png").read_bytes().startswith(b"\x89PNG")
+    losses.write({"rows": []}, tmp_path, "lm-short")
+    assert not list(tmp_path.glob("lm-short*"))
+
+
+def test_the_short_size_is_a_sweep_alone():
+    suite = lm._Suite(lm.SIZES["short"], None, lm.MEMORY)
+    sweep = suite.stage("sweep", [])
+    assert {t.about["variant"] for t in sweep} == set(lm.MEMORY.variants)
+    ended = [
+        t.about | {"eval_loss": 4.0, "tokens": 1, "parameters": 1, "eval_curve": []} for t in sweep
+    ]
+    assert not any(
+        suite.stage(stage, ended) for stage in ("main", "seeds", "branches", "published")
+    )
+
+
+def test_the_memory_s_ablation_has_results_of_its_own():
+    assert ablate.is_beyond(["memory"])
+    assert not ablate.is_beyond(["kernel", "window"])
+    assert not ablate.is_beyond([])
+    assert "memory" not in ablate.named([])
+    with pytest.raises(UserError, match="results of its own"):
+        ablate.is_beyond(["memory", "kernel"])
+    row = {"measure": "text", "overrides": {"mixer": "memory"}, "eval_loss": 4.4, "parameters": 5}
+    table = ablate.markdown([row, row | {"eval_loss": 4.5}])
+    assert "| memory | 5 | 4.450 (2 seeds) | - | - |" in table.splitlines()
+    sizes = [
+        count_parameters(model_config(ablate.trainings_of(o, beyond=True)[0].resolved(), 4096))
+        for o in ablate.BEYOND["memory"].values()
+    ]
+    assert max(sizes) <= 1.001 * min(sizes)

@@ -143,4 +143,4 @@ def test_the_memory_is_compared_with_all_of_them_at_equal_size():
             recipe = Training("paper-lm-small", shape | overrides, "").resolved()
             counts.add(count_parameters(model_config(recipe, 4096)))
         assert max(counts) <= 1.001 * min(counts), size
-    assert len(lm.MEMORY.variants) == 4 + len(RIVALS)
+    assert len(lm.MEMORY.variants) == 5 + len(RIVALS)

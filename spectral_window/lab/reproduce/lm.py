@@ -65,11 +65,13 @@ class Plan:
 
 PAPER = Plan(VARIANTS, STAGES, BOTH, BRANCHES)
 CLOSE = {name: VARIANTS[name] for name in BOTH} | {
-    "SWH with memory": {"mixer": "memory"},
+    "SWH with memory": {"mixer": "memory", "write_gate": "closing"},
     "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
 }
-EVERY = CLOSE | {MIXERS[name].label: {"mixer": name} for name in RIVALS}
+SIGMOID = {"SWH with memory, sigmoid gate": {"mixer": "memory"}}
+EVERY = CLOSE | SIGMOID | {MIXERS[name].label: {"mixer": name} for name in RIVALS}
 MEMORY = Plan(EVERY, ("sweep", "main", "seeds", "branches"), tuple(CLOSE), tuple(EVERY))
+FEW = Plan(CLOSE, ("sweep", "main", "seeds"), tuple(CLOSE))  # of the quick version
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def run(
         finally:
             for training in trainings:
                 row = known.get(training.key(text)) or training.row(work, text)
-                rows += [training.about | row] if row else []
+                rows += [row | training.about] if row else []
             # until all is done, rows of an earlier call stay
             there = {row["key"] for row in rows}
             kept = rows if ended else rows + [r for k, r in known.items() if k not in there]
