@@ -81,6 +81,7 @@ class Rival(Mixer):
     def state_bytes(
         self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
     ) -> int:
+        """0: nothing is held for a next token."""
         return 0
 
     def flops_per_token(self, context: int) -> int:
