@@ -620,7 +620,7 @@ def test_info_counts_what_the_model_counts(model, run):
     assert shown["environment"]["threads"] == torch.get_num_threads()
 
 
-@pytest.mark.parametrize("recipe", ["demo", "tiny", "small", "paper-lm"])
+@pytest.mark.parametrize("recipe", ["demo", "tiny", "small", "memory", "paper-lm"])
 def test_info_of_a_recipe_needs_no_model(recipe, run):
     code, out, err = run("info", recipe, "window=16", "--json")
     assert (code, err) == (0, "")

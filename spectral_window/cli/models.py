@@ -15,7 +15,9 @@ def train(
     context: typer.Context,
     recipe: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="demo, tiny, small or paper-lm: see `info RECIPE`."),
+        typer.Argument(
+            metavar="RECIPE", help="demo, tiny, small, memory or paper-lm: see `info RECIPE`."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -27,6 +27,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from spectral_window.errors import UserError, UserTypeError, unknown
 from spectral_window.hf.limits import check_size
 from spectral_window.nn.layers import MLPS
+from spectral_window.nn.memory import recommended
 from spectral_window.nn.mixers import MIXERS
 from spectral_window.nn.options import LARGEST, Option, Registry, chosen, known, recorded, reserve
 
@@ -79,12 +80,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "1.3b": _shape(2048, 24, 32),
     },
 }
-# The recommended model: a memory beside the branches, one head for each 128 channels (one head of
-# all channels would cost a wide model half a training step more), whose write gate can close.
+# the recommended model
 PRESETS["memory"] = {
-    size: shape
-    | {"mixer": "memory", "memory_heads": shape["hidden_size"] // 128, "write_gate": "closing"}
-    for size, shape in PRESETS["paper"].items()
+    size: shape | recommended(shape["hidden_size"]) for size, shape in PRESETS["paper"].items()
 }
 
 

@@ -97,6 +97,13 @@ WRITE_GATE = Option(
 )
 
 
+def recommended(hidden_size: int) -> dict[str, Any]:
+    """The options of the layer that we recommend at a width: a head for each 128 channels (one of
+    all channels would cost a wide model half a training step more) and a gate that closes."""
+    heads = max(1, hidden_size // 128)
+    return {"mixer": "memory", "memory_heads": heads, "write_gate": "closing"}
+
+
 @register("memory", HEADS, WRITE_GATE)
 class MemoryMixer(SpectralWindowMixer):
     """The paper's layer with a delta-rule memory that joins the window's output (see the module).

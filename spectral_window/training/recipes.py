@@ -29,6 +29,7 @@ from typing import Any
 
 from spectral_window.errors import UserError, unknown
 from spectral_window.hf.config import CORE
+from spectral_window.nn.memory import recommended
 from spectral_window.nn.options import known, recorded, reserve
 from spectral_window.training.knobs import check, parse
 
@@ -267,6 +268,11 @@ def small() -> Recipe:
     )
 
 
+def memory() -> Recipe:
+    """`small` with the layer that we recommend, a memory beside the branches; a little slower."""
+    return small().replace(name="memory", **recommended(256))
+
+
 def paper_lm() -> Recipe:
     """The paper's language model (arXiv 2601.01313): 12 x 768, FineWeb-Edu, GPT-2's tokens.
 
@@ -336,6 +342,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "tiny": tiny,
     "small": small,
+    "memory": memory,
     "paper-lm": paper_lm,
     "paper-lm-small": paper_lm_small,
 }

@@ -156,7 +156,13 @@ def test_any_text_for_any_knob_gives_a_recipe_or_one_line(key, text):
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(
-    "variant", [["mixer=attention"], ["branches=window"], ["branches=spectral"]]
+    "variant",
+    [
+        ["mixer=attention"],
+        ["mixer=spectral_window", "branches=window"],
+        ["mixer=spectral_window", "branches=spectral"],
+        ["mixer=memory"],
+    ],
 )
 def test_variants_get_the_recipes_number_of_parameters_within_one_percent(name, variant):
     whole = count_parameters(model_config(resolve(name), 4096))
