@@ -29,6 +29,7 @@ VARIANTS = [
     ("attention", {}),
     ("attention", {"shifted_keys": True}),
     *[("memory", PAPER | {"branches": branches}) for branches in (BRANCHES, ("window",))],
+    ("memory", {"write_gate": "closing", "memory_heads": 2, "window": WINDOW}),
     *[("spectral_window", PAPER | {"kernel": kernel}) for kernel in KERNELS],
     *[
         ("spectral_window", PAPER | {"fusion": fusion, "branches": branches})
