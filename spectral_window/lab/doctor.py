@@ -245,7 +245,7 @@ def growth(model: SWHForCausalLM, context: int) -> list[Finding]:
 def _saved_bytes(mixer: Mixer, time: int) -> int:
     """Bytes that a forward pass of `time` tokens keeps for the backward pass, weights left out."""
     known = {p.untyped_storage().data_ptr() for p in mixer.parameters()}
-    weight = mixer.get_parameter("out_proj.weight")
+    weight = next(p for p in mixer.parameters() if p.dim() == 2)  # a map's, of the model's dtype
     sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from spectral_window.errors import UserError
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.hf.model import count_parameters, match_parameters
 from spectral_window.hf.rivals import RIVALS
-from spectral_window.lab import probes
+from spectral_window.lab import doctor, probes
 from spectral_window.lab.probes import Exam, Probe
 from spectral_window.lab.reproduce import lm
 from spectral_window.lab.trainings import Text, Training
+from spectral_window.nn.mixers import MIXERS
 from spectral_window.training.trainer import model_config
 from tests.processes import python
 
@@ -144,3 +145,8 @@ def test_the_memory_is_compared_with_all_of_them_at_equal_size():
             counts.add(count_parameters(model_config(recipe, 4096)))
         assert max(counts) <= 1.001 * min(counts), size
     assert len(lm.MEMORY.variants) == 5 + len(RIVALS)
+
+
+def test_the_doctor_measures_a_mixer_whose_maps_have_other_names():
+    mixer = MIXERS["short_conv"](hidden_size=16, num_heads=2)
+    assert doctor._saved_bytes(mixer, 64) > 0
