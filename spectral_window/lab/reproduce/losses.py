@@ -21,10 +21,10 @@ from spectral_window.lab.reproduce import lm
 TITLES = {
     "main": "all tokens",
     "branches": "a quarter of the tokens",
-    "sweep": "a twentieth of the tokens",
+    "sweep": "the sweep",
 }
 OURS = "SWH with memory"
-FIRST_COLORS = {OURS: SERIES[2], "SWH": SERIES[0], "Transformer": SERIES[1]}
+COLORS = {"SWH": SERIES[0], "Transformer": SERIES[1]}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -84,7 +84,7 @@ def figure(rows: Rows, path: Path) -> Path:
         panels.append(
             Panel(
                 f"losses-{longest}",
-                f"Held-out loss, {TITLES[longest]}",
+                f"Held-out loss: {TITLES[longest]}",
                 "held-out nats per token against training tokens",
                 lambda axes: _paint_curves(axes, curves),
             )
@@ -93,7 +93,7 @@ def figure(rows: Rows, path: Path) -> Path:
         panels.append(
             Panel(
                 f"ends-{part}",
-                f"At the end, {TITLES[part]}",
+                f"At the end: {TITLES[part]}",
                 "held-out nats per token of each model",
                 lambda axes, found=found: _paint_ends(axes, found),  # type: ignore[misc]
                 height=1.3 + 0.27 * len(found),
@@ -113,7 +113,7 @@ def _curves(found: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _color(variant: str) -> str:
-    return FIRST_COLORS.get(variant, MUTED)
+    return SERIES[2] if variant.startswith(OURS) else COLORS.get(variant, MUTED)
 
 
 def _paint_curves(axes: Axes, curves: Mapping[str, list[Any]]) -> None:
