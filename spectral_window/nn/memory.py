@@ -16,9 +16,9 @@ head from the start.
     m_t     = sigmoid(x_t . w_read + read_bias) * scale * (S_t^T p_t)
     Y       = (RMSNorm(Y_spec) + (a + m) W_local) W_out            m joins before W_local
 
-What is written wears out what was there: a sigmoid writes a little of every token, and after tens
-of thousands of them half of what was asked for is gone. A gate that closes writes none of those
-that training has shown to be noise (results/memory).
+What is written wears out what was there: a sigmoid writes a little of every token, and after 32,768
+of them half of the needles are gone. A gate that closes writes none of what training has shown to
+be noise: of needles 0.94 are found there, at some 0.02 nats a token on text (results/memory).
 """
 
 from __future__ import annotations
@@ -99,9 +99,8 @@ WRITE_GATE = Option(
 
 def recommended(hidden_size: int) -> dict[str, Any]:
     """The options of the layer that we recommend at a width: a head for each 128 channels (one of
-    all channels would cost a wide model half a training step more) and a gate that closes."""
-    heads = max(1, hidden_size // 128)
-    return {"mixer": "memory", "memory_heads": heads, "write_gate": "closing"}
+    all channels would cost a wide model half a training step more)."""
+    return {"mixer": "memory", "memory_heads": max(1, hidden_size // 128)}
 
 
 @register("memory", HEADS, WRITE_GATE)

@@ -73,7 +73,7 @@ def test_two_thousand_sequences_are_asked_at_the_base_length_and_memories_at_102
         mqar = trial.probe.task == "mqar"
         assert max(k for k in tests if k not in recall.FAR) == (4 if mqar else 32)
         far = [test.length for k, test in tests.items() if k in recall.FAR]
-        wanted = trial.model in (recall.OURS, recall.SIGMOID) and trial.probe.task in (
+        wanted = trial.model in (recall.OURS, recall.CLOSING) and trial.probe.task in (
             "needle",
             "induction",
             "recall",

@@ -65,11 +65,11 @@ class Plan:
 
 PAPER = Plan(VARIANTS, STAGES, BOTH, BRANCHES)
 CLOSE = {name: VARIANTS[name] for name in BOTH} | {
-    "SWH with memory": {"mixer": "memory", "write_gate": "closing"},
+    "SWH with memory": {"mixer": "memory"},
     "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
 }
-SIGMOID = {"SWH with memory, sigmoid gate": {"mixer": "memory"}}
-EVERY = CLOSE | SIGMOID | {MIXERS[name].label: {"mixer": name} for name in RIVALS}
+CLOSING = {"SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"}}
+EVERY = CLOSE | CLOSING | {MIXERS[name].label: {"mixer": name} for name in RIVALS}
 MEMORY = Plan(EVERY, ("sweep", "main", "seeds", "branches"), tuple(CLOSE), tuple(EVERY))
 FEW = Plan(CLOSE, ("sweep", "main", "seeds"), tuple(CLOSE))  # of the quick version
 
