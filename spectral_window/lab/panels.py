@@ -59,8 +59,10 @@ def sheet(panels: Sequence[Panel], columns: int, about: str, path: Path) -> Path
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         if named:
+            # in two lines where one would reach `about`
+            ncols = len(named) if len(named) <= columns + 1 else -(-len(named) // 2)
             figure.legend(
-                list(named.values()), list(named), loc="outside lower left", ncols=2 * columns,
+                list(named.values()), list(named), loc="outside lower left", ncols=ncols,
                 fontsize=9, labelcolor=INK,
             )  # fmt: skip
         figure.supxlabel(about, fontsize=8, color=MUTED, x=0.995, ha="right")

@@ -18,7 +18,7 @@ head from the start.
 
 What is written wears out what was there: a sigmoid writes a little of every token, and after 32,768
 of them half of the needles are gone. A gate that closes writes none of what training has shown to
-be noise: of needles 0.94 are found there, at some 0.02 nats a token on text (results/memory).
+be noise: of needles 0.94 are found there, at some 0.02 nats per token on text (results/memory).
 """
 
 from __future__ import annotations
