@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from spectral_window import SWHConfig, SWHForCausalLM
 from spectral_window.data.tokenizers import load_tokenizer
 from spectral_window.lab.paper import claims
+from spectral_window.lab.reproduce import lm
 from spectral_window.training.recipes import RECIPES, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -55,3 +57,13 @@ def test_the_two_commands_are_there():
 def test_claims_are_what_the_results_say():
     table = claims.markdown(claims.judge(claims.read(ROOT / "results/paper")))
     assert table in README, "make it anew with `spectral-window report results/paper`: claims.md"
+
+
+def test_losses_beside_the_memory_are_what_the_results_say():
+    for corpus, column in (("", 2), ("prose", 3)):
+        rows = json.loads((ROOT / "results/memory" / corpus / "lm-short.json").read_text())["rows"]
+        for name, knobs in lm.best(rows).items():
+            (loss,) = {r["eval_loss"] for r in lm.counted(rows, "sweep", name)}
+            lines = [line for line in README.splitlines() if line.startswith(f"| {name} | ")]
+            cells = [line.split("|")[column].strip(" *") for line in lines if line.count("|") == 4]
+            assert f"{loss:.3f}" in cells, (name, knobs)

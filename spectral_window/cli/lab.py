@@ -137,7 +137,8 @@ def reproduce(
         str,
         typer.Option(
             metavar="NAME",
-            help="Of the language models: small (hours on CPU cores, any text), 125m (the paper's; "
+            help="Of the language models: small (hours on CPU cores, any text), short (a million "
+            "tokens, for `memory` on any CPU), 125m (the paper's; "
             "a GPU, FineWeb-Edu), or 125m-short (its shape, 20 million tokens of any text).",
         ),
     ] = "small",

@@ -137,10 +137,7 @@ def slow_dtype(dtype: str, device: str) -> str | None:
     still computes so: what a run computes does not depend on the machine."""
     if dtype != "bfloat16" or torch.device(device).type != "cpu" or has_bfloat16_units():
         return None
-    return (
-        "dtype=bfloat16 is emulated on this processor, several times slower than dtype=float32 "
-        "(a Zen 3: 16 times)"
-    )
+    return "dtype=bfloat16 is emulated on this processor, several times slower than dtype=float32"
 
 
 def has_bfloat16_units() -> bool:
