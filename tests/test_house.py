@@ -122,9 +122,7 @@ def test_outside_packages_stay_in_their_rooms(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_module_says_what_it_is_for(path):
-    text = path.read_text()
-    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
-    assert text.count("\n") <= 450, f"{path} has grown past 450 lines"
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
 
 def test_the_command_answers_without_loading_torch():
