@@ -27,7 +27,7 @@ from spectral_window.generation.session_file import fingerprint
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.hf.model import count_parameters
 from spectral_window.lab.bench import operators as bench
-from spectral_window.lab.trainings import Text, Training
+from spectral_window.lab.experiments.trainings import Text, Training
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS, Filter, Kernel
 from spectral_window.nn.layers import MLPS, SwiGLU

@@ -11,8 +11,8 @@ import pytest
 
 from spectral_window import SWHConfig, SWHForCausalLM
 from spectral_window.data.tokenizers import load_tokenizer
+from spectral_window.lab.experiments import lm
 from spectral_window.lab.paper import claims
-from spectral_window.lab.reproduce import lm
 from spectral_window.training.recipes import RECIPES, resolve
 
 ROOT = Path(__file__).parent.parent

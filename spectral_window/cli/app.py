@@ -39,8 +39,13 @@ def call(name: str, threads: int | None, **arguments: Any) -> None:
     import_module(f"spectral_window.commands.{name}").run(**arguments)
 
 
+# where results name a module that has moved since: their commands can still be run
+MOVED_PLUGINS = {"spectral_window.hf.rivals": "spectral_window.lab.baselines.mixers"}
+
+
 def import_plugin(name: str) -> None:
     """Import the module `name`; raises UserError where there is none, or where it fails itself."""
+    name = MOVED_PLUGINS.get(name, name)
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)

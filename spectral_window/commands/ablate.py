@@ -1,4 +1,4 @@
-"""`spectral-window ablate`: see `lab/ablate.py`."""
+"""`spectral-window ablate`: see `lab/experiments/ablate.py`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from spectral_window.commands.reproduce import (
     tell,
 )
 from spectral_window.commands.show import print_table
-from spectral_window.lab import ablate
+from spectral_window.lab.experiments import ablate
+from spectral_window.lab.experiments.trainings import Text
 from spectral_window.lab.jobs import workers_here
-from spectral_window.lab.trainings import Text
 
 SHOWN = {
     "text": "nats/token",

@@ -13,8 +13,8 @@ from spectral_window.commands.show import print_json, print_table, size
 from spectral_window.errors import ResourceError, UserError, unknown
 from spectral_window.files import write_json
 from spectral_window.lab import bench
-from spectral_window.lab.bench.goals import judge, say
-from spectral_window.lab.bench.pictures import draw_all
+from spectral_window.lab.bench.figures import draw_all
+from spectral_window.lab.bench.targets import judge, say
 from spectral_window.training.machine import folder_name
 
 TAGS = {

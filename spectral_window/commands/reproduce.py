@@ -1,4 +1,4 @@
-"""`spectral-window reproduce`: see `lab/reproduce`."""
+"""`spectral-window reproduce`: see `lab/experiments`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from spectral_window.errors import ResourceError, unknown
+from spectral_window.lab.experiments import efficiency, lm, memory, recall, synthetic
+from spectral_window.lab.experiments.trainings import Text
 from spectral_window.lab.jobs import workers_here
-from spectral_window.lab.reproduce import efficiency, lm, losses, recall, synthetic
-from spectral_window.lab.trainings import Text
 
 PAPER = ("synthetic", "efficiency", "lm")
 BEYOND = ("memory", "recall")  # beyond the paper: only by their names, with results of their own
@@ -75,7 +75,7 @@ def run(
                 say=tell,
             )
             if suite == "memory":
-                losses.write(found, beyond, f"lm-{chosen}")
+                memory.write(found, beyond, f"lm-{chosen}")
         failed += found.get("failed", [])
     if not suites or set(suites) - set(BEYOND):
         tell(f"spectral-window report {out}    makes a page of it")

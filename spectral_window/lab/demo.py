@@ -68,13 +68,13 @@ def run(out: Path | str, *, quick: bool = False, progress: bool = True) -> Path:
             write_sample(out / name, max_new_tokens=20 if quick else NEW_TOKENS)
         console.print("[bold]4 of 4[/]  The report.")
 
-        from spectral_window.lab import facts, report
+        from spectral_window.lab import report, summary
         from spectral_window.lab.runs import read_all
 
         folders = [out / name for name in RUNS]
         page = report.write(folders, out / "report.html", note=QUICK_NOTE if quick else "")
         report.summary_figure(folders, out / "report.png")
-        verdict = facts.judge(read_all(folders))
+        verdict = summary.judge(read_all(folders))
         took = f"{time.monotonic() - started:.0f} s in all. Open the report: {page}"
         for line in ("", verdict.headline, verdict.detail, took, ""):
             console.print(line, markup=False, soft_wrap=True)

@@ -19,7 +19,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from spectral_window.lab import figures
-from spectral_window.lab.facts import (
+from spectral_window.lab.runs import Run, read, read_all
+from spectral_window.lab.summary import (
     MEASURES,
     MISSING,
     bits_text,
@@ -32,7 +33,6 @@ from spectral_window.lab.facts import (
     parameters_text,
     state_bytes,
 )
-from spectral_window.lab.runs import Run, read, read_all
 
 SHOWN_CONTEXTS = {1024: "1k", 32768: "32k", 1048576: "1M"}
 

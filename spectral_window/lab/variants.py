@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_window.hf.rivals import no_state, refuse_state
+from spectral_window.lab.baselines.mixers import no_state, refuse_state
 from spectral_window.nn.memory import MemoryMixer
 from spectral_window.nn.mixers import register
 from spectral_window.nn.options import Option
@@ -35,7 +35,7 @@ VARIANT = (
 class MemoryVariant(MemoryMixer):
     """`nn.memory` with what its options change, on whole rows without padding or a state."""
 
-    name, label = "memory_variant", "SWH with a memory's variant"
+    label = "SWH with a memory's variant"
     constant_state = False
     state_type = SpectralWindowState  # type: ignore[assignment]
 
@@ -51,7 +51,7 @@ class MemoryVariant(MemoryMixer):
     def forward(
         self, x: Tensor, positions: Tensor | Documents | None = None, state: Any = None
     ) -> tuple[Tensor, Any]:
-        refuse_state(self.name, positions, state)
+        refuse_state(self, positions, state)
         self._x = x  # for projections of its own
         y, _ = super().forward(x)
         return y, no_state(x)

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from spectral_window.cli import app
 from spectral_window.errors import UserError
 from spectral_window.lab import bench
-from spectral_window.lab.bench import delta, floors, goals, models, operators, pictures
-from spectral_window.lab.bench.race import Race
+from spectral_window.lab.bench import delta, figures, models, operators, roofline, targets
+from spectral_window.lab.bench.timing import Race
 from spectral_window.training.knobs import MATMUL_SETTINGS
 from spectral_window.training.machine import FLOAT32, folder_name
 
@@ -64,10 +64,10 @@ def test_every_row_is_measured(name, dtype):
 
 
 def test_peaks_are_measured_in_processes_of_their_own():
-    from spectral_window.lab.bench import memory
+    from spectral_window.lab.bench import peaks
 
-    given, *_ = rows = memory.bench_memory(torch.float32, quick=True)
-    if not memory.RESET.exists():
+    given, *_ = rows = peaks.bench_memory(torch.float32, quick=True)
+    if not peaks.RESET.exists():
         pytest.skip("the peak can be reset on Linux only")
     assert [row["status"] for row in rows] == ["ok"] * len(rows), rows
     assert given["inputs"] <= 0.5  # the scan needs next to nothing beyond y
@@ -185,38 +185,38 @@ def test_the_floor_makes_the_products_of_the_model():
     kernels = sum(
         p.numel() for n, p in model.named_parameters() if ".kernel." in n and p.dim() == 2
     )
-    products = floors.layer_products(config)
+    products = roofline.layer_products(config)
     assert 3 * sum(k * n for k, n in products) == inner - kernels
 
 
-def test_peers_are_equally_large():
+def test_baselines_are_equally_large():
     config = models.shape(12)
     with torch.device("meta"):
         size = models.count_inner(models.SWHForCausalLM(config))
-        for name in models.PEERS:
-            peer = models.build_peer(name, config, size, torch.float32)
-            layers = peer.config.num_hidden_layers
+        for name in models.BASELINES:
+            model = models.build_baseline(name, config, size, torch.float32)
+            layers = model.config.num_hidden_layers
             near = 0.5 / layers if name == "Mamba2" else 0.001  # by whole layers, by width
-            assert abs(models.count_inner(peer) / size - 1) <= near, name
+            assert abs(models.count_inner(model) / size - 1) <= near, name
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", models.PEERS)
-def test_each_peer_has_a_past_of_the_bytes_it_tells_or_says_why_not(name):
+@pytest.mark.parametrize("name", models.BASELINES)
+def test_each_baseline_has_a_past_of_the_bytes_it_tells_or_says_why_not(name):
     """No kind of model is known by name outside its record."""
     config = models.shape(3, quick=True)
     torch.manual_seed(0)
-    peer = models.build(config, (name,), torch.float32)[name]
+    model = models.build(config, (name,), torch.float32)[name]
     token = models.draw_ids(config, 1, 1)
-    logits, _ = models.next_token(peer, token)
+    logits, _ = models.next_token(model, token)
     assert logits.shape == (1, 1, config.vocab_size)
-    if models.PEERS[name].past is None:
+    if models.BASELINES[name].past is None:
         with pytest.raises(UserError, match="cannot be set to a context"):
-            models.remember(peer, 1000)
+            models.remember(model, 1000)
         return
-    few, many = (models.remember(peer, context) for context in (200, 1000))
+    few, many = (models.remember(model, context) for context in (200, 1000))
     assert many[1] == few[1] * (5 if name == "Llama" else 1)
-    after, _ = models.next_token(peer, token, many[0])
+    after, _ = models.next_token(model, token, many[0])
     assert bool(after.isfinite().all())
     assert not torch.equal(after, logits)
 
@@ -241,11 +241,15 @@ def test_goals_are_computed_from_the_rows():
         {**row, "length": 65_536, "ratio": 0.8},
         {**row, "length": 262_144, "status": "failed: no memory"},
     ]
-    (copy,) = [g for g in goals.judge({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]]
+    (copy,) = [
+        g for g in targets.judge({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]
+    ]
     assert (copy["measured"], copy["reached"]) == (1.25, "not reached")  # the worst of them
     assert copy["at"] == "length 65,536"
     rows[2]["ratio"] = 0.85
-    (copy,) = [g for g in goals.judge({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]]
+    (copy,) = [
+        g for g in targets.judge({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]
+    ]
     assert copy["reached"] == "reached"
 
 
@@ -253,8 +257,8 @@ def test_goals_without_rows_are_missing():
     trial = [_group([{"pass": "forward", "contestant": "copy", "status": "ok", "length": 16_384,
                       "ratio": 1.0}], quick=True)]  # fmt: skip
     for groups in ({}, {"spectral": trial}):
-        judged = goals.judge(groups)
-        assert len(judged) == len(goals.GOALS)
+        judged = targets.judge(groups)
+        assert len(judged) == len(targets.GOALS)
         assert all(g["reached"] == "missing" and g["measured"] is None for g in judged)
 
 
@@ -264,7 +268,7 @@ def test_growth_of_memory_is_a_goal():
         {**peak, "length": 4096, "peak_bytes": 100},
         {**peak, "length": 65_536, "peak_bytes": 110},
     ]
-    found = [g for g in goals.judge({"memory": [_group(rows)]}) if "prefill memory" in g["path"]]
+    found = [g for g in targets.judge({"memory": [_group(rows)]}) if "prefill memory" in g["path"]]
     assert [(g["measured"], g["reached"]) for g in found] == [(1.1, "reached")]
 
 
@@ -282,7 +286,7 @@ def test_results_are_kept_beside_one_another(tmp_path):
 def test_pictures_say_what_is_missing(tmp_path):
     about = {"environment": {"processor": "a processor"}}
     nothing = [_group([{"contestant": "SWH", "status": "failed: ..."}], **about)]
-    written = pictures.draw_all({"decode": nothing}, tmp_path)
+    written = figures.draw_all({"decode": nothing}, tmp_path)
     assert [path.name for path in written] == ["decode.png"]
 
 

@@ -10,10 +10,11 @@ import torch
 from spectral_window.errors import ResourceError, UserError
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHModel
-from spectral_window.lab.bench.memory import RESET
 from spectral_window.lab.bench.models import in_float64
-from spectral_window.lab.bench.race import relative_error
-from spectral_window.lab.reproduce import efficiency, passes, published
+from spectral_window.lab.bench.peaks import RESET
+from spectral_window.lab.bench.timing import relative_error
+from spectral_window.lab.experiments import efficiency, published
+from spectral_window.lab.experiments import efficiency_measure as measure
 from spectral_window.training.machine import FLOAT32, precision
 
 QUICK = {"quick": True, "threads": 1}
@@ -29,10 +30,10 @@ def small(mixer: str) -> SWHModel:
 def test_published_models_are_ours_and_evaluating_twice_changes_nothing(mixer, time):
     model = small(mixer)
     ids = torch.randint(4096, (2, time))
-    truth = passes.hidden_states(in_float64(model), ids)
-    twice = passes.hidden_states(published.Published(model), ids)
+    truth = measure.hidden_states(in_float64(model), ids)
+    twice = measure.hidden_states(published.Published(model), ids)
     assert relative_error(twice, truth) < 2e-6
-    assert torch.equal(twice, passes.hidden_states(published.Published(model, 1), ids))
+    assert torch.equal(twice, measure.hidden_states(published.Published(model, 1), ids))
 
 
 def test_published_blocks_evaluate_their_mixer_twice():
@@ -41,24 +42,24 @@ def test_published_blocks_evaluate_their_mixer_twice():
     for name in ("mixer.out_proj", "mlp.down_proj"):
         part = model.layers[0].get_submodule(name)
         part.register_forward_hook(lambda *_, name=name: calls.append(name))
-    passes.hidden_states(published.Published(model), torch.zeros(1, 4, dtype=torch.int64))
+    measure.hidden_states(published.Published(model), torch.zeros(1, 4, dtype=torch.int64))
     assert calls == ["mixer.out_proj", "mixer.out_proj", "mlp.down_proj"]
 
 
 def test_a_model_with_wrong_hidden_states_gets_no_time(monkeypatch):
     model = published.Published(small("spectral_window"))
-    assert passes.check(model) is None
+    assert measure.check(model) is None
     right = published.paper_fft
     monkeypatch.setattr(published, "paper_fft", lambda *args: right(*args).roll(1, 1))
-    assert passes.check(model).startswith("wrong: relative error")
+    assert measure.check(model).startswith("wrong: relative error")
 
 
 def test_sizes_are_unmatched_as_published_and_equal_when_well_posed():
     def sizes(form):
-        models = (passes.build({"form": form, "shape": "tiny"}, name, 2) for name in names)
+        models = (measure.build({"form": form, "shape": "tiny"}, name, 2) for name in names)
         return [sum(p.numel() for p in model.parameters()) for model in models]
 
-    names = list(passes.CONTESTANTS)
+    names = list(measure.CONTESTANTS)
     transformer, swh = sizes("published")
     assert swh - transformer == 2 * (2 * 128 * 128 + 4 * 128)  # two maps; bias, kernel, norm
     transformer, swh = sizes("posed")
@@ -67,9 +68,9 @@ def test_sizes_are_unmatched_as_published_and_equal_when_well_posed():
 
 def test_matrices_that_do_not_fit_are_not_tried():
     config = SWHConfig.preset("paper")
-    assert passes.too_large(config, 4096, 2 * 10**9) is None
+    assert measure.too_large(config, 4096, 2 * 10**9) is None
     # two of 12 x 65,536^2 float32 and a mask
-    assert passes.too_large(config, 65_536, 16 * 10**9) == "does not fit: needs 417 GB"
+    assert measure.too_large(config, 65_536, 16 * 10**9) == "does not fit: needs 417 GB"
 
 
 # -------------------------------------------------------------------------- results and facts
@@ -88,7 +89,7 @@ def finished(folder):
         row(form, name, length, 1e9, 1)
         for form in efficiency.FORMS
         for length in efficiency.QUICK
-        for name in passes.CONTESTANTS
+        for name in measure.CONTESTANTS
     ]
     path.write_text(json.dumps(results))
     return path
@@ -140,7 +141,7 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path):
     # the race of one length, all of the published counter, and one peak
     assert len(lines) == 2 + 4 + 1
     rows = {(r["form"], r["contestant"], r["length"]): r for r in results["rows"]}
-    for name in passes.CONTESTANTS:
+    for name in measure.CONTESTANTS:
         new = rows["published", name, length]
         assert new["status"] == "ok"
         assert 0 < new["p10"] <= new["milliseconds"] <= new["p90"] < 1e9
@@ -153,7 +154,7 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path):
 
 
 def sorted_passes():
-    return [(name, length) for name in passes.CONTESTANTS for length in efficiency.QUICK]
+    return [(name, length) for name in measure.CONTESTANTS for length in efficiency.QUICK]
 
 
 def test_results_of_other_settings_are_never_replaced(tmp_path):

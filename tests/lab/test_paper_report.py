@@ -15,10 +15,10 @@ import pytest
 
 from spectral_window.commands import report as command
 from spectral_window.errors import UserError
-from spectral_window.lab import ablate, results
+from spectral_window.lab import results
+from spectral_window.lab.experiments import ablate, lm, synthetic
 from spectral_window.lab.paper import claims, figures
 from spectral_window.lab.paper import page as paper_page
-from spectral_window.lab.reproduce import lm, synthetic
 from tests.lab.test_report import Outline, make_run, open_in_browser
 
 HERE = {"environment": {"processor": "a <fast> one", "threads": 1, "date": "2026-01-01 00:00 UTC"}}

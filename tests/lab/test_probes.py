@@ -11,9 +11,9 @@ import torch
 from spectral_window.data.tasks import IGNORED, generator, make
 from spectral_window.errors import DivergedError
 from spectral_window.hf.model import count_parameters
-from spectral_window.lab import probes
+from spectral_window.lab.experiments import probes
+from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.lab.jobs import run_all
-from spectral_window.lab.probes import Exam, Probe
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "window": 8}
 TINY = Probe(

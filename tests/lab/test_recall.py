@@ -12,9 +12,8 @@ import pytest
 from spectral_window.cli import main
 from spectral_window.data.tasks import make
 from spectral_window.hf.model import count_parameters
-from spectral_window.lab import probes
-from spectral_window.lab.probes import Exam, Probe
-from spectral_window.lab.reproduce import recall, synthetic
+from spectral_window.lab.experiments import probes, recall, synthetic
+from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.training.interrupt import Interrupted
 
 TRIALS = list(chain.from_iterable(recall.stages()))
@@ -39,7 +38,7 @@ def test_every_trial_has_its_own_key_and_name():
 
 def test_every_task_has_all_models_three_seeds_and_mixed_or_fixed_lengths_alike():
     for ability in recall.ABILITIES:
-        of = {m: set() for m in (recall.OURS, recall.PUBLISHED, recall.RIVAL, recall.SHIFTED)}
+        of = {m: set() for m in (recall.OURS, recall.PUBLISHED, recall.TRANSFORMER, recall.SHIFTED)}
         for trial in TRIALS:
             if trial.ability == ability and trial.model in of:
                 of[trial.model].add((trial.training, trial.probe.seed))
@@ -85,13 +84,13 @@ def test_rows_of_the_suite_synthetic_count_here_and_the_memory_learns_from_fewer
     theirs = {e.probe.key for e in synthetic.entries()}
     for trial in TRIALS:
         if trial.ability in recall.KNOWN:
-            taken = trial.model in (recall.PUBLISHED, recall.RIVAL)
+            taken = trial.model in (recall.PUBLISHED, recall.TRANSFORMER)
             assert (trial.probe.key in theirs) == taken
             if not taken:
                 (of,) = {
                     t.probe.rows * t.probe.steps
                     for t in TRIALS
-                    if (t.ability, t.model) == (trial.ability, recall.RIVAL)
+                    if (t.ability, t.model) == (trial.ability, recall.TRANSFORMER)
                 }
                 assert 2 <= of / (trial.probe.rows * trial.probe.steps) <= 5
 
@@ -150,7 +149,7 @@ def test_the_table_has_means_and_tells_how_many_seeds_there_were():
         return {"ability": "Needle", "model": model, "training": "fixed", "tests": tests}
 
     rows = [row(recall.OURS, 100, 100, 90), row(recall.OURS, 100, 100, 60)]
-    rows += [row(recall.OURS, 100, 99, 90), row(recall.RIVAL, 100, 40)]
+    rows += [row(recall.OURS, 100, 99, 90), row(recall.TRANSFORMER, 100, 40)]
     assert recall.table(rows).splitlines() == [
         "| task | trained at | asked at | SWH with memory | Transformer |",
         "|---|---|---|---|---|",
@@ -164,7 +163,7 @@ def test_the_quick_version_runs_to_its_end_with_table_and_picture(tmp_path, caps
     results = tmp_path / "results"
     found = json.loads((results / "recall.json").read_text())
     assert found["quick"]
-    every = [recall.OURS, recall.PUBLISHED, recall.RIVAL, recall.SHIFTED]
+    every = [recall.OURS, recall.PUBLISHED, recall.TRANSFORMER, recall.SHIFTED]
     assert [row["model"] for row in found["rows"]] == every
     assert (results / "recall.md").read_text().count("\n") == 3
     assert (results / "recall.png").read_bytes().startswith(b"\x89PNG")

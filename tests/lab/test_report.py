@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from spectral_window.hf import SWHConfig, SWHForCausalLM
-from spectral_window.lab import facts, figures, report
+from spectral_window.lab import figures, report, summary
 from spectral_window.lab.runs import read, read_all
 from spectral_window.nn.mixers import MIXERS, Mixer
 
@@ -136,7 +136,7 @@ class Outline(HTMLParser):
 
 
 def test_verdict_gives_winner_margin_and_common_size(pair: list[Path]) -> None:
-    verdict = facts.judge(read_all(pair))
+    verdict = summary.judge(read_all(pair))
     assert verdict.headline == "SWH predicts unseen text better, by 0.250 nats per token"
     assert "4.000 against 4.250" in verdict.detail
     assert "at 10k parameters each" in verdict.detail
@@ -145,15 +145,15 @@ def test_verdict_gives_winner_margin_and_common_size(pair: list[Path]) -> None:
 
 def test_verdict_says_so_when_the_transformer_wins(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", loss=4.1), make_run(tmp_path / "b", "attention", 4.0)]
-    assert facts.judge(read_all(runs)).headline.startswith(
+    assert summary.judge(read_all(runs)).headline.startswith(
         "Transformer predicts unseen text better"
     )
-    assert facts.judge(read_all(runs[::-1])).headline.startswith("Transformer predicts")
+    assert summary.judge(read_all(runs[::-1])).headline.startswith("Transformer predicts")
 
 
 def test_verdict_calls_a_small_difference_a_tie(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", loss=4.001), make_run(tmp_path / "b", "attention", 4.0)]
-    assert "equally well" in facts.judge(read_all(runs)).headline
+    assert "equally well" in summary.judge(read_all(runs)).headline
 
 
 def test_verdict_does_not_hide_an_unfair_comparison(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_verdict_does_not_hide_an_unfair_comparison(tmp_path: Path) -> None:
         make_run(tmp_path / "a", loss=3.0, parameters=20_000, tokens=80_000),
         make_run(tmp_path / "b", "attention", 4.0, data="y"),
     ]
-    verdict = facts.judge(read_all(runs))
+    verdict = summary.judge(read_all(runs))
     assert "unequal size (20k and 10k parameters)" in verdict.detail
     assert any("different amounts of text" in caveat for caveat in verdict.caveats)
     assert any("different data" in caveat for caveat in verdict.caveats)
@@ -195,7 +195,7 @@ def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
     run = read(folder)
     assert run.missing == ("result.json (unreadable)",)
     assert len(run.train()) == 40
-    assert facts.oscillators(run) == ([], [])
+    assert summary.oscillators(run) == ([], [])
     assert "missing" in report.write([folder], tmp_path / "report.html").read_text()
 
 
@@ -212,12 +212,12 @@ def test_timings_within_five_percent_have_no_winner(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_are_missing(tmp_path: Path) -> None:
     run = read(make_run(tmp_path / "swh", loss=math.nan))
-    assert facts.held_out_loss(run) is None
+    assert summary.held_out_loss(run) is None
     assert len(run.evaluations()) == 0
 
 
 def test_state_bytes_are_the_models_own_and_constant_for_swh_only(pair: list[Path]) -> None:
-    swh, transformer = (facts.state_bytes(run) for run in read_all(pair))
+    swh, transformer = (summary.state_bytes(run) for run in read_all(pair))
     model = SWHForCausalLM.from_pretrained(pair[0] / "model")
     assert dict(swh)[1024] == model.state_bytes(1024)
     assert len({size for _, size in swh}) == 1
@@ -227,11 +227,11 @@ def test_state_bytes_are_the_models_own_and_constant_for_swh_only(pair: list[Pat
 
 
 def test_oscillators_are_read_from_the_saved_weights(pair: list[Path]) -> None:
-    decays, frequencies = facts.oscillators(read(pair[0]))
+    decays, frequencies = summary.oscillators(read(pair[0]))
     kernel = SWHForCausalLM.from_pretrained(pair[0] / "model").model.layers[1].mixer.kernel
     np.testing.assert_allclose(decays[1], np.abs(kernel.decay.detach().numpy().ravel()))
     np.testing.assert_allclose(frequencies[1], kernel.frequency.detach().numpy().ravel())
-    assert facts.oscillators(read(pair[1])) == ([], [])
+    assert summary.oscillators(read(pair[1])) == ([], [])
 
 
 def test_page_asks_the_network_for_nothing_and_is_well_formed(page: Path) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from spectral_window.errors import UserError
 from spectral_window.hf import SWHForCausalLM
-from spectral_window.lab.probes import Exam, Probe, run
+from spectral_window.lab.experiments.probes import Exam, Probe, run
 from spectral_window.nn.layers import no_weight_decay
 from spectral_window.nn.memory import MemoryMixer
 from spectral_window.nn.spectral_window import SpectralWindowMixer

@@ -3,12 +3,12 @@
     spectral, window            the operators         operators.py
     prefill, decode, train      whole models          models.py
     scaling                     time against T        models.py
-    memory                      peaks, a process each memory.py
+    memory                      peaks, a process each peaks.py
     memory_op, memory_layer     the delta-rule memory delta.py
-    floors.py  what the hardware needs for the same products and bytes
-    race.py    the measurement: interleaved, median and spread of ratios
-    goals.py   what is to be reached, computed from the rows
-    pictures.py
+    roofline.py  what the hardware needs for the same products and bytes
+    timing.py    the measurement: interleaved, median and spread of ratios
+    targets.py   what is to be reached, computed from the rows
+    figures.py   a picture of each bench
 
 A fast wrong answer has no time: every contestant that computes our function is first held to the
 float64 truth. What failed says why; nothing is filled in. Each number of threads runs in a fresh
@@ -53,7 +53,7 @@ BENCHES = {
     "decode": "models",
     "train": "models",
     "scaling": "models",
-    "memory": "memory",
+    "memory": "peaks",
     "memory_op": "delta",
     "memory_layer": "delta",
 }

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_window.hf.model import SWHForCausalLM
-from spectral_window.hf.peers import next_token, remember
-from spectral_window.lab.bench.floors import multiply
+from spectral_window.lab.baselines.models import next_token, remember
 from spectral_window.lab.bench.models import (
     TRAIN_LAYERS,
     check,
@@ -43,7 +42,8 @@ from spectral_window.lab.bench.operators import (
     gate,
     new_race,
 )
-from spectral_window.lab.bench.race import Call, Race
+from spectral_window.lab.bench.roofline import multiply
+from spectral_window.lab.bench.timing import Call, Race
 from spectral_window.ops import delta_memory
 from spectral_window.ops.methods import resolve, serving
 

@@ -32,7 +32,7 @@ from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
 from spectral_window.lab.bench import gpu_spectral, gpu_window
 from spectral_window.lab.bench.on_device import Row, race
-from spectral_window.lab.bench.race import reason
+from spectral_window.lab.bench.timing import reason
 from spectral_window.nn.mixers import MIXERS, set_methods
 from spectral_window.training.machine import environment
 

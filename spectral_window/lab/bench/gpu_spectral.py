@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.lab.bench.on_device import Call, Row, race
-from spectral_window.lab.bench.race import reason
+from spectral_window.lab.bench.timing import reason
 from spectral_window.ops import Modes, spectral_conv
 
 H100 = {"bytes": 3.35e12, "float32": 67e12, "float64": 34e12, "conversions": 132 * 16 * 1.755e9}

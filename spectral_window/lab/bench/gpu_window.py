@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spectral_window.errors import UserError
 from spectral_window.lab.bench.on_device import Row, race
-from spectral_window.lab.bench.race import reason
+from spectral_window.lab.bench.timing import reason
 from spectral_window.ops import window_attention
 from spectral_window.ops.rotary import angles
 

@@ -32,15 +32,21 @@ from torch import Tensor
 
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM
-from spectral_window.hf.peers import PEERS, build_peer, count_inner, next_token, remember
-from spectral_window.lab.bench.floors import layer_products, multiply, read
+from spectral_window.lab.baselines.models import (
+    BASELINES,
+    build_baseline,
+    count_inner,
+    next_token,
+    remember,
+)
 from spectral_window.lab.bench.operators import (
     draw_qkv,
     draw_spectral,
     spectral_lineup,
     window_lineup,
 )
-from spectral_window.lab.bench.race import Call, Race, disqualified, relative_error
+from spectral_window.lab.bench.roofline import layer_products, multiply, read
+from spectral_window.lab.bench.timing import Call, Race, disqualified, relative_error
 from spectral_window.nn.mixers import set_methods
 
 # (T, layers): layers are alike, so long prompts take fewer of them, not other ones
@@ -67,7 +73,7 @@ def build(config: SWHConfig, names: tuple[str, ...], dtype: torch.dtype) -> dict
     torch.manual_seed(0)
     with torch.device("meta"):
         size = count_inner(SWHForCausalLM(config))
-    return {name: build_peer(name, config, size, dtype) for name in names}
+    return {name: build_baseline(name, config, size, dtype) for name in names}
 
 
 def draw_ids(config: SWHConfig, batch: int, time: int) -> Tensor:
@@ -80,7 +86,7 @@ def draw_ids(config: SWHConfig, batch: int, time: int) -> Tensor:
 
 @torch.no_grad()
 def bench_prefill(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
-    """Rows by length: SWH, its peers, its plain methods, its matrix products."""
+    """Rows by length: SWH, its baselines, its plain methods, its matrix products."""
     rows: list[dict[str, Any]] = []
     race = Race(seconds=0.01 if quick else 2.0, longest=0.5, always=("SWH", "Llama", GEMMS))
     held: dict[int, dict[str, Any]] = {}
@@ -89,7 +95,7 @@ def bench_prefill(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
         if layers not in held:
             held.clear()  # before the next is built: two sets of models are a lot of memory
             gc.collect()
-            held[layers] = build(config, tuple(PEERS), dtype)
+            held[layers] = build(config, tuple(BASELINES), dtype)
             race.out |= check(held[layers]["SWH"], dtype)
         models = held[layers]
         ids = draw_ids(config, 1, time)

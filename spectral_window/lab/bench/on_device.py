@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spectral_window.lab.bench.race import reason
+from spectral_window.lab.bench.timing import reason
 
 Row = dict[str, Any]
 Call = Callable[[], object]

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.lab.bench.race import Call, Race, disqualified, reason, relative_error
+from spectral_window.lab.bench.timing import Call, Race, disqualified, reason, relative_error
 from spectral_window.ops import Modes, spectral_conv, window_attention
 from spectral_window.ops.methods import resolve, serving
 from spectral_window.ops.modes import kernel
@@ -321,9 +321,9 @@ def _check_window(window: int, dtype: torch.dtype) -> dict[str, str]:
     )[0]
     operators = window_operators(window)
     halves = [torch.cat((x[..., 0::2], x[..., 1::2]), -1) for x in (q, k)]
-    peer = {"local-attention": operators.pop("local-attention")}
+    halved = {"local-attention": operators.pop("local-attention")}
     bar = BARS[dtype]
-    return gate(operators, (q, k, v), truth, bar) | gate(peer, (*halves, v), truth, bar)
+    return gate(operators, (q, k, v), truth, bar) | gate(halved, (*halves, v), truth, bar)
 
 
 # --------------------------------------------------------------------------------------- common

@@ -26,7 +26,7 @@ from spectral_window.lab.bench.gpu_window import (
     relative,
 )
 from spectral_window.lab.bench.on_device import Row, clock, spread
-from spectral_window.lab.bench.race import reason
+from spectral_window.lab.bench.timing import reason
 
 TILES = {
     "attend": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)],

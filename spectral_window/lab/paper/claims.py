@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.lab import results
-from spectral_window.lab.reproduce import efficiency, lm
+from spectral_window.lab.experiments import efficiency, lm
 from spectral_window.lab.results import Estimate
 
 HOLDS, ONLY_PUBLISHED, FAILS = "holds", "holds only as published", "does not hold"
@@ -187,14 +187,14 @@ def _language_model(found: Found) -> Claim:
     published = {r["variant"]: r for r in rows if r["part"] == "published"}
     first, shown = MISSING, None
     if {"SWH", "Transformer"} <= published.keys():
-        swh, peer = published["SWH"], published["Transformer"]
+        swh, transformer = published["SWH"], published["Transformer"]
         by = lm.ACCUMULATION
         first = (
             f"training loss / {by}: {swh['train_loss'] / by:.3f} against "
-            f"{peer['train_loss'] / by:.3f}, with {swh['parameters'] / 1e6:.2f}M and "
-            f"{peer['parameters'] / 1e6:.2f}M parameters"
+            f"{transformer['train_loss'] / by:.3f}, with {swh['parameters'] / 1e6:.2f}M and "
+            f"{transformer['parameters'] / 1e6:.2f}M parameters"
         )
-        shown = swh["train_loss"] < peer["train_loss"]
+        shown = swh["train_loss"] < transformer["train_loss"]
     ours, theirs = (losses(found, suite, "main", name) for name in ("SWH", "Transformer"))
     second, better = MISSING, None
     if len(ours) > 1 and len(theirs) > 1:

@@ -14,13 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from spectral_window.data.tasks import make
-from spectral_window.lab import ablate, results
-from spectral_window.lab.bench import pictures
+from spectral_window.lab import results
+from spectral_window.lab.bench import figures as bench_figures
+from spectral_window.lab.experiments import ablate, efficiency, lm, synthetic
+from spectral_window.lab.experiments.efficiency_measure import CONTESTANTS
 from spectral_window.lab.figures import INK, MUTED, PAPER, SERIES, count, say_missing
 from spectral_window.lab.panels import Panel, dot, name_lines, say
 from spectral_window.lab.paper import claims
-from spectral_window.lab.reproduce import efficiency, lm, synthetic
-from spectral_window.lab.reproduce.passes import CONTESTANTS
 from spectral_window.lab.results import Estimate
 
 Found = Mapping[str, Any]
@@ -297,7 +297,7 @@ def efficiency_panels(suite: Mapping[str, Any] | None) -> list[Panel]:
         )
         title = f"{curves.measure.capitalize()}, {efficiency.FORMS[curves.form]}"
         title += f": {ends}" if ends else ""
-        drawn = pictures.Panel("", curves.lines, "tokens", curves.unit, pictures.tokens)
+        drawn = bench_figures.Panel("", curves.lines, "tokens", curves.unit, bench_figures.tokens)
         place = f"efficiency-{curves.form}-{curves.measure}"
         panels.append(Panel(place, title, words, drawn.paint))
     return panels

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.lab import results
+from spectral_window.lab.experiments import lm
 from spectral_window.lab.panels import Panel, sheet, svg
 from spectral_window.lab.paper import claims, figures, tables
 from spectral_window.lab.paper.claims import FAILS, HOLDS, MISSING, ONLY_PUBLISHED, Claim
 from spectral_window.lab.paper.rows import sound
 from spectral_window.lab.paper.tables import Table
 from spectral_window.lab.report import render
-from spectral_window.lab.reproduce import lm
 
 QUICK = "quick"  # stands where a verdict would
 QUICK_NOTE = "Quick version: it shows the way, and its numbers mean nothing."

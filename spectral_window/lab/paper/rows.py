@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spectral_window.lab.reproduce.efficiency import FORMS
-from spectral_window.lab.reproduce.passes import CONTESTANTS
+from spectral_window.lab.experiments.efficiency import FORMS
+from spectral_window.lab.experiments.efficiency_measure import CONTESTANTS
 
 Check = Callable[[Any], bool]
 NAMES = (

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectral_window.lab import ablate, results
+from spectral_window.lab import results
+from spectral_window.lab.experiments import ablate, efficiency, lm, synthetic
+from spectral_window.lab.experiments.efficiency_measure import CONTESTANTS
 from spectral_window.lab.figures import count, duration, size
 from spectral_window.lab.paper import claims
 from spectral_window.lab.paper.figures import POSED, PRINTED
 from spectral_window.lab.paper.rows import is_number
-from spectral_window.lab.reproduce import efficiency, lm, synthetic
-from spectral_window.lab.reproduce.passes import CONTESTANTS
 from spectral_window.lab.results import Estimate
 
 MISSING = "missing"

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from spectral_window.hf.peers import next_token
+from spectral_window.lab.baselines.models import next_token
 from spectral_window.lab.bench import DTYPES, PRECISION, child_environment
 from spectral_window.lab.bench.models import (
     TRAIN_LAYERS,
@@ -38,7 +38,7 @@ from spectral_window.lab.bench.operators import (
     spectral_lineup,
     window_lineup,
 )
-from spectral_window.lab.bench.race import Call
+from spectral_window.lab.bench.timing import Call
 from spectral_window.training.machine import matmul_precision
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -83,7 +83,7 @@ def _in_child(job: dict[str, Any], dtype: str, quick: bool) -> dict[str, Any]:
     if not RESET.exists():
         return {"status": "not here: the peak can be reset on Linux only"}
     words = json.dumps(job | {"dtype": dtype, "quick": quick})
-    command = [sys.executable, "-m", "spectral_window.lab.bench.memory", words]
+    command = [sys.executable, "-m", "spectral_window.lab.bench.peaks", words]
     done = subprocess.run(
         command,
         env=child_environment(torch.get_num_threads()),

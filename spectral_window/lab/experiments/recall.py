@@ -2,7 +2,7 @@
 
 Models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`) whose write gate is a
 sigmoid or one that can close, a Transformer, one with the memory's trick, keys of the token before
-(`nn/attention.py`), and linear models that people take instead (`hf/rivals.py`).
+(`nn/attention.py`), and linear models that people take instead (`baselines/mixers.py`).
 
 On the tasks of the suite `synthetic` its rows stand for the paper's SWH and the Transformer,
 trained on 2 to 5 times as many sequences as the others are here. "mixed" models have seen longer
@@ -30,27 +30,27 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from spectral_window.data.tasks import make
 from spectral_window.files import write_text
-from spectral_window.lab import probes, results
+from spectral_window.lab import results
+from spectral_window.lab.experiments import probes, synthetic
+from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.lab.figures import MUTED, PAPER, SERIES
 from spectral_window.lab.jobs import Say, run_all
 from spectral_window.lab.panels import Panel, sheet
-from spectral_window.lab.probes import Exam, Probe
-from spectral_window.lab.reproduce import synthetic
 from spectral_window.nn.mixers import MIXERS
 
-OURS, PUBLISHED, RIVAL = "SWH with memory", "SWH", "Transformer"
+OURS, PUBLISHED, TRANSFORMER = "SWH with memory", "SWH", "Transformer"
 CLOSING, SHIFTED = "SWH with memory, closing gate", "Transformer, shifted keys"
 LINEAR = ("gated_deltanet", "mamba2")
 MODELS: dict[str, dict[str, Any]] = {
     OURS: {"mixer": "memory"},
     CLOSING: {"mixer": "memory", "write_gate": "closing"},
     PUBLISHED: synthetic.MODELS["SWH"],
-    RIVAL: synthetic.MODELS["Transformer"],
+    TRANSFORMER: synthetic.MODELS["Transformer"],
     SHIFTED: {"mixer": "attention", "shifted_keys": True},
 } | {MIXERS[name].label: {"mixer": name} for name in LINEAR}
 COLORS = {
     PUBLISHED: SERIES[0],
-    RIVAL: SERIES[1],
+    TRANSFORMER: SERIES[1],
     SHIFTED: SERIES[3],
     **{MIXERS[name].label: color for name, color in zip(LINEAR, SERIES[4:], strict=True)},
     CLOSING: MUTED,
@@ -137,18 +137,18 @@ class Trial:
 def stages(*, quick: bool = False) -> list[list[Trial]]:
     """The suite, what decides most first; `quick` shows the way and no result: ten steps of each
     model on one task."""
-    every = (OURS, PUBLISHED, RIVAL, SHIFTED)
+    every = (OURS, PUBLISHED, TRANSFORMER, SHIFTED)
     if quick:
         few = [*_trials(("Gap of 1 to 4",), every, "fixed", (0,))]
         return [[Trial(t.ability, t.model, t.training, synthetic.shorten(t.probe)) for t in few]]
     first, others = synthetic.SEEDS[:1], synthetic.SEEDS[1:]
     long = [name for name, ability in KNOWN.items() if FAR[0] in ability.reach]
-    rest = (PUBLISHED, RIVAL, SHIFTED)
+    rest = (PUBLISHED, TRANSFORMER, SHIFTED)
     linear = tuple(MIXERS[name].label for name in LINEAR)
     plan: list[tuple[Collection[str], Sequence[str], str, Sequence[int]]] = [
         (KNOWN, (OURS,), "fixed", first),
         (HARDER, (OURS,), "mixed", first),
-        (HARDER, (RIVAL,), "mixed", first),
+        (HARDER, (TRANSFORMER,), "mixed", first),
         (KNOWN, (CLOSING,), "fixed", synthetic.SEEDS),
         (HARDER, (CLOSING,), "mixed", first),
         (KNOWN, (OURS,), "fixed", others),
@@ -172,7 +172,7 @@ def stages(*, quick: bool = False) -> list[list[Trial]]:
     known = [
         Trial(named[e.probe.task], e.model, e.training, e.probe)
         for e in synthetic.entries()
-        if e.form == "posed" and e.probe.task in named and e.model in (PUBLISHED, RIVAL)
+        if e.form == "posed" and e.probe.task in named and e.model in (PUBLISHED, TRANSFORMER)
     ]
     return [*(list(_trials(*part)) for part in plan), known]
 

@@ -14,9 +14,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from spectral_window.files import write_text
+from spectral_window.lab.experiments import lm
 from spectral_window.lab.figures import MUTED, SERIES, count
 from spectral_window.lab.panels import Panel, name_lines, sheet
-from spectral_window.lab.reproduce import lm
 
 TITLES = {
     "main": "all tokens",

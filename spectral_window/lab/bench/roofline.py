@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spectral_window.hf.config import SWHConfig
-from spectral_window.lab.bench.race import Call
+from spectral_window.lab.bench.timing import Call
 
 Shape = tuple[int, int]  # (in, out)
 BLOCKS = (0, 512, 1024)  # rows a call; 0: all

@@ -14,7 +14,7 @@ seeds, the loss on held-out text in nats a token, equal tokens. Stages, each fro
     published   as above
 
 A `Plan` says which variants pass through which stages: `PAPER` the paper's; `MEMORY` the layer with
-a memory beside its branches (`nn/memory.py`) against all that is taken instead (`hf/rivals.py`):
+a memory beside its branches (`nn/memory.py`) against all others take (`baselines/mixers.py`):
 the sweep, main and seeds with the nearest of them, `branches` with all.
 
 `size` is "small" (any text; hours on CPU cores, minutes on a GPU), "short" (half its parameters, a
@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.errors import unknown
-from spectral_window.hf.rivals import RIVALS
 from spectral_window.lab import results
+from spectral_window.lab.baselines.mixers import BASELINES
+from spectral_window.lab.experiments.trainings import Text, Training
 from spectral_window.lab.jobs import Say, run_all
-from spectral_window.lab.trainings import Text, Training
 from spectral_window.nn.mixers import MIXERS
 
 Rows = Sequence[dict[str, Any]]
@@ -69,7 +69,7 @@ CLOSE = {name: VARIANTS[name] for name in BOTH} | {
     "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
 }
 CLOSING = {"SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"}}
-EVERY = CLOSE | CLOSING | {MIXERS[name].label: {"mixer": name} for name in RIVALS}
+EVERY = CLOSE | CLOSING | {MIXERS[name].label: {"mixer": name} for name in BASELINES}
 MEMORY = Plan(EVERY, ("sweep", "main", "seeds", "branches"), tuple(CLOSE), tuple(EVERY))
 FEW = Plan(CLOSE, ("sweep", "main", "seeds"), tuple(CLOSE))  # of the quick version
 

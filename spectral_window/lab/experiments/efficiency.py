@@ -11,7 +11,7 @@
 
 Batch 1, float32, hidden states out, random weights: time does not depend on them. Before any time
 is taken every contestant's hidden states are held to the same weights in float64 by the reference
-methods. Contestants take turns, in one process (`bench/race.py`): the milliseconds are medians,
+methods. Contestants take turns, in one process (`bench/timing.py`): the milliseconds are medians,
 `ratio` is the time over the Transformer's in the same round. Beyond 4,096 tokens two layers stand
 in for all, as every row says: layers are alike, so times are compared a layer.
 
@@ -36,8 +36,8 @@ from spectral_window.errors import ResourceError, UserError
 from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.lab.bench import PRECISION, child_environment, thread_counts
-from spectral_window.lab.bench.pictures import Panel, arrange, tokens
-from spectral_window.lab.reproduce.passes import CONTESTANTS, DOES_NOT_FIT, Job, Row
+from spectral_window.lab.bench.figures import Panel, arrange, tokens
+from spectral_window.lab.experiments.efficiency_measure import CONTESTANTS, DOES_NOT_FIT, Job, Row
 from spectral_window.lab.results import load
 from spectral_window.training.machine import precision
 
@@ -46,7 +46,7 @@ PUBLISHED = (512, 1024, 2048, 4096)
 LENGTHS = {"published": PUBLISHED, "posed": (*PUBLISHED, 8192, 16_384, 32_768, 65_536)}
 QUICK = (128, 512)
 WHOLE, FEW = 4096, 2  # beyond WHOLE tokens, and for peaks, FEW layers: the others are like them
-MODULE = "spectral_window.lab.reproduce.passes"
+MODULE = "spectral_window.lab.experiments.efficiency_measure"
 
 
 def run(

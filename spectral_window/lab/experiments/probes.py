@@ -30,7 +30,7 @@ from spectral_window.errors import DivergedError, NotFiniteError
 from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
-from spectral_window.lab import variants  # noqa: F401 - probes know its mixer and the rivals
+from spectral_window.lab import variants  # noqa: F401 - registers its mixer and the baselines
 from spectral_window.lab.jobs import Job
 from spectral_window.training.machine import environment, keep_memory, matmul_precision
 from spectral_window.training.optimizer import parameter_groups
@@ -240,7 +240,7 @@ def jobs(named: Sequence[tuple[str, Probe]], folder: Path, each: int = EACH) -> 
             write_json(path, dataclasses.asdict(probe))
         name = "; ".join(name for name, _ in together)
         words = tuple(map(str, settings))
-        found.append(Job(name, words, _row_of(settings[-1]), module="spectral_window.lab.probes"))
+        found.append(Job(name, words, _row_of(settings[-1]), module=__name__))
     return found
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectral_window.cli import main
 from spectral_window.errors import UserError
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.hf.model import count_parameters, match_parameters
-from spectral_window.hf.rivals import RIVALS
-from spectral_window.lab import doctor, probes
-from spectral_window.lab.probes import Exam, Probe
-from spectral_window.lab.reproduce import lm
-from spectral_window.lab.trainings import Text, Training
+from spectral_window.lab import doctor
+from spectral_window.lab.baselines import mixers
+from spectral_window.lab.baselines.mixers import BASELINES
+from spectral_window.lab.experiments import lm, probes
+from spectral_window.lab.experiments.probes import Exam, Probe
+from spectral_window.lab.experiments.trainings import Text, Training
 from spectral_window.nn.mixers import MIXERS
 from spectral_window.training.trainer import model_config
 from tests.processes import python
@@ -31,8 +33,8 @@ def small(mixer: str, **fields: object) -> SWHForCausalLM:
     return SWHForCausalLM(match_parameters(config, count_parameters(paper)))
 
 
-@pytest.mark.parametrize("mixer", RIVALS)
-def test_a_rival_is_as_large_learns_in_every_parameter_and_sees_no_later_token(mixer):
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_a_baseline_is_as_large_learns_in_every_parameter_and_sees_no_later_token(mixer):
     model = small(mixer)
     paper = count_parameters(SWHConfig(**SHAPE, intermediate_size=400, window=8))
     assert model.count_parameters() == pytest.approx(paper, rel=0.01)
@@ -52,19 +54,19 @@ def test_a_rival_is_as_large_learns_in_every_parameter_and_sees_no_later_token(m
 
 
 def test_what_a_library_starts_in_its_own_way_starts_so():
-    mixers = {name: small(name).model.layers[1].mixer for name in RIVALS}
-    assert mixers["mamba2"].inner.A_log.exp().tolist() == pytest.approx([1, 2, 3, 4])
-    decay = torch.exp(-torch.nn.functional.softplus(mixers["rg_lru"].inner.rg_lru.recurrent_param))
+    started = {name: small(name).model.layers[1].mixer for name in BASELINES}
+    assert started["mamba2"].inner.A_log.exp().tolist() == pytest.approx([1, 2, 3, 4])
+    decay = torch.exp(-torch.nn.functional.softplus(started["rg_lru"].inner.rg_lru.recurrent_param))
     assert ((decay > 0.89) & (decay < 1)).all()
-    assert mixers["gated_deltanet"].inner.dt_bias.tolist() == [1.0] * 4
-    assert mixers["kimi_delta"].inner.forget_gate.A_log.exp().ge(1).all()
-    keys = mixers["conv_attention"].k_conv.weights
+    assert started["gated_deltanet"].inner.dt_bias.tolist() == [1.0] * 4
+    assert started["kimi_delta"].inner.forget_gate.A_log.exp().ge(1).all()
+    keys = started["conv_attention"].k_conv.weights
     assert keys[:16].tolist() == [[1, 0, 0, 0]] * 16
     assert keys[16:].tolist() == [[0, 1, 0, 0]] * 16
 
 
-@pytest.mark.parametrize("mixer", RIVALS)
-def test_a_rival_refuses_what_it_would_compute_wrongly(mixer):
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_a_baseline_refuses_what_it_would_compute_wrongly(mixer):
     model, ids = small(mixer).eval(), torch.randint(40, (2, 12))
     packed = torch.cat((torch.arange(5), torch.arange(7)))[None].expand(2, -1)
     for given in ({"position_ids": packed}, {"attention_mask": torch.tensor([[0] + [1] * 11] * 2)}):
@@ -115,14 +117,14 @@ def test_each_option_of_a_variant_changes_what_it_says():
         assert all(n.endswith(expected[name]) for n in unused) if name in expected else not unused
 
 
-def test_a_probe_knows_rivals_also_at_lengths_that_others_read_in_segments():
+def test_a_probe_knows_baselines_also_at_lengths_that_others_read_in_segments():
     shape = {k: v for k, v in SHAPE.items() if k != "vocab_size"} | {"window": 8}
     tests = (Exam("recall", 32, 4), Exam("recall", 1100, 2))
     row = probes.run(Probe("recall", shape | {"mixer": "short_conv"}, tests, steps=2))
     assert [test["length"] for test in row["tests"]] == [32, 1100]
 
 
-def test_a_training_of_a_rival_is_a_command_that_can_be_typed(tmp_path: Path):
+def test_a_training_of_a_baseline_is_a_command_that_can_be_typed(tmp_path: Path):
     (tmp_path / "text.txt").write_text("One text to read again and again. " * 400)
     text = Text((str(tmp_path / "text.txt"),), (), tmp_path / "tokens")
     training = Training("tiny", {"mixer": "gated_deltanet", "steps": 2, "warmup_steps": 1}, "run")
@@ -133,7 +135,17 @@ def test_a_training_of_a_rival_is_a_command_that_can_be_typed(tmp_path: Path):
     assert row is not None
     assert row["eval_loss"] > 0
     command = json.loads((tmp_path / "run" / "config.json").read_text())["command"]
-    assert command.startswith("spectral-window --plugin spectral_window.hf.rivals train tiny ")
+    words = command.split()
+    assert words[:5] == ["spectral-window", "--plugin", mixers.__name__, "train", "tiny"]
+
+
+def test_commands_that_results_record_still_find_the_baselines(capsys):
+    results = Path(__file__).parents[2] / "results" / "memory" / "lm-short.json"
+    commands = [row["command"].split() for row in json.loads(results.read_text())["rows"]]
+    named = {words[words.index("--plugin") + 1] for words in commands if "--plugin" in words}
+    assert named
+    for name in named:
+        assert main(["--plugin", name, "info", "tiny"]) == 0
 
 
 def test_the_memory_is_compared_with_all_of_them_at_equal_size():
@@ -144,7 +156,7 @@ def test_the_memory_is_compared_with_all_of_them_at_equal_size():
             recipe = Training("paper-lm-small", shape | overrides, "").resolved()
             counts.add(count_parameters(model_config(recipe, 4096)))
         assert max(counts) <= 1.001 * min(counts), size
-    assert len(lm.MEMORY.variants) == 5 + len(RIVALS)
+    assert len(lm.MEMORY.variants) == 5 + len(BASELINES)
 
 
 def test_the_doctor_measures_a_mixer_whose_maps_have_other_names():

@@ -1,4 +1,4 @@
-"""The models people would take instead, at the size of an SWH model, for comparisons.
+"""Whole models that others use, at the size of an SWH model: what the benches time.
 
 Each is transformers' own implementation as it runs on this machine, randomly initialised, with the
 same vocabulary, width and depth as a given `SWHConfig` and as many parameters beside embedding and
@@ -6,9 +6,9 @@ head: Llama and RecurrentGemma by the width of their feed-forward layers, Mamba2
 by its number of layers. On a CPU the two recurrent ones run in plain torch: their fast kernels
 need a GPU.
 
-What differs between these models, SWH among them, is a `Peer` each: how it is built, what its cache
-is called, and how it is given one as after a long context without running it (`remember`): the cost
-of a token depends on how much is remembered, not on what.
+What differs between these models, SWH among them, is in one `Baseline` each: how it is built, what
+its cache is called, and how the cache after a long context is made without running it (`remember`).
+The cost of a token depends on how much is remembered, not on what.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from spectral_window.nn.mixers import map_state
 Build = Callable[[SWHConfig, int, torch.dtype], nn.Module]
 
 
-class Peer(NamedTuple):
+class Baseline(NamedTuple):
     """A kind of model, told by the class of its config.
 
     build:  (a config to be like, parameters beside embedding and head, dtype) -> the model.
@@ -98,10 +98,10 @@ def _attention(like: SWHConfig) -> dict[str, Any]:
     }
 
 
-def build_peer(name: str, like: SWHConfig, parameters: int, dtype: torch.dtype) -> nn.Module:
-    """The model `name` (a key of PEERS) with `parameters` beside embedding and head, as near as its
-    width or depth allows; in evaluation mode."""
-    return PEERS[name].build(like, parameters, dtype).eval()
+def build_baseline(name: str, like: SWHConfig, parameters: int, dtype: torch.dtype) -> nn.Module:
+    """The model `name` of BASELINES, in evaluation mode. It has `parameters` beside embedding and
+    head, as near as its width or depth allows."""
+    return BASELINES[name].build(like, parameters, dtype).eval()
 
 
 def _itself(like: SWHConfig, parameters: int, dtype: torch.dtype) -> nn.Module:
@@ -132,20 +132,20 @@ def count_inner(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in outer)
 
 
-def peer_of(model: Any) -> Peer:
+def baseline_of(model: Any) -> Baseline:
     """The record of what `model` is. Raises UserError for a kind that has none."""
-    for peer in PEERS.values():
-        if type(model.config) is peer.config:
-            return peer
+    for baseline in BASELINES.values():
+        if type(model.config) is baseline.config:
+            return baseline
     raise UserError(
-        f"no record of {type(model).__name__} (peers): choose one of {', '.join(PEERS)}"
+        f"no record of {type(model).__name__} (baselines): choose one of {', '.join(BASELINES)}"
     )
 
 
 def next_token(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """(logits [B, 1, vocab] of the last token, the cache to go on from): what every model here is
     timed at."""
-    name = peer_of(model).cache
+    name = baseline_of(model).cache
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
     return out.logits, out.get(name)  # RecurrentGemma keeps its own
 
@@ -158,7 +158,7 @@ def remember(model: Any, context: int, *, static: bool = False) -> tuple[Any, in
     static: Llama's keys and values in memory set aside for them, instead of growing.
     Raises UserError where the model cannot be given a past.
     """
-    past = peer_of(model).past
+    past = baseline_of(model).past
     if past is None:
         raise UserError(f"{type(model).__name__} (remember): its cache cannot be set to a context")
     return past(model, context, static)
@@ -199,9 +199,9 @@ def _shifted(model: Any, context: int, static: bool) -> tuple[Cache, int]:
     return cache, model.state_bytes(context)
 
 
-PEERS = {
-    "SWH": Peer(SWHConfig, _itself, past=_shifted),
-    "Llama": Peer(LlamaConfig, _equal(_llama), past=_keys_and_values),
-    "Mamba2": Peer(Mamba2Config, _equal(_mamba2), "cache_params", past=_any_state),
-    "RecurrentGemma": Peer(RecurrentGemmaConfig, _equal(_recurrent_gemma)),
+BASELINES = {
+    "SWH": Baseline(SWHConfig, _itself, past=_shifted),
+    "Llama": Baseline(LlamaConfig, _equal(_llama), past=_keys_and_values),
+    "Mamba2": Baseline(Mamba2Config, _equal(_mamba2), "cache_params", past=_any_state),
+    "RecurrentGemma": Baseline(RecurrentGemmaConfig, _equal(_recurrent_gemma)),
 }

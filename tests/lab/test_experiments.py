@@ -12,9 +12,9 @@ import pytest
 from spectral_window.cli import main
 from spectral_window.errors import IntegrityError, UserError
 from spectral_window.hf.model import count_parameters
-from spectral_window.lab import ablate, probes, results
-from spectral_window.lab.reproduce import lm, losses, synthetic
-from spectral_window.lab.trainings import Text, Training
+from spectral_window.lab import results
+from spectral_window.lab.experiments import ablate, lm, memory, probes, synthetic
+from spectral_window.lab.experiments.trainings import Text, Training
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
 from spectral_window.training.trainer import model_config
@@ -383,17 +383,17 @@ def test_what_the_memory_is_compared_with_is_one_table_a_part_and_a_picture(tmp_
         }  # fmt: skip
 
     rows = [row("sweep", "SWH", 0, lr, loss) for lr, loss in ((1e-3, 4.5), (2e-3, 4.4))]
-    rows += [row("sweep", losses.OURS, 0, 1e-3, 4.3), row("sweep", "Mamba-2", 0, 1e-3, 4.2)]
+    rows += [row("sweep", memory.OURS, 0, 1e-3, 4.3), row("sweep", "Mamba-2", 0, 1e-3, 4.2)]
     for seed, worse in ((0, 0.0), (1, 0.1)):
         rows += [row("main", "SWH", seed, 2e-3, 4.0, 3.5, 3.2 + worse)]
-        rows += [row("main", losses.OURS, seed, 1e-3, 3.9, 3.4, 3.1 + worse)]
-    losses.write({"rows": rows}, tmp_path, "lm-small")
+        rows += [row("main", memory.OURS, seed, 1e-3, 3.9, 3.4, 3.1 + worse)]
+    memory.write({"rows": rows}, tmp_path, "lm-small")
     lines = (tmp_path / "lm-small.md").read_text().splitlines()
     assert "| SWH with memory | 3,000,000 | 0.001, 0.02 | 3.150 (2 seeds) | -9.5% |" in lines
     assert "| SWH | 3,000,000 | 0.002, 0.02 | 4.400 | +22.1% |" in lines, "the better rate counts"
     assert lines.index("20,000,000 tokens a model (all tokens):") == 0
     assert (tmp_path / "lm-small.png").read_bytes().startswith(b"\x89PNG")
-    losses.write({"rows": []}, tmp_path, "lm-short")
+    memory.write({"rows": []}, tmp_path, "lm-short")
     assert not list(tmp_path.glob("lm-short*"))
 
 

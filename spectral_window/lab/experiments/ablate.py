@@ -22,10 +22,11 @@ from typing import Any
 
 from spectral_window.errors import UserError, unknown
 from spectral_window.files import write_text
-from spectral_window.lab import probes, results
+from spectral_window.lab import results
+from spectral_window.lab.experiments import probes
+from spectral_window.lab.experiments.probes import Exam, Probe
+from spectral_window.lab.experiments.trainings import Text, Training
 from spectral_window.lab.jobs import Say, run_all
-from spectral_window.lab.probes import Exam, Probe
-from spectral_window.lab.trainings import Text, Training
 
 PAPER: dict[str, Any] = {}
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {

@@ -25,10 +25,10 @@ from torch import Tensor
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHModel, count_parameters, match_parameters
 from spectral_window.lab.bench import PRECISION
-from spectral_window.lab.bench.memory import RESET, measure_peak, status
 from spectral_window.lab.bench.models import BARS, draw_ids, in_float64
-from spectral_window.lab.bench.race import Race, disqualified, relative_error
-from spectral_window.lab.reproduce.published import Published, attention_bytes
+from spectral_window.lab.bench.peaks import RESET, measure_peak, status
+from spectral_window.lab.bench.timing import Race, disqualified, relative_error
+from spectral_window.lab.experiments.published import Published, attention_bytes
 from spectral_window.training.machine import (
     environment,
     keep_memory,

@@ -1,7 +1,7 @@
-"""Rivals: mixers that people take instead, in this package's block, for comparisons at equal size.
+"""Baselines: mixers that others use, in this package's block, for comparisons at equal size.
 
 Embedding, norms, MLP (whose width makes the parameters equal), recipe and data are the same for
-all, so what differs is the mixer alone; `peers.py` has whole models.
+all, so a difference is the mixer's; `models.py` has whole models.
 
     conv_attention   attention with a causal convolution of 4 tokens on queries, keys and values
                      each, half of the keys starting one token late
@@ -16,7 +16,7 @@ those have by default, in plain torch where their kernels are missing. Maps star
 do (`initializer_range`), everything else as their library starts it. They read whole rows of one
 document, and nothing generates with them. Importing this file registers them:
 
-    spectral-window --plugin spectral_window.hf.rivals train small mixer=gated_deltanet
+    spectral-window --plugin spectral_window.lab.baselines.mixers train small mixer=gated_deltanet
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ def no_state(x: Tensor) -> NoState:
     return NoState(x.new_zeros(len(x), 0))
 
 
-def refuse_state(mixer: str, positions: Any, state: Any) -> None:
-    """Raise UserError for what would be computed wrongly."""
+def refuse_state(mixer: Mixer, positions: Any, state: Any) -> None:
+    """Raise UserError where padding, packed documents or a state would be computed wrongly."""
     if positions is not None or state is not None:
+        name = next(name for name, known in MIXERS.items() if known is type(mixer))
         raise UserError(
-            f"mixer '{mixer}' (laboratory): it reads whole rows of one document, without padding "
+            f"mixer '{name}' (laboratory): it reads whole rows of one document, without padding "
             "or a state; use one of the package's mixers to pack rows or to generate"
         )
 
 
-class Rival(Mixer):
-    """A mixer that is trained and scored on whole rows, without a state to go on from."""
+class Baseline(Mixer):
+    """A mixer that is trained and scored on whole rows, without a state to continue from."""
 
-    name = ""  # as registered
     constant_state = False  # long rows are not read in segments
 
     def forward(
         self, x: Tensor, positions: Tensor | Documents | None = None, state: Any = None
     ) -> tuple[Tensor, NoState]:
-        refuse_state(self.name, positions, state)
+        refuse_state(self, positions, state)
         return self.mix(x), no_state(x)
 
     def mix(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Rival(Mixer):
         return 2 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
 
-class Borrowed(Rival):
+class Borrowed(Baseline):
     """A mixer of transformers: `inner`, made and started by its own library."""
 
     inner_config: Any
@@ -116,7 +116,7 @@ class Borrowed(Rival):
 class Mamba2(Borrowed):
     """Mamba-2: twice the width inside, 128 numbers of state per channel."""
 
-    name, label = "mamba2", "Mamba-2"
+    label = "Mamba-2"
 
     def borrow(self, dim: int, heads: int) -> tuple[nn.Module, type[PreTrainedModel]]:
         from transformers.models.mamba2 import modeling_mamba2 as library
@@ -135,7 +135,7 @@ class Mamba2(Borrowed):
 class RgLru(Borrowed):
     """RecurrentGemma's recurrent block."""
 
-    name, label = "rg_lru", "RG-LRU (RecurrentGemma)"
+    label = "RG-LRU (RecurrentGemma)"
 
     def borrow(self, dim: int, heads: int) -> tuple[nn.Module, type[PreTrainedModel]]:
         from transformers.models.recurrent_gemma import modeling_recurrent_gemma as library
@@ -156,7 +156,7 @@ class RgLru(Borrowed):
 class GatedDeltaNet(Borrowed):
     """Qwen3-Next's linear layer: twice as many values as keys, as there."""
 
-    name, label = "gated_deltanet", "Gated delta net (Qwen3-Next)"
+    label = "Gated delta net (Qwen3-Next)"
 
     def borrow(self, dim: int, heads: int) -> tuple[nn.Module, type[PreTrainedModel]]:
         from transformers.models.qwen3_next import modeling_qwen3_next as library
@@ -178,7 +178,7 @@ class GatedDeltaNet(Borrowed):
 class KimiDelta(Borrowed):
     """Kimi Linear's delta attention."""
 
-    name, label = "kimi_delta", "Kimi delta attention"
+    label = "Kimi delta attention"
 
     def borrow(self, dim: int, heads: int) -> tuple[nn.Module, type[PreTrainedModel]]:
         from transformers.models.kimi_linear import modeling_kimi_linear as library
@@ -198,7 +198,7 @@ class KimiDelta(Borrowed):
 class ShortConvolution(Borrowed):
     """LFM2's gated short convolution."""
 
-    name, label = "short_conv", "Gated short convolution (LFM2)"
+    label = "Gated short convolution (LFM2)"
 
     def borrow(self, dim: int, heads: int) -> tuple[nn.Module, type[PreTrainedModel]]:
         from transformers.models.lfm2 import modeling_lfm2 as library
@@ -232,10 +232,10 @@ class Convolution(Filter):
 
 
 @register("conv_attention", ROPE_THETA)
-class ConvAttention(Rival):
+class ConvAttention(Baseline):
     """The Transformer baseline with a short convolution on queries, keys and values each."""
 
-    name, label = "conv_attention", "Transformer, short convolutions"
+    label = "Transformer, short convolutions"
     visible = AttentionMixer.visible
 
     def __init__(self, **options: Any):
@@ -265,4 +265,4 @@ class ConvAttention(Rival):
         return convolution.convolve(mapped, state=None, positions=None, method="auto")[0]
 
 
-RIVALS = tuple(name for name, mixer in MIXERS.items() if issubclass(mixer, Rival))
+BASELINES = tuple(name for name, mixer in MIXERS.items() if issubclass(mixer, Baseline))

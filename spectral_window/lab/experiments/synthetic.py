@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.data.tasks import ceiling, make
-from spectral_window.lab import probes, results
+from spectral_window.lab import results
+from spectral_window.lab.experiments import probes
+from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.lab.jobs import Say, run_all
-from spectral_window.lab.probes import Exam, Probe
 
 SEEDS = (0, 1, 2)
 MODELS: dict[str, dict[str, Any]] = {
