@@ -10,7 +10,7 @@ PYTEST := $(SUITE_ENV) $(SUITE)
 # A CUDA build of torch brings its own; beside the CPU build it interprets and compiles kernels for tests.
 TRITON := triton==3.6.0
 
-.PHONY: setup demo test test-machines test-slow lint bench clean
+.PHONY: setup demo check test test-machines test-slow lint docs bench clean
 
 setup: $(READY)
 
@@ -30,8 +30,22 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The inner loop, under 90 s on two quiet cores: lint, types, and the tests that most changes break.
+CORE := tests/test_house.py tests/test_setup.py tests/test_errors.py tests/test_plugins.py tests/nn/test_paper.py \
+	tests/nn/test_options.py tests/ops/test_fir.py tests/ops/test_linear.py tests/ops/test_pointwise.py \
+	tests/hf/test_config.py tests/hf/test_keywords.py tests/hf/test_inputs.py tests/data/test_kinds.py \
+	tests/data/test_blocks.py tests/data/test_text.py tests/training/test_optimizer.py tests/training/test_machine.py
+
+check: lint
+	$(PYTEST) $(CORE)
+
 test: lint
 	$(PYTEST)
+
+# build/docs/index.html; a warning is an error.
+docs: setup
+	$(BIN)/python docs/tables.py --check
+	$(BIN)/python -m sphinx -W --keep-going -d build/doctrees docs build/docs
 
 # The whole suite as on other machines, up to half an hour each; some of them:
 #     make test-machines MACHINES="threads-4 load"

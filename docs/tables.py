@@ -1,0 +1,190 @@
+"""The tables of measurements in README.md and in these pages, made from results/.
+
+    python docs/tables.py          write them anew
+    python docs/tables.py --check  exit 1 and name the files that are out of date
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a key of TABLES.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spectral_window.lab.paper import claims
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+Row = dict[str, Any]
+
+
+def read(path: str) -> Any:
+    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+# ------------------------------------------------------------------------------- memory and recall
+
+TASKS = ("Recall, 4 pairs", "Needle", "Induction")
+
+
+def _share(model: str, training: str, task: str, times: int) -> str:
+    """The mean share of right answers over seeds, `times` the length of training."""
+    shares = [
+        test["right"] / test["asked"]
+        for row in read("memory/recall.json")["rows"]
+        if (row["model"], row["training"], row["ability"]) == (model, training, task)
+        for test in row["tests"]
+        if test["length"] == times * 32
+    ]
+    mean = sum(shares) / len(shares)
+    return f"{mean:.3f}" if mean >= 0.995 else f"{mean:.2f}"
+
+
+def recall() -> str:
+    """Right answers at 32 times the length of training."""
+    models = {
+        "SWH with memory": ("SWH with memory", "fixed"),
+        "SWH as published": ("SWH", "fixed"),
+        "Transformer": ("Transformer", "fixed"),
+        "Transformer, trained at 32 to 256": ("Transformer", "mixed"),
+    }
+    rows = ([task, *(_share(*model, task, 32) for model in models.values())] for task in TASKS)
+    return markdown(["right answers at 1,024 tokens", *models], rows)
+
+
+def recall_far() -> str:
+    """Right answers of both write gates at 32, 256 and 1,024 times the length of training."""
+    gates = {"": "SWH with memory", ", closing gate": "SWH with memory, closing gate"}
+    rows = (
+        [f"{times * 32:,}{gate}", *(_share(model, "fixed", task, times) for task in TASKS)]
+        for gate, model in gates.items()
+        for times in (32, 256, 1024)
+    )
+    return markdown(["trained at 32 tokens, asked at", *(task.lower() for task in TASKS)], rows)
+
+
+def _losses(path: str) -> dict[str, float]:
+    """Held-out loss of each model's best learning rate and width in the sweep, first seed."""
+    losses: dict[str, float] = {}
+    for row in read(path)["rows"]:
+        if (row["part"], row["seed"]) == ("sweep", 0):
+            losses[row["variant"]] = min(row["eval_loss"], losses.get(row["variant"], 99.0))
+    return dict(sorted(losses.items(), key=lambda item: item[1]))
+
+
+def text() -> str:
+    """Held-out loss beside linear models and Transformers of equal size, on two kinds of text."""
+    manuals, prose = _losses("memory/lm-short.json"), _losses("memory/prose/lm-short.json")
+    rows = (
+        [name, f"{loss:.3f}", f"{prose[name]:.3f}" if name in prose else "-"]
+        for name, loss in manuals.items()
+    )
+    return markdown(["model, 1.51 million parameters", "manuals", "prose"], rows)
+
+
+def text_longer() -> str:
+    """Held-out loss on the way through 20 million tokens, of each model's best rate and width."""
+    suite = read("memory/lm-small.json")
+    models, sweep = ("Transformer", "SWH", "SWH with memory"), _losses("memory/lm-small.json")
+    curves: dict[str, dict[int, float]] = {}
+    runs = [row for row in suite["rows"] if row["part"] == "main"]
+    for run in [*suite["unfinished"], *sorted(runs, key=lambda row: -row["eval_loss"])]:
+        curve = {int(tokens): loss for tokens, loss in run["eval_curve"]}
+        if "eval_loss" in run:  # over all held-out tokens; the curve is over some of them
+            curve[run["tokens"]] = run["eval_loss"]
+        curves[run["variant"]] = curve
+    lines = [["1.05 million, a schedule of that length", *(f"{sweep[m]:.3f}" for m in models)]]
+    for tokens in (5_120_000, 13_312_000, 20_000_768):
+        cells = [curves[m].get(tokens) for m in models]
+        shown = ("stopped before" if loss is None else f"{loss:.3f}" for loss in cells)
+        lines.append([f"{tokens / 1e6:.1f} million of 20 million", *shown])
+    return markdown(["tokens read", *models], lines)
+
+
+# ------------------------------------------------------------------------------- speed
+
+_SETTINGS = [(dtype, threads) for dtype in ("float32", "bfloat16") for threads in (1, 2)]
+
+
+def goals() -> str:
+    """Every goal of the benchmark on the processor where all were measured; bold: not reached."""
+    measured: dict[tuple[str, str], Row] = {}
+    for row in read("cpu/amd-epyc-znver5/goals.json")["goals"]:
+        cell = f"{row['measured']:.3g}"
+        cell = cell if row["reached"] == "reached" else f"**{cell}**"
+        settings = measured.setdefault((row["path"], row["goal"]), {})
+        settings[row["dtype"], row["threads"]] = cell
+    head = ["path", "goal", *(f"{dtype}, {n} thread{'s' * (n > 1)}" for dtype, n in _SETTINGS)]
+    rows = ([*names, *(of.get(each, "-") for each in _SETTINGS)] for names, of in measured.items())
+    return markdown(head, rows)
+
+
+# ------------------------------------------------------------------------------- others
+
+
+def demo() -> str:
+    """The two models of `spectral-window demo`."""
+    rows = []
+    for name, folder in (("SWH", "swh"), ("Transformer", "transformer")):
+        end = read(f"demo/{folder}/result.json")
+        rows.append(
+            [
+                name,
+                f"{end['parameters']:,}",
+                f"{end['eval_loss']:.3f}",
+                f"{end['bits_per_byte']:.3f}",
+                f"{end['tokens_per_second']:,.0f}",
+                f"{end['peak_memory_bytes'] / 2**30:.2f} GiB",
+            ]
+        )
+    head = ("parameters", "held-out loss", "bits per byte", "training tokens/s", "peak memory")
+    return markdown([f"after {end['tokens']:,} tokens", *head], rows)
+
+
+def paper() -> str:
+    """Every claim of the paper with its verdict."""
+    return claims.markdown(claims.judge(claims.read(RESULTS / "paper"))) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "goals": goals,
+    "paper": paper,
+    "recall": recall,
+    "recall-far": recall_far,
+    "text": text,
+    "text-longer": text_longer,
+}
+
+
+def renew(page: str) -> str:
+    """The text of a page with every table in it made from results/."""
+    return _PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], page)
+
+
+def main() -> int:
+    check, stale = "--check" in sys.argv[1:], []
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if renew(page) != page:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(renew(page), encoding="utf-8")
+    for path in stale:
+        print(f"{path}: {'out of date' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
