@@ -32,7 +32,7 @@ html_show_sourcelink = False
 html_show_copyright = False
 templates_path: list[str] = []
 
-myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 # links of ARCHITECTURE.md and others to files that are no pages
 suppress_warnings = ["myst.xref_missing"]
@@ -46,13 +46,15 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Shapes", "params_style")]
 default_role = "code"  # `x` in a docstring is code, as in Markdown
+highlight_language = "text"
+smartquotes = False  # it would make a dash of the two hyphens of an option
 
 
 # ------------------------------------------------------------------------------- docstrings
 
 _HEADER = re.compile("(Args|Attributes|Examples?|Note|Raises|Returns|Shapes|Yields):$")
 _ITEM = re.compile(r"[-*] |\d+\. |>>> ")
-_CODE = re.compile(r"(`+[^`]+`+)")
+_MARKUP = re.compile(r"(`+[^`]+`+|(?<!\S)\*\w[^*]*\*(?!\w))")  # `code` and *emphasis*
 
 
 def plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -61,6 +63,8 @@ def plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
     The docstrings hold formulas and drawings: `|a|`, `x**2` and `name_` are no markup, and lines
     that are indented outside a Google-style section are a drawing, shown as it stands.
     """
+    if lines and lines[0].startswith("Alias for field number"):  # a NamedTuple's own words
+        lines.clear()
     text: list[str] = []
     section = False
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
@@ -78,12 +82,18 @@ def plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
 def _escape(line: str) -> str:
     if line.lstrip().startswith((">>>", "...")):
         return line
-    parts = _CODE.split(line)
+    parts = _MARKUP.split(line)
     parts[::2] = [re.sub(r"([|*\\])|(?<=\w)_(?!\w)", r"\\\g<0>", text) for text in parts[::2]]
     return "".join(parts)
 
 
 # ------------------------------------------------------------------------------- commands
+
+
+def _shown(metavar: str) -> str:
+    """An argument without what typer adds: {MODEL} is MODEL, [[BENCH]...]... is [BENCH]..."""
+    metavar = re.sub(r" <.*>$|[{}]", "", metavar)
+    return re.sub(r"^\[(\[.*\]\.\.\.)\]\.\.\.$", r"\1", metavar)
 
 
 class Commands(SphinxDirective):
@@ -95,11 +105,11 @@ class Commands(SphinxDirective):
 
     def section(self, name: str, command: Any) -> nodes.section:
         context = command.make_context(name, [], resilient_parsing=True)
-        usage = " ".join(piece.strip("{}") for piece in command.collect_usage_pieces(context))
+        pieces = [_shown(piece) for piece in command.collect_usage_pieces(context)]
         section = nodes.section(ids=[name], names=[name])
         section += nodes.title(text=name)
         section += nodes.paragraph(text=" ".join((command.help or "").split()))
-        text = f"spectral-window {name} {usage}"
+        text = " ".join(["spectral-window", name, *pieces])
         section += nodes.literal_block(text, text, language="text")
         options = nodes.definition_list(classes=["options"])
         options += [item for each in command.params for item in self.item(each, context)]
@@ -109,7 +119,7 @@ class Commands(SphinxDirective):
     def item(self, parameter: Any, context: Any) -> Iterator[nodes.definition_list_item]:
         names, about = parameter.get_help_record(context)
         item = nodes.definition_list_item()
-        item += nodes.term("", "", nodes.literal(text=names))
+        item += nodes.term("", "", nodes.literal(text=_shown(names)))
         item += nodes.definition("", nodes.paragraph(text=" ".join(about.split())))
         yield item
 

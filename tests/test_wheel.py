@@ -77,6 +77,7 @@ def environment_in(folder: Path, *flags: str) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.mark.timeout(1800)  # it compiles every loop anew
 def test_the_wheel_trains_and_generates_without_the_repository(wheel, tmp_path):
     """In an environment of its own that sees the dependencies installed here, and not the
     repository: a path in a .pth file is searched, but its own .pth files are not."""
