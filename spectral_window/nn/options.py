@@ -38,6 +38,7 @@ class Option:
                        declares it checks.
     choices:           the texts there are; a `Registry` where the text names a part.
     at_least, above:   the least value, and what it must exceed; an int is at least 1 otherwise.
+    at_most, below:    the same for the largest; an int is at most 2**31 - 1 otherwise.
     optional:          None is a value too.
     decides:           "state": a state means something only to a model that agrees in it;
                        "function": it decides the rest of what a model computes; "weights": how
@@ -53,6 +54,8 @@ class Option:
     choices: Collection[str] | None = None
     at_least: float | None = None
     above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
     optional: bool = False
     decides: str = "state"
     in_recipes: bool = True
@@ -69,34 +72,45 @@ class Option:
             self._check_texts(value, where)
         elif not self._fits(value):
             null = ", or null" if self.optional else ""
-            raise UserError(f"{self.name} is {value!r} ({where}): use {self._range()}{null}")
+            raise UserError(f"{self.name} is {value!r} ({where}): use {self.range()}{null}")
 
     def _fits(self, value: Any) -> bool:
         if self.kind is bool or isinstance(value, bool):
             return self.kind is type(value) or self.kind is object
         if self.kind is int:
-            least = 1 if self.at_least is None else self.at_least
-            return isinstance(value, numbers.Integral) and least <= int(value) <= LARGEST
+            least, most = self._whole_range()
+            return isinstance(value, numbers.Integral) and least <= int(value) <= most
         if self.kind is float:
             number = _number(value)
             return (
                 math.isfinite(number)
                 and (self.above is None or number > self.above)
                 and (self.at_least is None or number >= self.at_least)
+                and (self.below is None or number < self.below)
+                and (self.at_most is None or number <= self.at_most)
             )
         return isinstance(value, self.kind)
 
-    def _range(self) -> str:
-        """What `_fits` takes, in words."""
+    def _whole_range(self) -> tuple[int, int]:
+        least = 1 if self.at_least is None else int(self.at_least)
+        return least, LARGEST if self.at_most is None else int(self.at_most)
+
+    def range(self) -> str:
+        """The values that `check` accepts, in words."""
         if self.kind is bool:
             return "true or false"
         if self.kind is int:
-            return f"a whole number, {1 if self.at_least is None else self.at_least:g} to {LARGEST}"
+            least, most = self._whole_range()
+            return f"a whole number, {least} to {most}"
         if self.kind is float:
-            bound = "" if self.above is None else f" above {self.above:g}"
-            return "a finite number" + (
-                bound if self.at_least is None else f" of at least {self.at_least:g}"
+            bounds = (
+                ("above", self.above),
+                ("of at least", self.at_least),
+                ("below", self.below),
+                ("of at most", self.at_most),
             )
+            words = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+            return " ".join(["a finite number", " and ".join(words)]).strip()
         return "text"
 
     def _check_texts(self, value: Any, where: str) -> None:

@@ -5,13 +5,13 @@ from spectral_window.training.recipes import resolve
 
 result = train(resolve("tiny"), "runs/tiny")
 
-recipes.py      every knob of a run, and the named recipes; knobs.py reads and checks the values
+recipes.py      every setting of a run with its range, and the named recipes
 trainer.py      train(): from a recipe to a finished run folder
 folder.py       whether that folder may be used, and by this run alone
 text.py         its text, prepared or found
 initial.py      a model to begin from, instead of random weights
 machine.py      the device and what is recorded about it; memory.py: whether the run fits
-loop.py         transformers' Trainer with our rules; optimizer.py: its groups and learning rate
+loop.py         the training loop, on accelerate; optimizer.py: parameter groups and learning rate
 parallel.py     the little that several processes need
 interrupt.py    Ctrl-C and SIGTERM
 checkpoints.py  saving that survives a kill; state.py: what a checkpoint holds;
@@ -32,7 +32,7 @@ __all__ = ["Interrupted", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """transformers' Trainer takes seconds to import, so `train` waits until it is asked for."""
+    """Import `train` when it is first used: transformers takes seconds to import."""
     if name == "train":
         from spectral_window.training.trainer import train
 

@@ -47,7 +47,7 @@ class Initial:
     def adopt(self, recipe: Recipe, named: Mapping[str, object] | None = None) -> Recipe:
         """`recipe` with this model's architecture and tokenizer.
 
-        named: the knobs that the user set himself. UserError for one that the model contradicts.
+        named: settings that the user gave. UserError for one that the model contradicts.
         """
         fields = self.config.fields().values()
         own = {field.name: getattr(self.config, field.name) for field in fields if field.in_recipes}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import spectral_window
 from spectral_window.errors import UserError
-from spectral_window.training.knobs import MATMUL_SETTINGS as SETTINGS
+from spectral_window.training.recipes import MATMUL_SETTINGS as SETTINGS
 from spectral_window.training.recipes import Recipe
 
 

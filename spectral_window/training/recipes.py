@@ -1,8 +1,8 @@
 """Recipes: everything that decides a training run, in one frozen object.
 
 A recipe is made by a Python function (`demo`, `tiny`, `small`, `paper_lm`, ...), so it can be read,
-diffed and composed like any code; the command line changes single knobs with `key=value`. What a
-recipe does not hold is where things live (the output folder, the prepared data), because that must
+diffed and composed like any code; the command line overrides single settings with `key=value`.
+Where things are (the output folder, the prepared data) is no part of a recipe, because that must
 not change a result.
 
 Two choices are worth knowing before reading the numbers:
@@ -21,6 +21,7 @@ Two choices are worth knowing before reading the numbers:
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,8 +31,7 @@ from typing import Any
 from spectral_window.errors import UserError, unknown
 from spectral_window.hf.config import CORE
 from spectral_window.nn.memory import recommended
-from spectral_window.nn.options import known, recorded, reserve
-from spectral_window.training.knobs import check, parse
+from spectral_window.nn.options import Option, known, recorded, reserve
 
 # What may differ between a run and its resumption: it changes the record, not what is learned.
 FREE_ON_RESUME = frozenset(
@@ -41,6 +41,7 @@ FREE_ON_RESUME = frozenset(
 
 # Fields of SWHConfig as a recipe has them: its models are small, and the text decides how many
 # tokens there are.
+_LARGEST = 2**62
 _OWN: dict[str, dict[str, Any]] = {
     "vocab_size": {"default": None, "optional": True},
     "hidden_size": {"default": 256},
@@ -52,60 +53,106 @@ MODEL = tuple(
 )
 
 
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+# PyTorch's names for how float32 products may be computed, in the order in which "auto" tries them
+MATMUL_SETTINGS = ("medium", "high", "highest")
+MATMUL_PRECISIONS = ("auto", *MATMUL_SETTINGS)
+
+
+def _setting(default: Any, help: str, **rules: Any) -> Any:
+    """A field of `Recipe`; rules: as `Option` has them. An Option of each is in `SETTINGS`."""
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
+
+
 @dataclass(frozen=True, init=False)
 class Recipe:
-    """Every knob of a training run: sizes are counts, lengths are in tokens.
+    """Every setting of a training run; sizes are counts, lengths are in tokens.
 
     Keywords are flat, fields of the model among the others: `Recipe(name=..., window=64, lr=1e-3)`
     (or together, as `model`).
     Raises UserError on a value outside its range, naming the field.
     """
 
-    name: str
-    # Data: sources as `data.text.prepare` takes them; an empty `valid` holds out whole documents of
-    # `data`.
-    data: tuple[str, ...]
-    valid: tuple[str, ...] = ()
-    valid_fraction: float = 0.02
-    split_seed: int = 0  # of what is held out: runs that differ in `seed` read the same text
-    tokenizer: str = "bpe:4096"
-    txt_documents: str = "file"
-    max_bytes: int | None = None
-    errors: str = "strict"
-    skip_bad: bool = False
-    drop_shared: bool = False  # leave out of training what `valid` holds too
-    # Fields of SWHConfig, read-only: those of every model, and what its parts are told.
+    name: str = _setting(dataclasses.MISSING, "what the recipe is called")
+    data: tuple[str, ...] = _setting(
+        dataclasses.MISSING, "text to learn from: files, folders, globs, stdlib, hub:NAME:CONFIG"
+    )
+    valid: tuple[str, ...] = _setting(
+        (), "text to evaluate on; none: whole documents of data are held out"
+    )
+    valid_fraction: float = _setting(
+        0.02, "part of the text that is held out where valid names none", above=0, below=1
+    )
+    split_seed: int = _setting(
+        0,
+        "seed of what is held out: runs that differ in seed read the same text",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    tokenizer: str = _setting(
+        "bpe:4096", "bpe:SIZE (trained on the text), bytes, gpt2, or a tokenizer's folder"
+    )
+    txt_documents: str = _setting(
+        "file", "what a document of a .txt file is", choices=("file", "paragraph")
+    )
+    max_bytes: int | None = _setting(None, "read at most this many bytes of text", at_most=_LARGEST)
+    errors: str = _setting(
+        "strict", "a byte that is not UTF-8 is an error, or replaced", choices=("strict", "replace")
+    )
+    skip_bad: bool = _setting(False, "skip records that cannot be read")
+    drop_shared: bool = _setting(False, "leave out of training what valid holds too")
+    # Fields of SWHConfig, read-only: those of every model, and those of its parts.
     # vocab_size None: the tokenizer's.
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-    # Equal size: give this variant as many parameters as the recipe has with the mixer `match` as
-    # it is by default (none turns it off), or about `parameters`.
-    match: str | None = "spectral_window"
-    parameters: int | None = None
+    match: str | None = _setting(
+        "spectral_window",
+        "size the MLP so that the model has as many parameters as with this mixer",
+    )
+    parameters: int | None = _setting(
+        None, "size the MLP so that the model has about this many", at_most=_LARGEST
+    )
     # Optimisation
-    sequence_length: int = 256
-    batch_size: int = 16
-    micro_batch_size: int = 16
-    steps: int = 1000
-    lr: float = 1e-3
-    lr_min_ratio: float = 0.1
-    warmup_steps: int = 100
-    schedule: str = "cosine"
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    seed: int = 0
+    sequence_length: int = _setting(256, "tokens of a training sequence")
+    batch_size: int = _setting(16, "sequences per optimiser step, over all processes")
+    micro_batch_size: int = _setting(16, "sequences that a process computes at once")
+    steps: int = _setting(1000, "optimiser steps")
+    lr: float = _setting(1e-3, "highest learning rate of AdamW", above=0)
+    lr_min_ratio: float = _setting(
+        0.1, "learning rate at the end of the cosine, as a part of lr", at_least=0, at_most=1
+    )
+    warmup_steps: int = _setting(100, "steps of linear warm-up", at_least=0)
+    schedule: str = _setting(
+        "cosine", "learning rate after the warm-up", choices=("cosine", "constant")
+    )
+    weight_decay: float = _setting(0.1, "of AdamW, for matrices and embeddings alone", at_least=0)
+    beta1: float = _setting(0.9, "of AdamW", at_least=0, below=1)
+    beta2: float = _setting(0.95, "of AdamW", at_least=0, below=1)
+    clip: float = _setting(1.0, "largest norm of the gradient; 0: any", at_least=0)
+    seed: int = _setting(
+        0, "seed of the weights and the order of the text", at_least=0, at_most=2**32 - 1
+    )
     # Numbers and machine
-    dtype: str = "float32"
-    matmul_precision: str = "auto"  # the fastest that is float32 here; see `machine.fastest`
-    device: str = "auto"
-    gradient_checkpointing: bool = False
-    # What is written down, and when (steps)
-    log_every: int = 10
-    eval_every: int = 200
-    eval_tokens: int | None = None
-    save_every: int = 200
-    keep_checkpoints: int = 2
+    dtype: str = _setting(
+        "float32", "bfloat16: products under autocast, weights in float32", choices=DTYPES
+    )
+    matmul_precision: str = _setting(
+        "auto",
+        "how float32 products are computed; auto: the fastest that is float32 on this machine",
+        choices=MATMUL_PRECISIONS,
+    )
+    device: str = _setting("auto", "auto: a GPU if there is one", choices=DEVICES)
+    gradient_checkpointing: bool = _setting(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
+    # What is recorded, and when
+    log_every: int = _setting(10, "steps between lines of metrics")
+    eval_every: int = _setting(200, "steps between evaluations")
+    eval_tokens: int | None = _setting(
+        None, "held-out tokens per evaluation; none: all", at_most=_LARGEST
+    )
+    save_every: int = _setting(200, "steps between checkpoints")
+    keep_checkpoints: int = _setting(2, "newest checkpoints that are kept", at_least=2)
 
     def __init__(self, *, model: Mapping[str, Any] = MappingProxyType({}), **values: Any) -> None:
         values = {**model, **values}
@@ -116,7 +163,22 @@ class Recipe:
                 raise UserError(f"a recipe needs a {each.name} (recipe): give {each.name}=")
             object.__setattr__(self, each.name, value)
         object.__setattr__(self, "model", _model(values))
-        check(vars(self), KNOBS)
+        for name, option in SETTINGS.items():
+            option.check(getattr(self, name), "recipe")
+        self._check()
+
+    def _check(self) -> None:
+        """Raise UserError for settings that do not fit together."""
+
+        def require(good: bool, name: str, rule: str) -> None:
+            if not good:
+                raise UserError(f"{name}={getattr(self, name)} (recipe): {rule}")
+
+        steps, batch, micro = self.steps, self.batch_size, self.micro_batch_size
+        require(self.warmup_steps <= steps, "warmup_steps", f"must not exceed steps ({steps})")
+        require(batch % micro == 0, "micro_batch_size", f"must divide batch_size ({batch})")
+        if not self.data:
+            raise UserError("data= (recipe): name at least one source, for example data=book.txt")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Recipe.from_dict, (self.to_dict(),)
@@ -132,7 +194,7 @@ class Recipe:
         return max(self.micro_batch_size, 4096 // self.sequence_length)
 
     def replace(self, **changes: Any) -> Recipe:
-        """The same recipe with some knobs changed. Raises UserError on an unknown or bad one."""
+        """The same recipe with some settings changed. Raises UserError on an unknown or bad one."""
         return Recipe(**self._flat() | changes.pop("model", {}) | changes)
 
     def _flat(self) -> dict[str, Any]:
@@ -160,15 +222,28 @@ class Recipe:
         return cls(**fields)
 
 
-KNOBS: dict[str, Any] = {k: v for k, v in typing.get_type_hints(Recipe).items() if k != "model"}
-reserve(KNOBS, "a knob of a recipe")
+def _options() -> dict[str, Option]:
+    hints = typing.get_type_hints(Recipe)
+    options = {}
+    for each in dataclasses.fields(Recipe):
+        if each.name != "model":
+            hint = hints[each.name]
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            (kind,) = (typing.get_origin(k) or k for k in kinds if k is not types.NoneType)
+            rules = {"optional": types.NoneType in kinds, "decides": "use", **each.metadata}
+            options[each.name] = Option(each.name, kind, each.default, **rules)
+    return options
+
+
+SETTINGS: Mapping[str, Option] = MappingProxyType(_options())
+reserve(SETTINGS, "a setting of training")
 
 
 def _model(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The model's fields out of a recipe's values, checked, each in its default where there is
     none."""
     held = {}
-    given = {name: value for name, value in values.items() if name not in KNOBS}
+    given = {name: value for name, value in values.items() if name not in SETTINGS}
     for name, option in known(MODEL).items():
         held[name] = option.normal(given.get(name, option.default))
         option.check(held[name], "recipe")
@@ -181,15 +256,15 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """Every key of a recipe that has a default, with it, as `Recipe.to_dict` has it."""
-    of_knobs = {each.name: each.default for each in dataclasses.fields(Recipe)}
+    of_settings = {each.name: each.default for each in dataclasses.fields(Recipe)}
     of_model = {name: option.default for name, option in known(MODEL).items()}
-    values = of_knobs | of_model
+    values = of_settings | of_model
     return _plain({k: v for k, v in values.items() if v is not dataclasses.MISSING})
 
 
 def keys() -> list[str]:
     """Every key that a recipe takes."""
-    return sorted({*KNOBS, *known(MODEL)})
+    return sorted({*SETTINGS, *known(MODEL)})
 
 
 def _check_keys(given: Iterable[str]) -> None:
@@ -373,8 +448,8 @@ def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise UserError(
                 "name (recipe override): a recipe keeps its name; choose the folder with --out"
             )
-        if key in KNOBS:
-            changes[key] = parse(key, value, KNOBS[key])
+        if key in SETTINGS:
+            changes[key] = SETTINGS[key].parse(value, "recipe")
         else:
             changes[key] = known(MODEL)[key].parse(value, "recipe")
     return changes

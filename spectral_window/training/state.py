@@ -8,7 +8,6 @@ checkpoint runs no code of his. A checkpoint folder is also a model folder:
     optimizer.safetensors                                Adam's moments, by parameter name
     rng.safetensors                                      torch's random generators, one a process
     training.json                                        step counters, schedule, other generators
-    trainer_state.json                                   what transformers' Trainer wants to find
 """
 
 from __future__ import annotations
@@ -37,14 +36,11 @@ _JSON = "training.json"
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """Weights, config and tokenizer, as from_pretrained loads them. DivergedError if not finite."""
     check_finite(model)
-    use_cache = model.config.use_cache
-    model.config.use_cache = True  # Trainer turns it off while it trains
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model.save_pretrained(folder, max_shard_size="1000GB")
     finally:
-        model.config.use_cache = use_cache
         if bars:
             logging.enable_progress_bar()
     if tokenizer is not None:

@@ -43,13 +43,12 @@ from spectral_window.training import folder as run_folder
 from spectral_window.training.evaluate import evaluate
 from spectral_window.training.initial import Initial
 from spectral_window.training.interrupt import Interrupted, StopRequest, catch_signals
-from spectral_window.training.knobs import MATMUL_PRECISIONS
-from spectral_window.training.loop import RecipeTrainer, accumulation
+from spectral_window.training.loop import Loop, accumulation
 from spectral_window.training.memory import check_memory
 from spectral_window.training.metrics import MetricsLog
 from spectral_window.training.parallel import World
 from spectral_window.training.progress import Progress, Silent
-from spectral_window.training.recipes import FREE_ON_RESUME, Recipe, defaults
+from spectral_window.training.recipes import FREE_ON_RESUME, MATMUL_PRECISIONS, Recipe, defaults
 from spectral_window.training.text import corpus_of, vocabulary_size
 
 
@@ -232,9 +231,11 @@ class _Run:
         if start is None and self.init is not None:
             model.load_state_dict(self.init.weights)
         with self._on_signals() as stop:
-            trainer = RecipeTrainer(
+            transformers.set_seed(self.recipe.seed)  # whatever building the model has drawn
+            loop = Loop(
                 recipe=self.recipe,
                 model=model,
+                device=self.device,
                 corpus=self.corpus,
                 folder=self.out,
                 about=self.about,
@@ -255,14 +256,12 @@ class _Run:
                 tokens = step * self.recipe.tokens_per_step
                 self.metrics.write({"step": step, "tokens": tokens, "event": "resume"})
                 self.progress.note(f"resumed from {start.name}")
-                trainer.resume(start)
-            else:
-                trainer.train()
+            loop.run(start)
             # A signal in the very last step is noted only after the loop has looked.
-            signum = trainer.stopping or stop.signum
+            signum = loop.stopping or stop.signum
         if signum:
-            raise Interrupted(signum, trainer.saved, self._go_on())
-        return self._finish(trainer)
+            raise Interrupted(signum, loop.saved, self._go_on())
+        return self._finish(loop)
 
     @contextlib.contextmanager
     def _on_signals(self) -> Iterator[StopRequest]:
@@ -324,9 +323,9 @@ class _Run:
         )
         self.metrics.rewind(step)
 
-    def _finish(self, trainer: RecipeTrainer) -> dict[str, Any]:
+    def _finish(self, loop: Loop) -> dict[str, Any]:
         """Evaluate on all held-out text, write the model and the result."""
-        recipe, world, model = self.recipe, self.world, trainer.model
+        recipe, world, model = self.recipe, self.world, loop.model
         scores = evaluate(
             model,
             self.corpus.valid,
@@ -352,7 +351,7 @@ class _Run:
             "eval_length": recipe.sequence_length,
             "tokens_per_second": self.metrics.speed(),
             "peak_memory_bytes": max(peaks),
-            "wall_seconds": round(trainer.seconds(), 3),
+            "wall_seconds": round(loop.seconds, 3),
             "command": self.command,
             "environment": self._environment(),
         }

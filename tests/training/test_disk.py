@@ -14,7 +14,7 @@ import pytest
 from spectral_window import files
 from spectral_window.errors import ResourceError
 from spectral_window.training import checkpoints, train
-from spectral_window.training.loop import RecipeTrainer
+from spectral_window.training.loop import Loop
 from tests.processes import python
 from tests.training.runs import assert_same_run
 
@@ -71,11 +71,11 @@ def test_the_disk_is_full_at_every_write_of_a_checkpoint_and_nothing_is_lost(
 ):
     """At the second save: with room for one block more each time, until there is room for all."""
     out = (small_disk or tmp_path) / "run"
-    save, tried = RecipeTrainer._save_checkpoint, []
+    save, tried = Loop._save, []
 
-    def squeezed(trainer, model, trial):
-        if trainer.state.global_step != 8:
-            return save(trainer, model, trial)
+    def squeezed(loop):
+        if loop.step != 8:
+            return save(loop)
         listed = checkpoints.verify(out / "checkpoints/step-4")["files"]
         if small_disk is None:
             limits = sorted({entry["bytes"] - 1 for entry in listed.values()})
@@ -87,7 +87,7 @@ def test_the_disk_is_full_at_every_write_of_a_checkpoint_and_nothing_is_lost(
             full = largest_file(limit) if small_disk is None else free_bytes(small_disk, limit)
             try:
                 with full:
-                    save(trainer, model, trial)
+                    save(loop)
             except ResourceError as error:
                 assert_full(error, out)
                 tried.append(limit)
@@ -96,9 +96,9 @@ def test_the_disk_is_full_at_every_write_of_a_checkpoint_and_nothing_is_lost(
             else:
                 assert limit == limits[-1] or limit > limits[len(limits) // 2]
                 break
-        return save(trainer, model, trial)
+        return save(loop)
 
-    monkeypatch.setattr(RecipeTrainer, "_save_checkpoint", squeezed)
+    monkeypatch.setattr(Loop, "_save", squeezed)
     train(recipe, out, corpus=corpus)
     assert len(tried) >= (4 if small_disk is None else 50)
     assert_same_run(uninterrupted, out)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spectral_window.training import machine
-from spectral_window.training.knobs import MATMUL_PRECISIONS
+from spectral_window.training.recipes import MATMUL_PRECISIONS
 
 PROGRAM = """
 import resource

@@ -156,22 +156,6 @@ def test_counters_that_no_training_has_are_refused(name, recipe, corpus, run):
     assert "\n" not in str(caught.value)
 
 
-STATES = {
-    "another step": lambda v: v.update(global_step=5),
-    "an unknown key": lambda v: v.update(wat=1),
-    "an epoch that is NaN": lambda v: v.update(epoch=float("nan")),
-    "a step that is text": lambda v: v.update(global_step="12"),
-}
-
-
-@pytest.mark.parametrize("name", STATES)
-def test_a_senseless_state_of_the_trainer_is_refused(name, recipe, corpus, run):
-    edit(run / STEP / "trainer_state.json", STATES[name])
-    resign(run / STEP)
-    with pytest.raises(IntegrityError, match=r"trainer_state\.json"):
-        resume(recipe, corpus, run)
-
-
 # ------------------------------------------------------------------- pieces of a checkpoint
 
 
