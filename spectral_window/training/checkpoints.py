@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment and that notice any damage.
+"""Checkpoints that survive a kill at any moment, and that detect any damage.
 
 A checkpoint is a folder `step-N` that appears all at once or not at all:
 
@@ -10,8 +10,8 @@ A checkpoint is a folder `step-N` that appears all at once or not at all:
 
 So a process killed in 1-3 leaves a temporary folder that the next start removes, and everything
 older untouched. `newest` reads every checkpoint from the highest step down and takes the first
-whose every byte agrees; it says which ones it refused and why. Time stamps play no part. This file
-knows nothing of models: see `state.py` for the contents.
+whose every byte agrees; it lists those that it refused and why. Time stamps play no part. The
+contents of a checkpoint are in `state.py`.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def save(
 
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of the checkpoint `folder`, after every byte agreed with it (IntegrityError)."""
-    found = manifest.verify(folder)
-    if folder.name != f"step-{found.get('step')}":
+    contents = manifest.verify(folder)
+    if folder.name != f"step-{contents.get('step')}":
         raise IntegrityError(
-            f"the checkpoint is of step {found.get('step')} ({folder}): the folder was renamed"
+            f"the checkpoint is of step {contents.get('step')} ({folder}): the folder was renamed"
         )
-    return found
+    return contents
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:

@@ -1,13 +1,13 @@
-"""How well does a model predict text it has never seen: nats per token, perplexity, bits per byte.
+"""Loss on held-out text: nats per token, perplexity, bits per byte.
 
 Nats per token depend on the tokenizer (longer tokens are harder to guess and there are fewer of
 them), so models with different tokenizers are compared by *bits per byte*: all the nats spent on a
 text, divided by ln 2 and by its UTF-8 bytes. The nats include those spent on announcing where a
 document ends; the separator itself counts no bytes.
 
-Each block of `length` tokens is read on its own, as in training, so its first tokens are guessed
-with little context: a longer `length` gives a better number from the same model. State it beside
-the number.
+Each block of `length` tokens is read on its own, as in training, so its first tokens are predicted
+with little context: a longer `length` gives a better number from the same model. State the length
+beside the number.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def evaluate(
 
     Returns {"loss" (nats per token), "perplexity", "bits_per_byte", "tokens" (predicted), "bytes"
     (of text)}. Raises UserError for less than one predictable token, DivergedError if the loss is
-    not finite.  The model is left in the mode (train or eval) in which it came.
+    not finite.  The model keeps its mode (train or eval).
     """
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens} (evaluate): give at least 1, or None for all")

@@ -1,4 +1,4 @@
-"""The run folder: whether it may be used, and holding it for one run alone."""
+"""The run folder: whether a run may use it, and the lock that keeps other runs out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATA, LOCK = "data", ".lock"
 
 
 def check(out: Path, resume: bool | str, overwrite: bool) -> None:
-    """Raise UserError if `out` may not be used so. Changes nothing."""
+    """Raise UserError if `out` must not be used in this way. Changes nothing."""
     if resume not in (True, False, "auto"):
         raise UserError(f"resume={resume!r} (train): use True, False or 'auto'")
     check_name(out, "the output folder")
@@ -39,7 +39,7 @@ def check(out: Path, resume: bool | str, overwrite: bool) -> None:
 
 
 def remove_run(out: Path) -> None:
-    """Remove an earlier run from `out`, and nothing else that may lie there."""
+    """Remove an earlier run from `out`, and no other file there."""
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
     for name in RUN_FOLDERS:
@@ -47,10 +47,10 @@ def remove_run(out: Path) -> None:
 
 
 class Claim:
-    """A folder held by a lock that the system lets go when the process ends, however it ends.
+    """A lock on a folder, which the system releases when the process ends, however it ends.
 
-    Until `began` is set, what the claim or its run made is removed on release: the folder, those
-    above it, or what is new in it.
+    Until `began` is set, releasing it removes what the claim or its run made: the folder, those
+    above it, or new files in it.
     """
 
     def __init__(self, out: Path) -> None:
@@ -124,14 +124,14 @@ class Claim:
 
 @contextmanager
 def claim(out: Path, world: World) -> Iterator[Claim]:
-    """Hold `out` for this run alone within the block: one claim for all processes of `world`."""
-    held = Claim(out)
+    """Lock `out` for this run within the block: one lock for all processes of `world`."""
+    lock = Claim(out)
     try:
-        world.first(held.take)
-        yield held
+        world.first(lock.take)
+        yield lock
     finally:
         if world.is_first:
-            held.release()
+            lock.release()
 
 
 def _lock(file: IO[str], path: Path) -> bool:

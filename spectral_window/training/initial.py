@@ -1,9 +1,9 @@
-"""A run that begins from the weights of a model instead of random ones: `train --init`.
+"""Starting a run from the weights of a model instead of random ones: `train --init`.
 
 The model gives its architecture, its tokenizer and its weights; the recipe gives the text, the
-schedule and everything else. So it trains a finished run further, or tunes a model to other text.
-What it began from is a part of the run: its SHA-256 is in the record and in every checkpoint, and a
-resume needs the same model again.
+schedule and everything else. Use it to train a finished run further, or to tune a model to other
+text. The SHA-256 of the model is in the record and in every checkpoint, and a resume needs the same
+model again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from spectral_window.training.recipes import Recipe
 
 @dataclass(frozen=True)
 class Initial:
-    """The model to begin from: where it was found, its config, its weights by name (float32, on
-    the CPU) and the SHA-256 of their files."""
+    """The model to start from: its folder, its config, its weights by name (float32, on the CPU)
+    and the SHA-256 of their files."""
 
     folder: Path
     config: SWHConfig

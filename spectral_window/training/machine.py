@@ -1,4 +1,4 @@
-"""The machine: which device trains, how exact its float32 is, and what is recorded about both."""
+"""The machine: device, precision of float32 products, memory, and the record of all three."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def peak_memory(device: str) -> int:
 
 
 def keep_memory() -> str:
-    """Let this process reuse the memory of freed tensors; returns what was set, in words.
+    """Let this process reuse the memory of freed tensors; returns what was set, as a text.
 
     glibc maps every block beyond 32 MiB anew and gives it back when freed, so each large tensor
     pays for fresh zeroed pages: measured, 90 ms for a clone of 200 MB that takes 12 ms in memory
@@ -133,8 +133,8 @@ def product_error(device: str, product: Product = torch.matmul) -> float:
 
 
 def slow_dtype(dtype: str, device: str) -> str | None:
-    """A line for whoever asked for a `dtype` that this processor has no units for, or None. It
-    still computes so: what a run computes does not depend on the machine."""
+    """A line to show if the processor emulates `dtype`, else None. The run computes in it anyway:
+    its numbers do not depend on the machine."""
     if dtype != "bfloat16" or torch.device(device).type != "cpu" or has_bfloat16_units():
         return None
     return "dtype=bfloat16 is emulated on this processor, several times slower than dtype=float32"
@@ -159,9 +159,9 @@ def _error_under(setting: str, device: str) -> float:
 def matmul_precision(asked: str, device: str) -> Iterator[Precision]:
     """Compute float32 products in the precision `asked` (see `precision`); put back afterwards what
     was set before."""
-    found = precision(asked, device)
-    with _set(found.in_force):
-        yield found
+    measured = precision(asked, device)
+    with _set(measured.in_force):
+        yield measured
 
 
 @contextlib.contextmanager

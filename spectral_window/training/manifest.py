@@ -1,4 +1,4 @@
-"""A folder's `manifest.json`: how any damage to its files is noticed.
+"""A folder's `manifest.json`, by which any damage to its files is detected.
 
 It is written last and holds the size and SHA-256 of every other file, facts about the folder (a
 checkpoint's step, say), and a hash of itself. So a folder whose manifest agrees is whole, bit by

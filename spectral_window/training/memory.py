@@ -1,4 +1,4 @@
-"""Whether a training fits the memory, told before anything large is allocated."""
+"""Whether a training fits into memory, before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from spectral_window.training.recipes import Recipe
 def check_memory(recipe: Recipe, config: SWHConfig, device: str, processes: int = 1) -> None:
     """ResourceError where a training of `config` as `recipe` says cannot fit the free memory.
 
-    It counts what no implementation can do without, so that what passes may still be too large and
-    what fails never fits:
+    This is a lower bound: what fails never fits, what passes may still be too large. It counts
 
-    - 16 bytes a parameter: the weight, its gradient, Adam's two moments;
-    - 8 bytes a logit of a micro-batch, in float32: itself and its gradient; 4 in an evaluation;
-    - what the backward pass needs of each layer, at least 4 rows of channels and 2 of the
-      feed-forward layer a token (with gradient checkpointing 1 row of channels);
-    - 24 bytes a token of the batch: id, label and position.
+    - 16 bytes per parameter: the weight, its gradient, Adam's two moments;
+    - 8 bytes per logit of a micro-batch, in float32: itself and its gradient; 4 in an evaluation;
+    - activations for the backward pass, per token and layer at least 4 rows of channels and 2 of
+      the MLP (with gradient checkpointing 1 row of channels);
+    - 24 bytes per token of the batch: id, label and position.
     """
     parameters, vocabulary = count_parameters(config), config.vocab_size
     tokens = recipe.micro_batch_size * recipe.sequence_length

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what happened, one JSON object a line, in the order of the steps.
+"""metrics.jsonl: losses, speed and events, one JSON object per line, in the order of the steps.
 
     {"step": 10, "tokens": 81920, "seconds": 31.2,
      "loss": 7.91, "lr": 0.0002, "grad_norm": 1.7, "tokens_per_second": 2650}
@@ -8,8 +8,8 @@
 
 `loss` is the mean over the steps since the line before; `seconds` is the wall time of training so
 far, evaluation and saving included, over all sessions; `tokens_per_second` counts training steps
-only. On resume the lines after the checkpoint's step are dropped, for those steps are about to be
-run again: no step is lost and none is there twice.
+only. On resume the lines after the checkpoint's step are dropped, because those steps run again: no
+step is missing and none is there twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MetricsLog:
             raise cannot_write(error, self.path, len(line)) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line; one cut short by a kill is passed over."""
+        """Every whole line; one that a kill cut short is skipped."""
         rows = []
         if self.path is not None and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -61,8 +61,8 @@ class MetricsLog:
         """Keep only the lines of steps up to `step`."""
         if self.path is None:
             return
-        kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
-        write_text(self.path, "".join(kept))
+        lines = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
+        write_text(self.path, "".join(lines))
 
     def speed(self) -> float | None:
         """Median tokens per second over the lines; the first, which holds the warming-up, is left

@@ -1,4 +1,4 @@
-"""How the weights are moved: which of them decay, and the learning rate at each step."""
+"""AdamW: which parameters decay, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from spectral_window.training.recipes import Recipe
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups: matrices and embeddings decay; dynamics, gains, norms, biases do not."""
+    """AdamW's two groups: matrices and embeddings decay; dynamics, gains, norms and biases do
+    not."""
     spared = no_weight_decay(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [

@@ -1,4 +1,4 @@
-"""The little that several processes need: who am I, let the first one do it, add numbers up.
+"""Several processes: the rank of each, work that only the first does, sums over all of them.
 
 Started by `torchrun --nproc-per-node N`, every process trains a copy of the model on its own part
 of each batch, and the gradients are averaged. The first process alone prepares data, writes files

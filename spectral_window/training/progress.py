@@ -1,4 +1,4 @@
-"""What a training tells whoever watches it.
+"""The events of a training run, and how a terminal or a log file shows them.
 
 `train` prints nothing itself: it calls the methods of a `Progress`.
 """
@@ -28,20 +28,20 @@ class Progress(Protocol):
         """Data preparation: `done` of `total` bytes (None if unknown) of a named stage."""
 
     def start(self, title: str, first_step: int, steps: int) -> None:
-        """Training begins after `first_step` (0 unless resumed) of `steps`."""
+        """Training starts after `first_step` (0 unless resumed) of `steps`."""
 
     def step(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
-        """A step is done; the numbers are those last logged."""
+        """A step is done; the numbers are those of the last log line."""
 
     def note(self, text: str) -> None:
-        """Something worth a line: an evaluation, a checkpoint, a refused checkpoint."""
+        """A line to show: an evaluation, a checkpoint, a refused checkpoint."""
 
     def stop(self) -> None:
         """No more events; called once, also after an error."""
 
 
 class Silent:
-    """A Progress that tells nobody."""
+    """A Progress that shows nothing."""
 
     def prepare(self, stage: str, done: int, total: int | None) -> None: ...
     def start(self, title: str, first_step: int, steps: int) -> None: ...

@@ -1,12 +1,12 @@
-"""What one checkpoint holds, and how it is read back without trusting it.
+"""The contents of a checkpoint, and how they are read back without trusting them.
 
-Tensors go to safetensors and everything else to JSON; nothing is pickled, so opening a stranger's
-checkpoint runs no code of his. A checkpoint folder is also a model folder:
+Tensors go to safetensors and everything else to JSON; nothing is pickled, so opening a checkpoint
+from elsewhere runs no code from it. A checkpoint folder is also a model folder:
 `from_pretrained(folder)` loads it.
 
     config.json, model.safetensors, tokenizer files     the model, as Hugging Face writes it
     optimizer.safetensors                                Adam's moments, by parameter name
-    rng.safetensors                                      torch's random generators, one a process
+    rng.safetensors                                      torch's random generators, one per process
     training.json                                        step counters, schedule, other generators
 """
 
@@ -63,11 +63,11 @@ def load_model(folder: Path, model: nn.Module) -> None:
     stored = _read_tensors(folder / "model.safetensors")
     wanted = model.state_dict()
     # A tied tensor is stored once, under one of its names.
-    held = {wanted[name].data_ptr() for name in stored if name in wanted}
+    present = {wanted[name].data_ptr() for name in stored if name in wanted}
     needed = {
         name: tensor
         for name, tensor in wanted.items()
-        if name in stored or tensor.data_ptr() not in held
+        if name in stored or tensor.data_ptr() not in present
     }
     _check_same(folder, "model.safetensors", stored, needed)
     _check_finite_numbers(folder, "model.safetensors", stored)

@@ -1,4 +1,4 @@
-"""The text of a run: prepared once, opened by every process."""
+"""The text of a run: the first process prepares it, every process opens it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from spectral_window.training.recipes import Recipe
 def prepare_text(
     recipe: Recipe, folder: Path, progress: Progress | None = None, *, overwrite: bool = False
 ) -> None:
-    """Make the tokens of the recipe's text in `folder`, unless they are there; raises as
-    `data.text.prepare` does."""
+    """Tokenize the recipe's text into `folder`, unless it is there; raises as `data.text.prepare`
+    does."""
     prepare(
         list(recipe.data),
         recipe.tokenizer,
@@ -44,7 +44,7 @@ def corpus_of(
     resume: bool,
     overwrite: bool,
 ) -> Corpus:
-    """The prepared text: made or found by the first process, opened by all."""
+    """The prepared text: the first process makes or finds it, all open it."""
     where = Path(folder) if folder is not None else out / DATA
     check_name(where, "the folder of tokens")
     resuming = resume and (out / "checkpoints").is_dir()
@@ -68,7 +68,8 @@ def corpus_of(
 
 
 def vocabulary_size(recipe: Recipe, corpus: Corpus) -> int:
-    """The model's: the recipe's if it says one, else the tokenizer's. UserError if too small."""
+    """The size of the model's vocabulary: the recipe's if it has one, otherwise the tokenizer's.
+    UserError if too small."""
     size = recipe.model["vocab_size"] or corpus.vocab_size
     if size < corpus.vocab_size:
         raise UserError(

@@ -3,19 +3,19 @@
     folder/
       config.json       the recipe, the model's config, the data's fingerprint, the command
       data/             the prepared tokens (unless another place was given)
-      metrics.jsonl     what happened, a line at a time
+      metrics.jsonl     losses, speed and events, one JSON object per line
       checkpoints/      step-N folders, the newest verified ones
       model/            the final weights, config and tokenizer: from_pretrained(folder / "model")
-      result.json       how it ended
+      result.json       final loss, speed, memory, environment
 
-A run that was interrupted goes on with `resume=True` and ends with the very same bits as one that
-was not: the weights, Adam's moments, the schedule, the random generators and the place in the data
-are all restored (on the same machine with the same number of threads and processes).
+An interrupted run resumes with `resume=True` and ends with the same bits as an uninterrupted one:
+the weights, Adam's moments, the schedule, the random generators and the position in the data are
+all restored (on the same machine with the same number of threads and processes).
 
-`steps` may grow on a resume where the schedule does not depend on it, which is the constant one:
-the longer run is then exactly the one that asked for so many steps at once. A cosine is drawn out
-over its steps, so another number of them is another run from the first step on: begin a new one
-from the finished model (`init`).
+`steps` may grow on a resume only with the constant schedule, which does not depend on it: the
+longer run is then exactly the one that asked for that many steps at once. A cosine depends on its
+number of steps from the first one on, so a longer one is a new run: start it from the finished
+model (`init`).
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ def train(
 ) -> dict[str, Any]:
     """Train as `recipe` says, write everything to the folder `out`; returns what result.json holds.
 
-    resume: True goes on from the newest checkpoint that verifies, or begins where the run in `out`
-    was stopped before its first; "auto" does so in any folder. overwrite: remove an earlier run in
-    `out`, once all else is found good. corpus: where the prepared tokens are kept or found (default
-    `out`/data); several runs may share it. progress: who is told how it goes (`RichProgress()`;
-    None: nobody). command: what to record as the command that made this run (default: this
-    process's own). init: a model to begin from (see `initial.py`); it decides the architecture and
+    resume: True resumes from the newest checkpoint that verifies, or starts again a run that was
+    stopped before its first; "auto" does so in any folder. overwrite: remove an earlier run in
+    `out`, after everything else was checked. corpus: folder of the prepared tokens (default
+    `out`/data); several runs may share it. progress: receives the events (`RichProgress()`; None:
+    nothing is shown). command: recorded as the command that made this run (default: this
+    process's own). init: a model to start from (see `initial.py`); it decides the architecture and
     the tokenizer, whatever the recipe says of them.
 
-    Under torchrun every process calls this with the same arguments; each sees its own part of every
-    batch.
+    Under torchrun every process calls this with the same arguments; each computes its own part of
+    every batch.
 
     Raises UserError (bad recipe or data, or `out` is not empty; nothing is left behind),
     IntegrityError (the checkpoint belongs to another recipe or data, or is damaged), DivergedError
@@ -83,8 +83,8 @@ def train(
     """
     out = Path(out)
     if resume:
-        recipe = _in_its_own_precision(recipe, out)
-    teller = progress if progress is not None else Silent()
+        recipe = _with_first_precision(recipe, out)
+    progress = progress if progress is not None else Silent()
     device = machine.pick_device(recipe)
     world = World.join(device)
     try:
@@ -94,16 +94,16 @@ def train(
             init = Initial.read(init)
         recipe = recipe if init is None else init.adopt(recipe)
         # A bad model is refused before the text is read, which can take long.
-        told = recipe.model["vocab_size"]
-        config = model_config(recipe, vocab_size=told or SWHConfig.vocab_size)
-        if told is None:
+        given = recipe.model["vocab_size"]
+        config = model_config(recipe, vocab_size=given or SWHConfig.vocab_size)
+        if given is None:
             config.vocab_size = SMALLEST
         check_memory(recipe, config, device, world.size)
         with (
             run_folder.claim(out, world) as claim,
             machine.matmul_precision(recipe.matmul_precision, device),
         ):
-            data = corpus_of(recipe, out, corpus, world, teller, bool(resume), overwrite)
+            data = corpus_of(recipe, out, corpus, world, progress, bool(resume), overwrite)
             vocab_size = vocabulary_size(recipe, data)
             if init is None:
                 config = model_config(recipe, vocab_size, data.tokenizer)
@@ -111,14 +111,14 @@ def train(
                 config = init.config_for(recipe)
             check_memory(recipe, config, device, world.size)
             PackedBlocks(data.train, recipe.sequence_length)  # too little text is refused here
-            run = _Run(recipe, out, world, data, config, device, teller, command, init, claim)
+            run = _Run(recipe, out, world, data, config, device, progress, command, init, claim)
             start = world.first(lambda: run.find_start(resume))
             claim.began = True
             if overwrite:
                 world.first(lambda: run_folder.remove_run(out))
             return run.go(start)
     finally:
-        teller.stop()
+        progress.stop()
         world.leave()
 
 
@@ -147,7 +147,7 @@ def model_config(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> SWHC
 
 
 class _Run:
-    """One call of `train`, after its inputs were found good."""
+    """One call of `train`, after its inputs were checked."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class _Run:
         self.command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         self.parameters = count_parameters(config)
         self.metrics = MetricsLog(out / "metrics.jsonl" if world.is_first else None, claim.confirm)
-        # What a checkpoint must agree with to be resumed by this run.
+        # Compared with a checkpoint before this run resumes it.
         self.about = {
             "recipe": {k: v for k, v in recipe.to_dict().items() if k not in FREE_ON_RESUME},
             "data": corpus.fingerprint,
@@ -178,7 +178,7 @@ class _Run:
             self.about["init"] = init.sha256
 
     def find_start(self, resume: bool | str) -> Path | None:
-        """The checkpoint to go on from, verified and of this very run, or None to begin."""
+        """The checkpoint to resume from, verified and of this very run, or None to start."""
         if not resume:
             return None
         root = self.out / "checkpoints"
@@ -257,23 +257,23 @@ class _Run:
                 self.metrics.write({"step": step, "tokens": tokens, "event": "resume"})
                 self.progress.note(f"resumed from {start.name}")
             loop.run(start)
-            # A signal in the very last step is noted only after the loop has looked.
+            # A signal during the very last step arrives after the loop has checked for one.
             signum = loop.stopping or stop.signum
         if signum:
-            raise Interrupted(signum, loop.saved, self._go_on())
+            raise Interrupted(signum, loop.saved, self._how_to_resume())
         return self._finish(loop)
 
     @contextlib.contextmanager
     def _on_signals(self) -> Iterator[StopRequest]:
-        """`catch_signals`; a second signal's error also says how to go on."""
+        """`catch_signals`; the error of a second signal also says how to resume."""
         try:
             with catch_signals() as stop:
                 yield stop
         except Interrupted as stopped:
-            raise Interrupted(stopped.signum, None, self._go_on()) from None
+            raise Interrupted(stopped.signum, None, self._how_to_resume()) from None
 
-    def _go_on(self) -> str:
-        """How to go on after a signal, in words: the command itself where it is known."""
+    def _how_to_resume(self) -> str:
+        """How to resume after a signal: the command itself where it is known."""
         words = shlex.split(self.command)
         if words[:2] != ["spectral-window", "train"] or self.world.size > 1:
             return "continue with --resume"
@@ -281,8 +281,8 @@ class _Run:
         return f"continue with: {shlex.join([*words[:2], '--resume', *kept])}"
 
     def _finished(self, checkpoint: Path) -> dict[str, Any] | None:
-        """The result, where the run has ended with `checkpoint` and all agrees; else None, and what
-        is there of an end is removed: it is made again."""
+        """The result, if the run has ended with `checkpoint` and all files agree; otherwise None,
+        and the files of its end are removed, to be written again."""
         if checkpoints.step_of(checkpoint) == self.recipe.steps:
             try:
                 return self._verified_result(checkpoint)
@@ -294,8 +294,8 @@ class _Run:
         return None
 
     def _verified_result(self, checkpoint: Path) -> dict[str, Any]:
-        """result.json, if it is the one of the model beside it, and that is the checkpoint's.
-        Raises UserError, IntegrityError, OSError or KeyError."""
+        """result.json, if it belongs to the model beside it, and that to the checkpoint. Raises
+        UserError, IntegrityError, OSError or KeyError."""
         result = loading.read_json(self.out / "result.json")
         model = manifest.verify(self.out / "model")
         weights = "model.safetensors"
@@ -308,7 +308,7 @@ class _Run:
         return result
 
     def _record(self, step: int) -> None:
-        """Write config.json, and drop from the metrics what is about to be run again."""
+        """Write config.json, and drop the metrics of steps that will run again."""
         write_json(
             self.out / "config.json",
             {
@@ -388,26 +388,25 @@ class _Run:
             self.progress.note(f"warning: {line}")
 
 
-def _in_its_own_precision(recipe: Recipe, out: Path) -> Recipe:
-    """`recipe` for going on with the run in `out`: where it names no precision of its own, in the
-    one that the run began with (runs older than "auto" began with another)."""
+def _with_first_precision(recipe: Recipe, out: Path) -> Recipe:
+    """`recipe` for resuming the run in `out`: unless it names a precision, with the one that the
+    run started with (runs older than "auto" started with another)."""
     try:
-        begun = loading.read_json(out / "config.json")["recipe"]
-        own = begun["matmul_precision"]
-    except (UserError, IntegrityError, LookupError, TypeError):  # what is wrong is found later
+        first = loading.read_json(out / "config.json")["recipe"]["matmul_precision"]
+    except (UserError, IntegrityError, LookupError, TypeError):  # reported later
         return recipe
-    if recipe.matmul_precision != "auto" or own not in MATMUL_PRECISIONS:
+    if recipe.matmul_precision != "auto" or first not in MATMUL_PRECISIONS:
         return recipe
-    return recipe.replace(matmul_precision=own)
+    return recipe.replace(matmul_precision=first)
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What a checkpoint was made with that this run does not have, in words."""
+    """Each setting of the checkpoint that differs from this run's, as a line."""
     recipe = stored.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {"recipe": recipe}
     # a checkpoint older than a key was made with the key's default
-    silent = {k: v for k, v in defaults().items() if k in recipe or k in wanted["recipe"]}
-    have, want = silent | recipe, silent | wanted["recipe"]
+    absent = {k: v for k, v in defaults().items() if k in recipe or k in wanted["recipe"]}
+    have, want = absent | recipe, absent | wanted["recipe"]
     if have.get("schedule") == want.get("schedule") == "constant":  # the rate does not depend on it
         have["steps"] = want["steps"]
     lines = [

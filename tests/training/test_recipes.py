@@ -103,7 +103,7 @@ def test_an_override_is_read_by_the_type_of_its_knob(text, key, value):
         (["steps=none"], "steps=none"),
         (["warmup_steps=61"], "must not exceed steps"),
         (["micro_batch_size=3"], "must divide batch_size"),
-        (["dtype=float8"], "bfloat16, float32"),
+        (["dtype=float8"], "did you mean .float32"),
         (["schedule=step"], "constant, cosine"),
         (["keep_checkpoints=1"], "a whole number, 2 to"),
         (["data="], "at least one source"),
