@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 
 class Progress(Protocol):
@@ -77,15 +79,7 @@ class RichProgress:
 
     def start(self, title: str, first_step: int, steps: int) -> None:
         self._title, self._steps = title, steps
-        self._open(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[size]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
+        self._open()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=title, completed=first_step, total=steps)
 
@@ -109,9 +103,11 @@ class RichProgress:
             self._bar = self._task = None
 
     def _open(self, *columns: ProgressColumn) -> None:
+        """Start a bar of these columns; none: those of a training, as many as fit."""
         self.stop()
         if self.console.is_terminal:
-            self._bar = Bar(*columns, console=self.console)
+            kind = Bar if columns else _TrainingBar
+            self._bar = kind(*columns, console=self.console)
             self._bar.start()
             self._task = self._bar.add_task("", total=None, size="")
 
@@ -121,3 +117,34 @@ class RichProgress:
             return False
         self._last = now
         return True
+
+
+class _TrainingBar(Bar):
+    """A line of the columns that fit the terminal's width now: no number is ever cut."""
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        tasks = list(tasks)
+        self.columns = tuple(_columns(self.console.width, tasks[0])) if tasks else ()
+        return super().make_tasks_table(tasks)
+
+
+def _columns(width: int, task: Task) -> list[ProgressColumn]:
+    """The columns in reading order. What does not fit is dropped, the least useful first: the bar,
+    the time spent, the title, the time left, the losses."""
+    steps = 2 * len(str(task.total or 0)) + 1
+    place = TextColumn("{task.completed:.0f}/{task.total:.0f}") if task.total else TextColumn("")
+    # (reading order, column, characters), the most useful first
+    choices: list[tuple[int, ProgressColumn, int]] = [
+        (2, place, steps),
+        (3, TextColumn("{task.fields[size]}"), max(30, len(task.fields["size"]))),
+        (5, TimeRemainingColumn(compact=True), 8),
+        (0, TextColumn("{task.description}"), len(task.description)),
+        (4, TimeElapsedColumn(), 8),
+        (1, BarColumn(bar_width=None), 12),
+    ]
+    shown, used = [], 0
+    for order, column, characters in choices:
+        if used + characters + 1 <= width:
+            shown.append((order, column))
+            used += characters + 1
+    return [column for _, column in sorted(shown, key=lambda pair: pair[0])]
