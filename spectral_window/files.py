@@ -1,21 +1,23 @@
-"""Writing all or nothing: a reader, a kill or a full disk sees the old file or the new one.
+"""Atomic files and folders, hashes of files, and locks between processes.
 
-Everything is written under a temporary name `.tmp-*-PID` beside its place, forced to the disk
-(fsync) and renamed, which is one atomic operation. What a killed process leaves under such a name,
-`remove_leftovers` removes at the next start.
+Every file or folder is written under a temporary name `.tmp-*-PID` beside its destination, forced
+to the disk (fsync) and then renamed, which is one atomic operation. After a kill or on a full disk
+a reader finds either the old content or the new one. `remove_leftovers` removes the temporary files
+of killed processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -40,7 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):  # where its folder became a file, say
+        with contextlib.suppress(OSError):  # the parent may have been replaced by a file
             temporary.unlink(missing_ok=True)
         raise cannot_write(error, path, len(content)) from error
     except BaseException:
@@ -54,24 +56,27 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], *, needs: int = 0) -> None:
-    """Make `folder` by `write(temporary)` and one rename; an existing one is replaced.
+    """Create `folder` by `write(temporary)` and one rename; an existing folder is replaced.
 
-    needs: bytes expected, for the message when the disk is full. Raises ResourceError if it cannot
-    be written; then nothing of it stays. The folder above must exist: one that was removed is not
-    made again.
+    The parent folder must exist: one that was removed meanwhile is not created again.
+
+    Args:
+        folder: the destination.
+        write: fills the temporary folder it is given.
+        needs: expected bytes, for the message when the disk is full.
+
+    Raises:
+        ResourceError: it cannot be written. The destination is then as it was before.
     """
     temporary = _temporary(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write(temporary)
-        for path in temporary.iterdir():
-            sync_file(path)
+        for path in temporary.rglob("*"):
+            (sync_folder if path.is_dir() else sync_file)(path)
         sync_folder(temporary)
-        if folder.exists():
-            discard(folder)
-        os.rename(temporary, folder)
-        sync_folder(folder.parent)
+        _put_in_place(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # tokenizers has no class of its own for a file that it cannot write
@@ -80,18 +85,38 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, needs: int = 0)
         raise
 
 
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`; the folder it replaces is deleted last, or restored."""
+    replaced = _temporary(folder, "old-")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, replaced)
+    try:
+        os.rename(temporary, folder)
+    except BaseException:
+        if replaced.exists():
+            os.rename(replaced, folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def discard(folder: Path) -> None:
-    """Remove a folder so that a kill halfway leaves a temporary name, never half the folder."""
-    doomed = _temporary(folder, "old-")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Delete a folder. A kill halfway leaves a temporary name, never half of the folder."""
+    renamed = _temporary(folder, "old-")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.rename(folder, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in `folder`: of the file `name` alone, or of all.
+    """Delete temporary files that killed processes left in `folder`.
 
-    What belongs to another process that still runs stays.
+    Files of a process that still runs are not touched.
+
+    Args:
+        folder: where to look.
+        name: only leftovers of the file or folder of this name; None for all.
     """
     pattern = "*" if name is None else glob.escape(name)
     for path in [*folder.glob(f".tmp-{pattern}-*"), *folder.glob(f".tmp-old-{pattern}-*")]:
@@ -101,7 +126,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder for the block; those of killed processes are removed first."""
+    """Yield a temporary folder; folders that killed processes left are removed first."""
     for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}[0-9]*-*"):
         if not _is_running(path.name.removeprefix(_SCRATCH).partition("-")[0]):
             _remove(path)
@@ -110,7 +135,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def check_name(path: Path, what: str) -> None:
-    """UserError for a path that some library below us cannot open: not UTF-8, or too long."""
+    """Raise UserError for a path that no library can open: not UTF-8, or too long."""
     try:
         os.fspath(path).encode("utf-8")
         path.exists()
@@ -124,14 +149,14 @@ def check_name(path: Path, what: str) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Force the contents of `path` to the disk."""
+    """Force the contents of the file `path` to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the names in `folder` to the disk."""
-    if os.name == "nt":  # Windows cannot open a folder; its rename is journalled
+    """Force the directory entries of `folder` to the disk."""
+    if os.name == "nt":  # Windows cannot open a folder; it journals renames
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -140,8 +165,36 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def hash_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_lock(file: IO[str], path: Path) -> bool:
+    """Lock an open file for this process; return False if another process holds the lock.
+
+    The operating system releases the lock when the file is closed or the process ends, however it
+    ends. Windows has no such lock; there the answer is always True.
+
+    Args:
+        file: the file, open for writing.
+        path: its path.
+    """
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # The owner may have deleted the file after it was opened here and before it was locked.
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
 def cannot_write(error: BaseException, path: Path, needs: int = 0) -> ResourceError:
-    """The error for `path`, with the bytes it needs (0: unknown) and the bytes that are free."""
+    """Return the error for `path`, with the bytes it needs (0: unknown) and the free bytes."""
     disk = next((p for p in (path, *path.parents) if p.is_dir()), Path())
     space = f"{shutil.disk_usage(disk).free:,} bytes are free"
     if needs:
@@ -160,13 +213,13 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with contextlib.suppress(OSError):  # of another user
+        with contextlib.suppress(OSError):  # it may belong to another user
             path.unlink(missing_ok=True)
 
 
 def _is_running(pid: str) -> bool:
-    """Whether a process of another number than ours has this one; what is no number might."""
-    if not pid.isdecimal() or os.name != "posix":  # elsewhere asking would end the process
+    """Return whether another process has this id. True if `pid` is not a number."""
+    if not pid.isdecimal() or os.name != "posix":  # on Windows os.kill would end the process
         return True
     try:
         os.kill(int(pid), 0)

@@ -22,10 +22,11 @@ FLOORS = [
     {"commands"},
     {"lab"},
     {"generation", "training"},
-    {"hf", "data"},
+    {"hf"},
+    {"data"},
     {"nn"},
     {"ops"},
-    {"files"},
+    {"files", "registry"},
     {"errors"},
 ]
 # who alone may import an outside package at all

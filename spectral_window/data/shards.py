@@ -13,24 +13,24 @@ It is built beside its place and renamed into it; what a killed process left is 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spectral_window import files
 from spectral_window.data.arrays import FileArray, SortedFileArray, broken
 from spectral_window.data.blocks import TokenStream
 from spectral_window.data.formats import ReadReport
 from spectral_window.data.holdout import Part
 from spectral_window.data.tokenizers import HFTokenizer, plain_text, vocabulary_size
-from spectral_window.errors import IntegrityError, ResourceError, UserError
+from spectral_window.errors import IntegrityError, UserError
+from spectral_window.files import hash_file
 
 FORMAT, SCHEMA = "spectral-window tokens", 1
 INDEX = "corpus.json"
@@ -62,19 +62,12 @@ def write_folder(
 
     Raises UserError when a split stays empty, ResourceError when the disk refuses.
     """
-    building = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        building.mkdir()
-        _write(building, parts, tokenizer, request, report)
-        _put_in_place(building, folder)
     except OSError as error:
-        reason = error.strerror or str(error)
-        free = f"{_free_bytes(folder) >> 20} MiB are free there"
-        raise ResourceError(f"cannot write the tokens ({folder}): {reason}; {free}") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        raise files.cannot_write(error, folder) from None
+    files.remove_leftovers(folder.parent, folder.name)
+    files.write_folder(folder, lambda part: _write(part, parts, tokenizer, request, report))
 
 
 def _write(
@@ -122,10 +115,7 @@ def _write(
         "request": request,
         "files": entries,
     }
-    with open(folder / INDEX, "w", encoding="utf-8", newline="") as file:
-        file.write(signed_text(index))
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / INDEX).write_text(signed_text(index), encoding="utf-8", newline="")
 
 
 def _source_rows(
@@ -156,14 +146,9 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 def _save_tokenizer(tokenizer: HFTokenizer, folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> size and sha256 of its files."""
-    try:
-        tokenizer.save_pretrained(folder / "tokenizer")
-    except OSError:
-        raise
-    except Exception as error:  # the Rust library reports a full disk by a plain Exception
-        raise OSError(str(error)) from None
+    tokenizer.save_pretrained(folder / "tokenizer")
     return {
-        f"tokenizer/{path.name}": {"size": path.stat().st_size, "sha256": sha256(path)}
+        f"tokenizer/{path.name}": {"size": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted((folder / "tokenizer").iterdir())
     }
 
@@ -196,11 +181,10 @@ class _StreamWriter:
         self.files[which].write(array.data)
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Name -> size and sha256 of both files, which are then safe on the disk."""
+        """Flush both files; return name -> size and SHA-256."""
         entries = {}
         for name, file, content in zip(self.names, self.files, self.hashes, strict=True):
             file.flush()
-            os.fsync(file.fileno())
             entries[name] = {"size": file.tell(), "sha256": content.hexdigest()}
         return entries
 
@@ -211,47 +195,6 @@ class _StreamWriter:
         for file in self.files:
             with contextlib.suppress(OSError):  # a full disk, reported already by `add` or `finish`
                 file.close()
-
-
-def _put_in_place(building: Path, folder: Path) -> None:
-    """Rename the finished folder into its place; what it replaces is removed last."""
-    replaced = folder.parent / f".{folder.name}.old-{os.getpid()}"
-    if folder.exists():
-        folder.rename(replaced)
-    try:
-        building.rename(folder)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """What a killed process left beside `folder`."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*-*"):
-        kind, _, pid = path.name.removeprefix(f".{folder.name}.").partition("-")
-        if kind in ("tmp", "old") and pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # asking would end the process there
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return pid != os.getpid()
-
-
-def _free_bytes(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(folder.parent).free
-    except OSError:
-        return 0
 
 
 # ---------------------------------------------------------------------------- reading
@@ -324,7 +267,7 @@ def verify(folder: Path, files: dict[str, str | None], names: Iterable[str]) -> 
     Raises IntegrityError at the first that differs.
     """
     for name in names:
-        found = sha256(folder / name)
+        found = hash_file(folder / name)
         if found != (files[name] or found):
             raise broken(folder / name, "its content changed (sha256)")
         files[name] = found
@@ -384,13 +327,7 @@ def signed_text(index: dict[str, Any]) -> str:
 def tokenizer_identity(spec: str) -> str:
     """The spec, and for a folder also the sha256 of what is in it."""
     path = Path(os.path.expanduser(spec)) / "tokenizer.json"
-    return f"{spec} {sha256(path)}" if path.is_file() else spec
-
-
-def sha256(path: Path) -> str:
-    """The hexadecimal sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{spec} {hash_file(path)}" if path.is_file() else spec
 
 
 def digest(value: Any) -> str:

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from spectral_window.data.blocks import IGNORED
 from spectral_window.errors import UserError
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.inputs import check_integers, readable
@@ -107,7 +108,7 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
         if not classes or labels.is_floating_point() or not readable(labels):
             return
         check_integers("labels", labels)
-        if bool(((labels < 0) | (labels >= self.num_labels)).logical_and(labels != -100).any()):
+        if bool(((labels < 0) | (labels >= self.num_labels)).logical_and(labels != IGNORED).any()):
             raise UserError(
                 f"labels are {int(labels.min())} to {int(labels.max())} (model): there are "
                 f"{self.num_labels} classes, use 0 to {self.num_labels - 1} or set num_labels"

@@ -29,7 +29,15 @@ from spectral_window.hf.limits import check_size
 from spectral_window.nn.layers import MLPS
 from spectral_window.nn.memory import recommended
 from spectral_window.nn.mixers import MIXERS
-from spectral_window.nn.options import LARGEST, Option, Registry, chosen, known, recorded, reserve
+from spectral_window.nn.options import (
+    LARGEST,
+    Option,
+    PartRegistry,
+    all_options,
+    chosen,
+    recorded,
+    reserve,
+)
 
 MODEL_TYPE = "swh"
 STATE_LAYER_TYPE = "spectral_window_state"  # how transformers finds our cache layer
@@ -161,13 +169,13 @@ class SWHConfig(PreTrainedConfig):
         self.validate()
         self._settle()
         super().__post_init__(**kwargs)
-        for hook in when_made:
+        for hook in after_init:
             hook()
 
     @classmethod
     def fields(cls) -> Mapping[str, Option]:
         """Every field of today's registered parts, by name: the core's, then the parts'."""
-        return known(CORE)
+        return all_options(CORE)
 
     if TYPE_CHECKING:  # options are keywords and attributes, and registered at any time
 
@@ -179,7 +187,7 @@ class SWHConfig(PreTrainedConfig):
 
         def __getattr__(self, name):
             """An option that was not set has its default."""
-            option = None if name.startswith("_") else known(CORE).get(name)
+            option = None if name.startswith("_") else all_options(CORE).get(name)
             if option is None:
                 raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
             return option.default
@@ -211,7 +219,7 @@ class SWHConfig(PreTrainedConfig):
         """A config of the same sizes whose `mixer` has its default options: the baseline for
         comparing a variant of a layer at equal size."""
         fields = {option.name: getattr(self, option.name) for option in CORE}
-        told = [o for o in known([_OPTIONS["mlp"]]).values() if o.name in vars(self)]
+        told = [o for o in all_options([_OPTIONS["mlp"]]).values() if o.name in vars(self)]
         fields |= {option.name: getattr(self, option.name) for option in told}
         return type(self)(**fields | {"mixer": mixer})
 
@@ -280,7 +288,7 @@ class SWHConfig(PreTrainedConfig):
         values = self.recorded()
         check_size(values)
         for option in chosen(CORE, vars(self)):
-            if isinstance(option.choices, Registry):
+            if isinstance(option.choices, PartRegistry):
                 option.choices[values[option.name]].check(values)
         for name, value in self.deciding("tokens").items():
             for token in value if isinstance(value, list) else [] if value is None else [value]:
@@ -312,7 +320,7 @@ class SWHConfig(PreTrainedConfig):
         return key in theirs | _ACCEPTED | _IGNORED | {"model_type"} | set(cls.fields())
 
 
-# What every model has, as records; `known(CORE)` adds what its parts take.
+# What every model has, as records; `all_options(CORE)` adds what its parts take.
 CORE = tuple(
     Option(name=field.name, default=field.default, **field.metadata["option"])
     for field in dataclasses.fields(SWHConfig)
@@ -321,8 +329,8 @@ CORE = tuple(
 _OPTIONS = {option.name: option for option in CORE}
 reserve(dir(SWHConfig), "an attribute of every config")
 reserve(GenerationConfig().to_dict(), "a setting of transformers' generate()")
-# Called whenever a config has been made.
-when_made: list[Callable[[], None]] = []
+# Called after every construction of a config.
+after_init: list[Callable[[], None]] = []
 
 
 def code_stays_here(cls: type) -> TypeError:

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_window.data.blocks import IGNORED
 from spectral_window.errors import UserError
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.tracing import readable
-
-IGNORED_LABEL = -100
 
 
 def check_integers(name: str, tensor: Any) -> None:
@@ -62,7 +61,7 @@ def check_ids(
         return
     wrong = (ids < 0) | (ids >= limit)
     if name != "input_ids":
-        wrong &= ids != IGNORED_LABEL
+        wrong &= ids != IGNORED
     if wrong.any():
         b, t = torch.nonzero(wrong)[0].tolist()
         raise UserError(

@@ -31,11 +31,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from spectral_window.data.blocks import IGNORED
 from spectral_window.errors import UserError, UserTypeError
 from spectral_window.hf.cache import SWHCacheLayer, open_cache
 from spectral_window.hf.config import SWHConfig, code_stays_here
 from spectral_window.hf.inputs import (
-    IGNORED_LABEL,
     as_indices,
     check_count_kept,
     check_ids,
@@ -355,9 +355,9 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         """transformers' loss, divided by a count that is never 0: no mean over nothing, no NaN."""
         labels = labels.to(torch.int64)
         if not shifted:
-            labels = nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+            labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labels = labels.contiguous()
-        count = (labels != IGNORED_LABEL).sum()
+        count = (labels != IGNORED).sum()
         if labels.is_cpu and readable(labels) and count == 0:
             warnings.warn("all labels are -100, no token is scored: the loss is 0", stacklevel=3)
         items = torch.as_tensor(count if items is None else items, device=logits.device)
@@ -390,7 +390,7 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         return self.init_continuous_batching()
 
 
-def spared_from_decay(model: nn.Module) -> set[str]:
+def parameters_without_decay(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay must leave alone in every SWH model inside `model`
     (which may wrap it: an adapter, a compiled model)."""
     names: set[str] = set()

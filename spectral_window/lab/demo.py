@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -28,6 +27,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from spectral_window.errors import ResourceError, UserError, from_exit_code
+from spectral_window.files import try_lock
 from spectral_window.training.interrupt import Interrupted, catch_signals
 
 # folder -> knobs: in so short a training attention wants narrower initial weights
@@ -177,7 +177,8 @@ def _claim(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / MARK).open("w") as mark:
-            _lock(mark, out)
+            if not try_lock(mark, out / MARK):  # two demos would delete each other's files
+                raise UserError(f"another demo is running there ({out}): wait or choose another")
             for name in OWN:
                 path = out / name
                 if path.is_dir() and not path.is_symlink():
@@ -188,15 +189,3 @@ def _claim(out: Path) -> Iterator[None]:
     except OSError as error:
         what = f"{error.strerror or error} ({error.filename or where})"
         raise ResourceError(f"{what}: make room or choose another folder") from error
-
-
-def _lock(mark: IO[str], out: Path) -> None:
-    """Two demos in one folder would delete each other's files. The system unlocks when we end."""
-    if os.name == "nt":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another demo is running there ({out}): wait or choose another") from None

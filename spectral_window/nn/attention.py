@@ -4,9 +4,10 @@ With `shifted_keys` every key is mixed with that of the token before, before its
 
     k_t <- shift_0 * k_t + shift_1 * k_{t-1}          shift [D, 2], learned
 
-which starts as the token's own key in the first half of the heads and as the key of the token
-before in the others. A query then finds what followed a token like its own in one layer, where
-plain attention needs two: what the memory's keys give it (`nn/memory.py`), given to its rival.
+It starts as the token's own key in the first half of the heads, and as the key of the token before
+in the others. A query then finds what followed similar tokens in one layer, where plain attention
+needs two. The keys of the memory have the same property (`nn/memory.py`); with this option the
+baseline has it too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_window.nn.kernels import Filter, _begin_at, _parameter
+from spectral_window.nn.kernels import Filter, float32_parameter, initialize
 from spectral_window.nn.layers import project
 from spectral_window.nn.mixers import ROPE_THETA, Mixer, check_rotary, register
 from spectral_window.nn.options import Option
@@ -29,9 +30,14 @@ from spectral_window.ops.rotary import rotate
 
 
 class AttentionState(NamedTuple):
-    """key, value: [B, S, H, K] in the model's dtype, keys already rotated; position: [B, S] int64,
-    -1 where a key is padding or belongs to a document that has ended. S grows with every call.
-    last: the key of the last token [B, 1, D] before its rotation, or None without shifted keys."""
+    """The state of an `AttentionMixer`; S grows with every call.
+
+    Attributes:
+        key: [B, S, H, K] in the model's dtype, rotated already.
+        value: [B, S, H, K].
+        position: [B, S] int64, -1 where a key is padding or of a document that has ended.
+        last: the key of the last token [B, 1, D] before its rotation; None without shifted keys.
+    """
 
     key: Tensor
     value: Tensor
@@ -40,20 +46,26 @@ class AttentionState(NamedTuple):
 
 
 class KeyShift(Filter):
-    """Mixes keys with those of the token before: shift [D, 2], kept in float32 and without weight
-    decay like a kernel's parameters. own: how many channels start with the token's own key."""
+    """Mixes every key with that of the token before, by a filter of two taps.
+
+    shift [D, 2] stays in float32 and gets no weight decay, like the parameters of a kernel.
+
+    Args:
+        channels: D.
+        own: the number of channels that start with the token's own key.
+    """
 
     def __init__(self, channels: int, own: int):
         super().__init__(channels)
         self.own = own
-        self.shift = _parameter(channels, 2)
+        self.shift = float32_parameter(channels, 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         before = (
             torch.arange(self.channels, dtype=torch.int64, device=self.shift.device) >= self.own
         )
-        _begin_at(self.shift, torch.stack((~before, before), -1).float())
+        initialize(self.shift, torch.stack((~before, before), -1).float())
 
     def forward(self) -> Taps:
         return Taps(self.shift)
@@ -66,8 +78,16 @@ SHIFTED_KEYS = Option(
 
 @register("attention", ROPE_THETA, SHIFTED_KEYS)
 class AttentionMixer(Mixer):
-    """Full causal attention with RoPE, by PyTorch's fused kernel: the Transformer baseline. No
-    biases."""
+    """The Transformer baseline: full causal attention with RoPE, by PyTorch's fused kernel.
+
+    Without biases. Its state grows with every token.
+
+    Example:
+        >>> layer = AttentionMixer(hidden_size=16, num_heads=2)
+        >>> y, state = layer(torch.randn(1, 9, 16))
+        >>> y.shape, state.key.shape
+        (torch.Size([1, 9, 16]), torch.Size([1, 9, 2, 8]))
+    """
 
     label = "Transformer"
     constant_state = False
@@ -142,8 +162,10 @@ class AttentionMixer(Mixer):
 
     @staticmethod
     def _mask(positions: Tensor, key_position: Tensor) -> tuple[Tensor, Tensor]:
-        """Which keys a query sees [B, T, S], and the keys' positions with those of ended documents
-        set to -1."""
+        """Return which keys a query sees [B, T, S], and the keys' positions.
+
+        The positions of keys of ended documents are set to -1.
+        """
         past = key_position.shape[1] - positions.shape[1]
         token = key_position >= 0
         begins = (key_position == 0) & (
@@ -161,9 +183,8 @@ class AttentionMixer(Mixer):
         ) == past + torch.arange(
             positions.shape[1], dtype=torch.int64, device=token.device
         ).unsqueeze(-1)
-        mask = mask | (
-            itself & (positions < 0)[..., None]
-        )  # padding attends to itself: no row is empty
+        # padding attends to itself, so that no row of the mask is empty
+        mask = mask | (itself & (positions < 0)[..., None])
         return mask, torch.where(document == document[:, -1:], key_position, -1)
 
     def init_state(
@@ -190,7 +211,7 @@ class AttentionMixer(Mixer):
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """q [B, T, H, K], k and v [B, S, H, K], mask [B, T, S] or None -> [B, T, H, K]."""
+    """Attend: q [B, T, H, K], k and v [B, S, H, K], mask [B, T, S] or None -> [B, T, H, K]."""
     return F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

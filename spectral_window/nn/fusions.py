@@ -1,11 +1,11 @@
-"""Fusions: how the outputs of the two branches become one.
+"""Fusions: how the outputs of the two branches are combined.
 
-The paper adds the spectral branch, normalised, to the local one. The others ask one question each:
-does it matter that the sum is learned (`weighted`), chosen by each token (`gated`), normalised on
-both sides (`symmetric_norm`) or on none (`sum`)?
+The paper adds the normalised output of the spectral branch to that of the local branch. Each other
+fusion tests one question: a learned sum (`weighted`), a sum chosen by each token (`gated`), norms
+on both sides (`symmetric_norm`) or none (`sum`).
 
-To add one: subclass `Fusion` and decorate it with `@register("name")`; the contract suite enrols
-it by itself. Options that `register` declares are keywords of the constructor, after the branches.
+To add one, subclass `Fusion` and decorate it with `@register("name")`; the contract suite then
+tests it. Options that `register` declares are keywords of the constructor, after the branches.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from spectral_window.nn.layers import RMSNorm, project
-from spectral_window.nn.options import Part, Registry
+from spectral_window.nn.options import Part, PartRegistry
 
-FUSIONS: Registry[Fusion] = Registry("fusion")
+FUSIONS: PartRegistry[Fusion] = PartRegistry("fusion")
 register = FUSIONS.register
 
 
 class Fusion(Part, nn.Module):
-    """(spectral, local), both [B, T, D] -> [B, T, D], token by token; either may be None where
-    that branch is off, and then there is nothing to weigh against the other."""
+    """Base class: combines spectral and local [B, T, D] to [B, T, D], for each token.
+
+    One of the two is None if its branch is switched off; the output is then the other one.
+
+    Args:
+        dim: D.
+        eps: of the norms.
+        branches: the branches that are on.
+    """
 
     def __init__(self, dim: int, eps: float, branches: tuple[str, ...]):
         super().__init__()
@@ -31,11 +38,11 @@ class Fusion(Part, nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Set parameters of the fusion itself, not those of its modules, to where they begin."""
+        """Initialise the fusion's own parameters, not those of its submodules."""
 
 
 def _add(spectral: Tensor | None, local: Tensor | None) -> Tensor:
-    """The sum of the branches that are on."""
+    """Return the sum of the branches that are on."""
     if spectral is None:
         assert local is not None
         return local
@@ -44,8 +51,10 @@ def _add(spectral: Tensor | None, local: Tensor | None) -> Tensor:
 
 @register("norm_add")
 class NormAdd(Fusion):
-    """The paper's: RMSNorm(spectral) + local (section 1). The norm keeps slow channels, whose sums
-    grow, in scale."""
+    """The paper's fusion: RMSNorm(spectral) + local (section 1).
+
+    The norm bounds slow channels, whose sums grow.
+    """
 
     def __init__(self, dim: int, eps: float, branches: tuple[str, ...]):
         super().__init__(dim, eps, branches)
@@ -80,9 +89,11 @@ class Weighted(NormAdd):
 
 @register("gated")
 class Gated(NormAdd):
-    """g * RMSNorm(spectral) + (1 - g) * local with g = sigmoid(W [RMSNorm(spectral); local] + b):
-    each token chooses, a channel at a time, which branch to believe. W [D, 2D] begins like the
-    model's other maps, so g begins near 1/2."""
+    """g * RMSNorm(spectral) + (1 - g) * local, g = sigmoid(W [RMSNorm(spectral); local] + b).
+
+    Each token weights both branches, per channel. W [D, 2D] is initialised like the model's other
+    linear maps, so g starts near 1/2.
+    """
 
     def __init__(self, dim: int, eps: float, branches: tuple[str, ...]):
         super().__init__(dim, eps, branches)
@@ -98,7 +109,7 @@ class Gated(NormAdd):
 
 @register("symmetric_norm")
 class SymmetricNorm(NormAdd):
-    """RMSNorm(spectral) + RMSNorm(local): neither branch can win by its scale."""
+    """RMSNorm(spectral) + RMSNorm(local): neither branch can dominate by its scale."""
 
     def __init__(self, dim: int, eps: float, branches: tuple[str, ...]):
         super().__init__(dim, eps, branches)
@@ -112,7 +123,7 @@ class SymmetricNorm(NormAdd):
 
 @register("sum")
 class Sum(Fusion):
-    """spectral + local, no norm at all: what the paper's norm is for shows where it is missing."""
+    """spectral + local, without a norm: an ablation of the paper's norm."""
 
     def forward(self, spectral: Tensor | None, local: Tensor | None) -> Tensor:
         return _add(spectral, local)

@@ -1,28 +1,28 @@
-"""Kernels: learnable parameters -> `Modes` or `Taps`.
+"""Kernels: modules whose parameters define `Modes` or `Taps`.
 
-A parameterisation says which kernels can be learned and where they start; how they are computed is
-the business of `ops`. Both kinds have a state of constant size, so every kernel trains, takes
-packed documents and generates token by token:
+A kernel decides which convolutions can be learned and how they are initialised; `ops` computes
+them. Every kernel has a state of constant size, so every kernel trains, takes packed documents and
+generates token by token:
 
-    sums of damped oscillators (Modes)             state: one complex number a mode
-      damped_oscillator  exp(-|a| t) cos(w t), a and w from N(0, 1): the paper's
+    sums of damped oscillators (Modes)             state: one complex number per mode
+      damped_oscillator  exp(-|a| t) cos(w t), a and w from N(0, 1): that of the paper
       pure_decay         the same without oscillation
       log_spaced         half-lives from 1 to 4096 tokens, each of unit energy
-      multi_mode         four of the paper's a channel, with learned gains
-    finite filters (Taps)                          state: the last L - 1 inputs of each channel
+      multi_mode         four of the paper's modes per channel, with learned gains
+    FIR filters (Taps)                             state: the last L - 1 inputs of each channel
       free_form          256 free taps
-      implicit_mlp       1024 taps that a small network makes from time (Hyena's idea)
+      implicit_mlp       1024 taps, computed from time by a small network (as in Hyena)
       short_filter       4 free taps, the short convolution of Mamba and H3
 
-A finite filter sees nothing that lies L tokens back or more: what it does at a greater length than
-it was trained at is no extrapolation of the kernel, unlike an oscillator's.
+A FIR filter ignores inputs L or more tokens back. So at a length greater than in training it does
+not extrapolate, unlike an oscillator.
 
-To add one: subclass `Kernel` and yield `Modes` from `forward`, or `Filter` and `Taps`, and decorate
-it with `@register("name")`. That enrols it in the contract suite (tests/contracts), where every
-method must agree on it. Options that `register` declares are keywords of the constructor, after the
-channels. Every kernel here starts with an energy sum K[t]^2 near 1 or below, so that the
-convolution of white noise has about its variance (a slowly decaying channel of the paper's, whose
-energy grows with its half-life, is the exception).
+To add one, subclass `Kernel` and return `Modes` from `forward` (or `Filter` and `Taps`), and
+decorate it with `@register("name")`. The contract suite (tests/contracts) then tests it with every
+method. Options that `register` declares are keywords of the constructor, after the channels. Every
+kernel here starts with an energy sum K[t]^2 of about 1 or less, so that the convolution of white
+noise has about its variance. The exception is a slowly decaying channel of the paper's kernel,
+whose energy grows with its half-life.
 """
 
 from __future__ import annotations
@@ -33,23 +33,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from spectral_window.nn.options import Part, Registry
+from spectral_window.nn.options import Part, PartRegistry
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps, fir_conv
 from spectral_window.ops.modes import Modes, exact_dtype
 from spectral_window.ops.spectral import spectral_conv
 
-KERNELS: Registry[Kernel] = Registry("kernel")
+KERNELS: PartRegistry[Kernel] = PartRegistry("kernel")
 register = KERNELS.register
 
 
 class Kernel(Part, nn.Module):
-    """Kernels of D channels. `forward()` yields their `Modes` or `Taps`, and with them the shape of
-    the state and the work a token.
+    """Base class: the kernels of D channels.
 
-    Its parameters stay in float32 when the model is cast to half precision: rounding decays and
-    frequencies to bfloat16 moves a 12-layer model's logits by a fifth. None is a module's of its
-    own (`nn.Linear` would be cast, decayed and initialised like the model's maps).
+    `forward()` returns their `Modes` or `Taps`, which also define the shape of the state and the
+    work per token.
+
+    The parameters stay in float32 when the model is cast to half precision: rounding decays and
+    frequencies to bfloat16 changes the logits of a 12-layer model by a fifth. They are plain
+    parameters and not submodules: an `nn.Linear` would be cast, decayed and initialised like the
+    model's linear maps.
+
+    Args:
+        channels: D.
     """
 
     def __init__(self, channels: int):
@@ -59,16 +65,26 @@ class Kernel(Part, nn.Module):
     def forward(self) -> Modes | Taps:
         raise NotImplementedError
 
-    operator = "spectral"  # in METHODS, which convolves with this kernel
+    operator = "spectral"  # the operator in METHODS that convolves with this kernel
 
     def convolve(
         self, u: Tensor, *, state: Tensor | None, positions: Tensor | Documents | None, method: str
     ) -> tuple[Tensor, Tensor]:
-        """The operator with this kernel: u [B, T, D] -> (y [B, T, D], state)."""
+        """Convolve with this kernel.
+
+        Args:
+            u: [B, T, D].
+            state: the state after the earlier tokens, or None.
+            positions: documents and padding, see `spectral_window.ops`.
+            method: a method's name, or "auto".
+
+        Returns:
+            y [B, T, D] and the state after the last token.
+        """
         return spectral_conv(u, self(), state=state, positions=positions, method=method)  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
-        """Draw the initial parameters, in place."""
+        """Initialise the parameters in place."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kernel:
@@ -82,7 +98,7 @@ class Kernel(Part, nn.Module):
 
 
 class Filter(Kernel):
-    """A finite filter a channel: `forward()` yields `Taps`."""
+    """Base class of FIR filters, one per channel: `forward()` returns `Taps`."""
 
     operator = "fir"
 
@@ -95,27 +111,29 @@ class Filter(Kernel):
         return fir_conv(u, self(), state=state, positions=positions, method=method)
 
 
-def _parameter(*shape: int) -> nn.Parameter:
-    # float32 by name: a model may be built while half precision is the default
+def float32_parameter(*shape: int) -> nn.Parameter:
+    """Return an uninitialised float32 parameter, whatever torch's default dtype is."""
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
 
 
-def _begin_at(parameter: nn.Parameter, value: Tensor) -> None:
-    """Fill a parameter, unless a checkpoint has filled it already (which the library that loads it
-    marks; it does the same inside `nn.init`)."""
+def initialize(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copy an initial value into a parameter, unless a checkpoint has been loaded into it.
+
+    transformers marks loaded parameters, and its `nn.init` functions skip them in the same way.
+    """
     if not getattr(parameter, "_is_hf_initialized", False):
         with torch.no_grad():
             parameter.copy_(value)
 
 
 def _log_decay(channels: int, longest: float) -> Tensor:
-    """log of the decays [D] whose half-lives are log-spaced from 1 to `longest` tokens."""
+    """Return the log of decays [D] whose half-lives are log-spaced from 1 to `longest` tokens."""
     half_lives = torch.logspace(0, math.log2(longest), channels, base=2.0, dtype=torch.float64)
     return (math.log(2) / half_lives).log()
 
 
 def _unit_energy(decay: Tensor) -> Tensor:
-    """The gain for which sum_t (gain exp(-decay t))^2 = 1."""
+    """Return the gain for which sum_t (gain exp(-decay t))^2 = 1."""
     return torch.sqrt(-torch.expm1(-2 * decay))
 
 
@@ -124,17 +142,24 @@ def _unit_energy(decay: Tensor) -> Tensor:
 
 @register("damped_oscillator")
 class DampedOscillator(Kernel):
-    """The paper's kernel: K[t] = exp(-|decay| t) cos(frequency t), both drawn from N(0, 1)
-    (section 1).
+    """The paper's kernel: K[t] = exp(-|decay| t) cos(frequency t), both from N(0, 1) (section 1).
 
-    Half of the channels forget within about 1.5 tokens and 2.5 % reach past 32: at initialisation
-    it is a bank of short filters.
+    Half of the channels have a memory of less than about 1.5 tokens, and 2.5 % of more than 32: at
+    initialisation it is a bank of short filters.
+
+    Example:
+        >>> kernel = KERNELS["damped_oscillator"](channels=3)
+        >>> y, state = kernel.convolve(
+        ...     torch.randn(2, 5, 3), state=None, positions=None, method="auto"
+        ... )
+        >>> y.shape
+        torch.Size([2, 5, 3])
     """
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.decay = _parameter(channels)
-        self.frequency = _parameter(channels)
+        self.decay = float32_parameter(channels)
+        self.frequency = float32_parameter(channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,12 +172,14 @@ class DampedOscillator(Kernel):
 
 @register("pure_decay")
 class PureDecay(Kernel):
-    """The paper's kernel without oscillation: K[t] = exp(-|decay| t), decay from N(0, 1). What is
-    lost against it is what the frequencies earn."""
+    """The paper's kernel without oscillation: K[t] = exp(-|decay| t), decay from N(0, 1).
+
+    The difference to `damped_oscillator` is the effect of the frequencies.
+    """
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.decay = _parameter(channels)
+        self.decay = float32_parameter(channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -169,26 +196,25 @@ class LogSpaced(Kernel):
     K[t] = g exp(-a t) cos(turn t / half-life), a = exp(log_decay), half-life = ln 2 / a,
     g = sqrt(1 - exp(-2 a)).
 
-    log_decay: a step of learning changes a half-life by a share of itself, at any scale.
-    turn:      from N(0, 1), the radians a kernel turns in one half-life: the bank is one family of
-               shapes, stretched in time (constant Q, as in wavelets). Frequencies from N(0, 1)
-               radians a token would make every slow channel a resonator of a period of a few
-               tokens, blind to what a text is about, and a step of learning would turn its far end
-               by many radians.
-    g:         sum of (g exp(-a t))^2 is 1. Without it a channel's output grows with the root of
-               its half-life, and the slow ones drown the fast in the RMSNorm that follows.
+    - log_decay: an optimizer step changes a half-life by a relative amount, at any scale.
+    - turn: from N(0, 1), the angle in radians per half-life. So all channels have shapes of one
+      family, stretched in time (constant Q, as in wavelets). With frequencies from N(0, 1) radians
+      per token every slow channel would be a resonator with a period of a few tokens, insensitive
+      to slow changes, and an optimizer step would change its phase far back by many radians.
+    - g: the sum of (g exp(-a t))^2 is 1. Without it the output of a channel grows with the root of
+      its half-life, and slow channels dominate the RMSNorm that follows.
     """
 
     longest = 4096.0
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.log_decay = _parameter(channels)
-        self.turn = _parameter(channels)
+        self.log_decay = float32_parameter(channels)
+        self.turn = float32_parameter(channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        _begin_at(self.log_decay, _log_decay(self.channels, self.longest))
+        initialize(self.log_decay, _log_decay(self.channels, self.longest))
         nn.init.normal_(self.turn)
 
     def forward(self) -> Modes:
@@ -198,20 +224,21 @@ class LogSpaced(Kernel):
 
 @register("multi_mode")
 class MultiMode(Kernel):
-    """Four of the paper's oscillators a channel: K[t] = sum_m gain_m exp(-|decay_m| t)
-    cos(frequency_m t).
+    """Four of the paper's oscillators per channel.
 
-    decay and frequency [D, 4] from N(0, 1), gain [D, 4] from N(0, 1/4): the expected energy at
-    every t is that of the paper's kernel, so that only the shapes differ.
+        K[t] = sum_m gain_m exp(-|decay_m| t) cos(frequency_m t)
+
+    decay and frequency [D, 4] are drawn from N(0, 1), gain [D, 4] from N(0, 1/4). So the expected
+    energy at every t is that of the paper's kernel, and only the shapes differ.
     """
 
     modes = 4
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.decay = _parameter(channels, self.modes)
-        self.frequency = _parameter(channels, self.modes)
-        self.gain = _parameter(channels, self.modes)
+        self.decay = float32_parameter(channels, self.modes)
+        self.frequency = float32_parameter(channels, self.modes)
+        self.gain = float32_parameter(channels, self.modes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -223,15 +250,15 @@ class MultiMode(Kernel):
         return Modes(self.decay.abs(), self.frequency, self.gain)
 
 
-# -------------------------------------------------------------------------------- finite filters
+# ------------------------------------------------------------------------------------ FIR filters
 
 
 @register("free_form")
 class FreeForm(Filter):
-    """256 free taps a channel: what could be learned where no form is asked for.
+    """256 free taps per channel: a kernel without a prescribed form.
 
-    They start as noise under an envelope that halves every 32 tokens, of unit energy. Beyond 255
-    tokens back nothing is seen.
+    Initialised as noise under an envelope that halves every 32 tokens, with unit energy. Inputs
+    more than 255 tokens back have no effect.
     """
 
     taps = 256
@@ -239,7 +266,7 @@ class FreeForm(Filter):
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.weights = _parameter(channels, self.taps)
+        self.weights = float32_parameter(channels, self.taps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -247,7 +274,7 @@ class FreeForm(Filter):
         lag = torch.arange(self.taps, dtype=torch.float32, device=home)
         envelope = 2.0 ** (-lag / self.half_life)
         noise = torch.randn(self.channels, self.taps, dtype=torch.float32, device=home)
-        _begin_at(self.weights, noise * envelope / envelope.square().sum().sqrt())
+        initialize(self.weights, noise * envelope / envelope.square().sum().sqrt())
 
     def forward(self) -> Taps:
         return Taps(self.weights)
@@ -255,15 +282,17 @@ class FreeForm(Filter):
 
 @register("short_filter")
 class ShortFilter(Filter):
-    """A filter of 4 taps, fixed and short in length; the taps are learned. It is the short
-    convolution of Mamba and H3, and the question it asks is whether the global branch is more than
-    that: it sees the token and the three before. Taps from N(0, 1/4): unit energy."""
+    """4 learned taps per channel: the short convolution of Mamba and H3.
+
+    It covers a token and the three before it, and so tests whether the global branch does more than
+    that. Initialised from N(0, 1/4): unit energy.
+    """
 
     taps = 4
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.weights = _parameter(channels, self.taps)
+        self.weights = float32_parameter(channels, self.taps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -275,18 +304,21 @@ class ShortFilter(Filter):
 
 @register("implicit_mlp")
 class ImplicitMLP(Filter):
-    """1024 taps that a network makes from features of time (Hyena, Poli et al. 2023, section 3.3):
+    """1024 taps per channel, computed by a network from features of time.
+
+    Hyena, Poli et al. 2023, section 3.3:
 
         K[t] = g exp(-a t) * (W_3 sin(W_2 sin(W_1 features(t) + b_1) + b_2))
 
-    features(t) are t / L and 16 sines and cosines, of periods log-spaced from 2 to 2 L tokens; the
-    sines between the layers let the network change as fast as they do. The number of parameters
-    does not grow with L. Envelopes a = exp(log_decay) start with half-lives log-spaced from 1 to L
-    tokens across channels, and g gives them unit energy (see `LogSpaced`). Beyond 1023 tokens back
-    nothing is seen.
+    features(t) are t / L and 16 sines and cosines with periods log-spaced from 2 to 2 L tokens; the
+    sines between the layers allow equally fast changes. The number of parameters does not depend on
+    L. The envelopes a = exp(log_decay) start with half-lives log-spaced from 1 to L tokens across
+    channels, and g gives them unit energy (see `LogSpaced`). Inputs more than 1023 tokens back have
+    no effect.
 
-    Computed in float64, so that neither autocast nor the setting for float32 products changes the
-    kernel. It is made anew at every call: for a single token that is most of the work.
+    Computed in float64, so that neither autocast nor the precision setting of float32 products
+    changes the kernel. It is computed anew at every call: for a single token that is most of the
+    work.
     """
 
     taps = 1024
@@ -295,18 +327,18 @@ class ImplicitMLP(Filter):
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.log_decay = _parameter(channels)
-        self.weight_1 = _parameter(self.hidden, 1 + 2 * self.waves)
-        self.bias_1 = _parameter(self.hidden)
-        self.weight_2 = _parameter(self.hidden, self.hidden)
-        self.bias_2 = _parameter(self.hidden)
-        self.weight_3 = _parameter(channels, self.hidden)
+        self.log_decay = float32_parameter(channels)
+        self.weight_1 = float32_parameter(self.hidden, 1 + 2 * self.waves)
+        self.bias_1 = float32_parameter(self.hidden)
+        self.weight_2 = float32_parameter(self.hidden, self.hidden)
+        self.bias_2 = float32_parameter(self.hidden)
+        self.weight_3 = float32_parameter(channels, self.hidden)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        _begin_at(self.log_decay, _log_decay(self.channels, self.taps))
-        # the mean square of a sine or cosine, and of the hidden layers, is 1/2: so every layer's
-        # output has variance 1
+        initialize(self.log_decay, _log_decay(self.channels, self.taps))
+        # the mean square of a sine or cosine, and of the hidden layers, is 1/2, so that the output
+        # of every layer has variance 1
         nn.init.normal_(self.weight_1, std=self.waves**-0.5)
         nn.init.normal_(self.weight_2, std=(self.hidden / 2) ** -0.5)
         nn.init.normal_(self.weight_3, std=(self.hidden / 2) ** -0.5)

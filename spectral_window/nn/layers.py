@@ -1,5 +1,8 @@
-"""The small parts around a mixer: RMSNorm, the feed-forward layers, and which parameters must not
-be decayed."""
+"""The parts around a mixer: linear maps, RMSNorm, feed-forward layers; and the weight-decay rule.
+
+`no_weight_decay` is here, and not with the optimizer, because transformers' Trainer applies it too
+(`hf/registration.py`), and because the rule depends on what a `Kernel` is.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_window.nn.kernels import Kernel
-from spectral_window.nn.options import Part, Registry
+from spectral_window.nn.options import Part, PartRegistry
 from spectral_window.ops.methods import resolve
 from spectral_window.ops.pointwise import rms_norm, swiglu
 from spectral_window.ops.tracing import is_recorded
 
 
 def project(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
-    """Each of `maps` (linear layers of one input size) applied to x [..., K]; together where that
-    is faster.
+    """Apply several linear layers to x, in one call where that is faster.
 
-    A layer that is more than a plain `nn.Linear` (an adapter, a quantised weight, hooks) is called
-    by itself.
+    A layer that is not a plain `nn.Linear` (an adapter, a quantised weight, hooks) is called as it
+    is.
+
+    Args:
+        x: [..., K].
+        maps: linear layers with input size K.
+
+    Returns:
+        One [..., N] for each layer.
     """
     if not (torch.is_grad_enabled() or is_recorded()) and all(map(_is_plain, maps)):
-        # looked up directly: this runs for every token
-        held: list[Any] = [layer._parameters for layer in maps]
-        weights, biases = [of["weight"] for of in held], [of["bias"] for of in held]
+        # read without nn.Module.__getattr__, which is slow: this runs for every token
+        parameters: list[Any] = [layer._parameters for layer in maps]
+        weights, biases = [p["weight"] for p in parameters], [p["bias"] for p in parameters]
         chosen = resolve("linear", "auto", x, weights, biases)
         if chosen.name != "matmul":
             return chosen.function(x, weights, biases)
@@ -42,8 +51,14 @@ def _is_plain(layer: nn.Linear) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype (statistics in at
-    least float32)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    The output has x's dtype; the mean is computed in at least float32.
+
+    Args:
+        dim: size of the last dimension.
+        eps: added to the mean square.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -54,13 +69,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-MLPS: Registry[MLP] = Registry("mlp")
+MLPS: PartRegistry[MLP] = PartRegistry("mlp")
 register = MLPS.register
 
 
 class MLP(Part, nn.Module):
-    """A feed-forward layer, token by token: [.., D] -> [.., D], `hidden` wide inside. Options that
-    `register` declares are keywords of the constructor, after these two."""
+    """Base class of feed-forward layers, applied to each token: [..., D] -> [..., D].
+
+    Options that `register` declares are keywords of the constructor, after these two.
+
+    Args:
+        dim: D.
+        hidden: width of the hidden layer.
+    """
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -70,14 +91,13 @@ class MLP(Part, nn.Module):
 
     @staticmethod
     def default_hidden(dim: int) -> int:
-        """The width where none is asked for."""
+        """Return the hidden width that is used if none is given."""
         raise NotImplementedError
 
 
 @register("swiglu")
 class SwiGLU(MLP):
-    """W_down(silu(W_gate x) * W_up x): the feed-forward layer of the paper's language models. [..,
-    D] -> [.., D]"""
+    """W_down(silu(W_gate x) * W_up x): the feed-forward layer of the paper's language models."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__(dim, hidden)
@@ -96,8 +116,7 @@ class SwiGLU(MLP):
 
 @register("gelu")
 class GeluMLP(MLP):
-    """W_down gelu(W_up x): the feed-forward layer of the paper's synthetic tasks. [.., D] -> [..,
-    D]"""
+    """W_down gelu(W_up x): the feed-forward layer of the paper's synthetic tasks."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__(dim, hidden)
@@ -113,12 +132,12 @@ class GeluMLP(MLP):
 
 
 def no_weight_decay(module: nn.Module) -> set[str]:
-    """Qualified names of the parameters that weight decay must leave alone: dynamics, gains, norms
-    and biases.
+    """Return the qualified names of the parameters that get no weight decay.
 
-    Decaying a decay rate or a frequency does not regularise it, it moves the kernel; the paper's
-    code does so unnoticed. Matrices and embeddings are decayed. The answer comes from the modules
-    and not from marks on the parameters, which loading a checkpoint would lose.
+    These are the parameters of kernels, gains, norms and biases; matrices and embeddings are
+    decayed. Decaying a decay rate or a frequency does not regularise it but changes the kernel (the
+    paper's code does so). The rule reads the modules and not marks on the parameters, which loading
+    a checkpoint would lose.
     """
     names = set()
     for prefix, part in module.named_modules():

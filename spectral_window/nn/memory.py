@@ -1,24 +1,25 @@
-"""The mixer `memory`: the paper's layer, and beside its window a memory of what followed what.
+"""The mixer `memory`: the paper's layer with a key-value memory beside its window.
 
-Both branches of the paper are blind to *which* token to keep: the convolution mixes each channel
-alone, and the window ends. A key-value memory with the delta rule (`ops.delta_memory`) can tell,
-in linear time and with a constant state. It has no projections of its own: it reads with the
-window's query, stores the window's value, and its key is the query of the token before. So it
-stores "what followed a token like this", and a query finds what followed its like: an induction
-head from the start.
+Neither branch of the paper's layer can choose *which* token to store: the convolution mixes each
+channel separately, and the window has an end. A key-value memory with the delta rule
+(`ops.delta_memory`) can, in linear time and with a constant state. It has no projections of its
+own: it reads with the window's query, stores the window's value, and its key is the query of the
+token before. So it stores what followed a token, and a query reads what followed similar tokens: an
+induction head, from the first training step.
 
-    a       = WindowAttention(rope(q), rope(k), v)                 the paper's, unchanged
+    a       = WindowAttention(rope(q), rope(k), v)                 as in the paper
     p_t     = normalise(q_t)                                       without positions
     kappa_t = normalise(sum_{i < 4} lag_i * q_{t-i})               lag starts at 0 1 0 0
     b_t     = sigmoid(x_t . w_write + write_bias), or with write_gate=closing
               tanh(max(x_t . w_write + write_bias, 0))
     S_t     = S_{t-1} + b_t kappa_t (v_t - S_{t-1}^T kappa_t)^T
     m_t     = sigmoid(x_t . w_read + read_bias) * scale * (S_t^T p_t)
-    Y       = (RMSNorm(Y_spec) + (a + m) W_local) W_out            m joins before W_local
+    Y       = (RMSNorm(Y_spec) + (a + m) W_local) W_out            m is added before W_local
 
-What is written wears out what was there: a sigmoid writes a little of every token, and after 32,768
-of them half of the needles are gone. A gate that closes writes none of what training has shown to
-be noise: of needles 0.94 are found there, at some 0.02 nats per token on text (results/memory).
+Every write weakens earlier ones. A sigmoid gate writes a little of every token, and after 32,768
+tokens half of the needles are lost. A closing gate can write nothing of tokens that training has
+shown to be noise: it finds 0.94 of the needles there, and costs about 0.02 nats per token on text
+(results/memory).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_window.errors import UserError
-from spectral_window.nn.kernels import Filter, _begin_at, _parameter
+from spectral_window.nn.kernels import Filter, float32_parameter, initialize
 from spectral_window.nn.mixers import register
 from spectral_window.nn.options import Option
 from spectral_window.nn.spectral_window import SpectralWindowMixer
@@ -42,13 +43,19 @@ from spectral_window.ops.memory_step import Parameters
 from spectral_window.ops.pointwise import gated_add, unit
 from spectral_window.ops.window import WindowState
 
-LAG = 4  # queries that make a key: the token's own and the three before
-SHORTEST = 1e-4  # a query or key that is shorter is divided by this and not by its length
+LAG = 4  # a key is a mix of this many queries: that of the token and of the three before
+SHORTEST = 1e-4  # queries and keys shorter than this are divided by it and not by their length
 
 
 class MemoryState(NamedTuple):
-    """spectral, window: as in `SpectralWindowState`; memory: S [B, H, D / H, D / H] in at least
-    float32; queries: the last three [B, 3, D] in the model's dtype, oldest first."""
+    """The state of a `MemoryMixer`.
+
+    Attributes:
+        spectral: as in `SpectralWindowState`.
+        window: as in `SpectralWindowState`.
+        memory: S [B, H, D / H, D / H] in at least float32.
+        queries: the last three queries [B, 3, D] in the model's dtype, oldest first.
+    """
 
     spectral: Tensor | None
     window: WindowState | None
@@ -57,24 +64,32 @@ class MemoryState(NamedTuple):
 
 
 class Memory(Filter):
-    """The memory's own parameters, beside the maps of its gates. Like a kernel's they are kept in
-    float32, and take no weight decay.
+    """The memory's parameters, apart from the linear map of its gates.
 
-    lag [D, 4], the taps that make keys of queries, starts as "the token before"; scale [D], of what
-    is read, starts at 1; write_bias [H] starts at the number given, read_bias [H] at 0.
+    Like those of a kernel they stay in float32, and get no weight decay.
+
+    - lag [D, 4]: the filter that makes keys of queries; starts as the query of the token before.
+    - scale [D]: factor of the memory's output; starts at 1.
+    - write_bias [H]: starts at the argument of this name.
+    - read_bias [H]: starts at 0.
+
+    Args:
+        channels: D.
+        heads: H, heads of the memory.
+        write_bias: initial value.
     """
 
     def __init__(self, channels: int, heads: int, write_bias: float = 0.0):
         super().__init__(channels)
         self.first_bias = write_bias
-        self.lag = _parameter(channels, LAG)
-        self.scale = _parameter(channels)
-        self.write_bias = _parameter(heads)
-        self.read_bias = _parameter(heads)
+        self.lag = float32_parameter(channels, LAG)
+        self.scale = float32_parameter(channels)
+        self.write_bias = float32_parameter(heads)
+        self.read_bias = float32_parameter(heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        _begin_at(self.lag, torch.eye(LAG)[1].expand_as(self.lag))
+        initialize(self.lag, torch.eye(LAG)[1].expand_as(self.lag))
         nn.init.ones_(self.scale)
         nn.init.constant_(self.write_bias, self.first_bias)
         nn.init.zeros_(self.read_bias)
@@ -86,7 +101,7 @@ class Memory(Filter):
 HEADS = Option(
     "memory_heads", int, 1, help="heads of the memory; its state has D^2 / heads numbers"
 )
-WRITE_GATES = {"sigmoid": 0.0, "closing": 0.5}  # name -> the bias that it starts with
+WRITE_GATES = {"sigmoid": 0.0, "closing": 0.5}  # name -> initial bias
 WRITE_GATE = Option(
     "write_gate",
     str,
@@ -98,17 +113,27 @@ WRITE_GATE = Option(
 
 
 def recommended(hidden_size: int) -> dict[str, Any]:
-    """The options of the layer that we recommend at a width: a head for each 128 channels (one of
-    all channels would cost a wide model half a training step more)."""
+    """Return the options of the recommended layer at a width.
+
+    It has one memory head per 128 channels: a single head over all channels would make a training
+    step of a wide model 1.5 times as long.
+    """
     return {"mixer": "memory", "memory_heads": max(1, hidden_size // 128)}
 
 
 @register("memory", HEADS, WRITE_GATE)
 class MemoryMixer(SpectralWindowMixer):
-    """The paper's layer with a delta-rule memory that joins the window's output (see the module).
+    """The paper's layer with a delta-rule memory that is added to the window's output.
 
-    The window must be on: the memory reads with its queries and stores its values. Beside the
-    paper's parameters there are 5 D + 2 H (D + 1), H memory heads.
+    The module's docstring has the equations. The window must be on: the memory reads with its
+    queries and stores its values. The layer has 5 D + 2 H (D + 1) parameters more than the paper's,
+    for H memory heads.
+
+    Example:
+        >>> layer = MemoryMixer(hidden_size=16, num_heads=2, window=4, memory_heads=2)
+        >>> y, state = layer(torch.randn(1, 9, 16))
+        >>> y.shape, state.memory.shape
+        (torch.Size([1, 9, 16]), torch.Size([1, 2, 8, 8]))
     """
 
     label = "SWH with memory"
@@ -120,8 +145,8 @@ class MemoryMixer(SpectralWindowMixer):
         self.closes = self.settings["write_gate"] == "closing"
         bias = WRITE_GATES[self.settings["write_gate"]]
         self.memory = Memory(self.hidden_size, self.memory_heads, bias)
-        # w_write, then w_read: one map, for a product with a single row of weights rounds
-        # differently where a file has put them at another alignment
+        # w_write, then w_read, in one map: a product with a single row of weights would round
+        # differently when a file is loaded at another memory alignment
         self.gate_proj = nn.Linear(self.hidden_size, 2 * self.memory_heads, bias=False)
 
     @classmethod
@@ -163,7 +188,7 @@ class MemoryMixer(SpectralWindowMixer):
             positions=documents,
             method=self.method(own.operator),
         )
-        found, memory = delta_memory(
+        read_values, memory = delta_memory(
             self._unit(q),
             self._unit(lagged),
             self._heads(v).to(write.dtype),
@@ -173,20 +198,20 @@ class MemoryMixer(SpectralWindowMixer):
             method=self.method("delta"),
         )
         gate = torch.sigmoid(read + own.read_bias)
-        return gated_add(attended, found, gate, own.scale), (*states, memory, queries)
+        return gated_add(attended, read_values, gate, own.scale), (*states, memory, queries)
 
     def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
         return [*super().operators(), (self.memory.operator, tuple(self.memory())), ("delta", ())]
 
     def _amount(self, logit: Tensor) -> Tensor:
-        """How much of a value is written, 0 to 1."""
+        """Return the fraction of a value that is written, 0 to 1."""
         return torch.tanh(torch.relu(logit)) if self.closes else torch.sigmoid(logit)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.memory_heads, -1))
 
     def _unit(self, x: Tensor) -> Tensor:
-        """x [B, T, D] of length 1 in each memory head, in at least float32."""
+        """Return x [B, T, D] with length 1 in each memory head, in at least float32."""
         return unit(self._heads(x), SHORTEST)
 
     def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -208,7 +233,10 @@ class MemoryMixer(SpectralWindowMixer):
         return super().state_bytes(context, batch_size=batch_size, dtype=dtype) + batch_size * own
 
     def flops_per_token(self, context: int) -> int:
-        """The paper layer's, the gates' and the lag's (which count as maps), and three
-        multiply-adds an entry of S: read at the key, write, read at the query."""
+        """As in the base class, and three multiply-adds per entry of S.
+
+        They are: read at the key, write, read at the query. Gates and lag are counted by the base
+        class as linear maps.
+        """
         size = self.hidden_size // self.memory_heads
         return super().flops_per_token(context) + 6 * self.hidden_size * size

@@ -1,13 +1,12 @@
-"""Mixers: the part of a block that lets tokens see one another. Their registry and common face.
+"""Mixers: the part of a block that passes information between tokens; base class and registry.
 
-`forward(x, positions=None, state=None) -> (y, state)`. The state is a typed tuple of tensors whose
-first dimension is the batch, so that beams can be reordered and rows selected without knowing what
-is inside. A file each:
+`forward(x, positions=None, state=None) -> (y, state)`. The state is a NamedTuple of tensors whose
+first dimension is the batch, so that code can reorder beams and select rows without knowing its
+content. Each mixer has its own file:
 
     spectral_window  the paper's layer: Y = (RMSNorm(Y_spec) + Y_local) W_out, constant state
     memory           the same with a delta-rule memory beside the window, constant state
-    attention        the Transformer baseline: full causal attention with RoPE, state grows with
-                     every token
+    attention        the Transformer baseline: full causal attention with RoPE, growing state
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from spectral_window.errors import UserError
-from spectral_window.nn.options import Option, Part, Registry, settings
+from spectral_window.nn.options import Option, Part, PartRegistry, settings
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.methods import METHODS, resolve
 
 BRANCHES = ("spectral", "window")
-MIXERS: Registry[Mixer] = Registry("mixer")
+MIXERS: PartRegistry[Mixer] = PartRegistry("mixer")
 register = MIXERS.register
 State = TypeVar("State")
 
@@ -34,8 +33,10 @@ ROPE_THETA = Option(
 
 
 def map_state(state: State, fn: Callable[[Tensor], Tensor]) -> State:
-    """Apply `fn` to every tensor of a state; the result has the same type. Branches that are off
-    (None) stay so."""
+    """Apply `fn` to every tensor of a state; return a state of the same type.
+
+    None, the state of a branch that is off, stays None.
+    """
     if state is None:
         return state
     if isinstance(state, Tensor):
@@ -45,17 +46,23 @@ def map_state(state: State, fn: Callable[[Tensor], Tensor]) -> State:
 
 
 class Mixer(Part, nn.Module):
-    """[B, T, D] -> [B, T, D] with a state.
+    """Base class: [B, T, D] -> [B, T, D] with a state.
 
-    hidden_size D, num_heads H (D / H is the head size), eps of norms; options: those that it is
-    registered with, by name, and those of the parts that they name. `settings` has them all, with
-    defaults where none was given. Raises UserError for any other and for bad values.
+    Args:
+        hidden_size: D.
+        num_heads: H; the head size is D / H.
+        eps: of norms.
+        options: the options that the mixer is registered with, and those of the parts that these
+            name. The attribute `settings` has all of them, with defaults for those not given.
+
+    Raises:
+        UserError: an unknown option or a bad value.
     """
 
-    label = ""  # what a reader calls a model of this mixer; "": by its own name
-    constant_state = True  # the state after any number of tokens has the same size
-    branches: tuple[str, ...] = ()  # of `BRANCHES`, those it computes with
-    visible = ""  # the keys that a query sees, in words; "": there is no attention
+    label = ""  # the name of such models in reports; "": the name of the mixer
+    constant_state = True  # the state has the same size after any number of tokens
+    branches: tuple[str, ...] = ()  # those of `BRANCHES` that it has
+    visible = ""  # the keys that a query sees, in words; "": it has no attention
 
     def __init__(
         self,
@@ -72,14 +79,14 @@ class Mixer(Part, nn.Module):
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.eps = eps
-        # a speed choice: see `set_methods`
+        # a choice of speed: see `set_methods`
         self.methods = dict.fromkeys(METHODS, "auto")
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
         size, heads = values["hidden_size"], values["num_attention_heads"]
         if size % heads:
-            near = next(  # outwards from `heads`, for there may be two thousand million below
+            near = next(  # outwards from `heads`: below it there may be two thousand million
                 n
                 for distance in range(1, max(heads, size))
                 for n in (heads - distance, heads + distance)
@@ -93,37 +100,56 @@ class Mixer(Part, nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | Documents | None = None, state: Any = None
     ) -> tuple[Tensor, Any]:
-        """x [B, T, D], positions [B, T] int64, what was understood of them, or None (see
-        `spectral_window.ops`), state of the tokens before or None."""
+        """Mix tokens.
+
+        Args:
+            x: [B, T, D].
+            positions: [B, T] int64, or `Documents`, or None (see `spectral_window.ops`).
+            state: the state after the earlier tokens, or None.
+
+        Returns:
+            y [B, T, D] and the state after the last token of each row.
+        """
         raise NotImplementedError
 
     def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """The operators that it calls, by their names in METHODS, each with what `resolve` asks
-        for beside the input."""
+        """Return the operators it calls, by their names in METHODS.
+
+        Each comes with the arguments of `resolve` after the input.
+        """
         return []
 
     def method(self, op: str) -> str:
-        """The method chosen for an operator."""
+        """Return the method that is set for an operator."""
         return self.methods.get(op, "auto")
 
     def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """The state before any token."""
+        """Return the state before any token."""
         raise NotImplementedError
 
     def state_bytes(
         self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
     ) -> int:
-        """Bytes of the state after `context` tokens."""
+        """Return the bytes of the state after `context` tokens."""
         raise NotImplementedError
 
     def flops_per_token(self, context: int) -> int:
-        """Floating-point operations of a forward pass a token (2 a multiply-add), averaged over
-        `context` tokens."""
+        """Return the floating-point operations of a forward pass per token.
+
+        A multiply-add counts as 2. Averaged over `context` tokens.
+        """
         raise NotImplementedError
 
     def count_visible(self, positions: Tensor, window: int) -> Tensor:
-        """How many keys a query at each of `positions` in a document sees in a model of this
-        `window`, itself and the last ones before it: int64; 0 where there is no attention."""
+        """Return the number of keys that a query sees, itself and the last ones before it.
+
+        Args:
+            positions: positions of queries in a document.
+            window: the model's window.
+
+        Returns:
+            int64 of the same shape; 0 for a mixer without attention.
+        """
         return torch.zeros_like(positions)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -131,7 +157,7 @@ class Mixer(Part, nn.Module):
 
 
 def check_rotary(values: Mapping[str, Any]) -> None:
-    """Raise UserError for a head size that rotary positions cannot turn."""
+    """Raise UserError for an odd head size, which the rotary embedding cannot rotate."""
     size, heads = values["hidden_size"], values["num_attention_heads"]
     if size // heads % 2:
         raise UserError(
@@ -141,10 +167,16 @@ def check_rotary(values: Mapping[str, Any]) -> None:
 
 
 def set_methods(module: nn.Module, **methods: str) -> None:
-    """Choose the operators' methods in every mixer below `module`, by the operators' names in
-    METHODS; "auto" for those not named. A choice of speed: it is never saved.
+    """Set the methods of operators in every mixer of `module`.
 
-    Raises UserError for an unknown operator or method.
+    This is a choice of speed and is never saved.
+
+    Args:
+        module: a model or a mixer.
+        methods: operator -> method, by the names in METHODS; "auto" for operators not named.
+
+    Raises:
+        UserError: an unknown operator or method.
     """
     probe = torch.empty(0, dtype=torch.float32, device="cpu")
     for op, method in methods.items():

@@ -1,16 +1,16 @@
-"""What a part of a model can be told, declared once; and the registries of parts.
+"""Options of the parts of a model, each declared once; and the registries of parts.
 
     @register("toy", Option("toy_width", int, 3, at_least=1, help="channels of the toy"))
     class Toy(Mixer):
         def __init__(self, *, toy_width: int = 3, **core: Any): ...
 
-That makes `toy_width` a field of every config, of every recipe and of the command line, read,
-checked and explained by the record above; the part receives it by name. A subclass inherits what
-its bases declare. An option whose choices are a registry names another part (`kernel`, `fusion`),
-and the options of the part it names count as well.
+This declaration makes `toy_width` a field of every config, of every recipe and of the command line,
+with parsing, checks and help; the part receives it as a keyword. A subclass inherits the options of
+its bases. An option whose choices are a registry names another part (`kernel`, `fusion`), and the
+options of that part apply as well.
 
-A file holds the options of the parts that were chosen (`recorded`), so one that was made where more
-parts are registered loads where they are not.
+A file contains the options of the parts that were chosen (`recorded`). So a file that was written
+where more parts are registered can be loaded where they are not.
 """
 
 from __future__ import annotations
@@ -25,26 +25,38 @@ from typing import Any, ClassVar, TypeVar
 
 from spectral_window.errors import UserError, unknown
 from spectral_window.ops.tracing import is_recorded
+from spectral_window.registry import Registry
 
 LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """One field: its name, type, default and range, and what depends on it. Two parts share an
-    option by declaring the same object.
+    """One field: its name, type, default and range, and what depends on it.
 
-    kind:              int, float, bool, str, or tuple (of texts); object for a value that whoever
-                       declares it checks.
-    choices:           the texts there are; a `Registry` where the text names a part.
-    at_least, above:   the least value, and what it must exceed; an int is at least 1 otherwise.
-    at_most, below:    the same for the largest; an int is at most 2**31 - 1 otherwise.
-    optional:          None is a value too.
-    decides:           "state": a state means something only to a model that agrees in it;
-                       "function": it decides the rest of what a model computes; "weights": how
-                       weights begin; "tokens": a token id; "use": none of these.
-    in_recipes:        a recipe sets it.
-    always:            files hold it whichever parts are chosen: it is older than this rule.
+    Two parts share an option by declaring the same object.
+
+    Attributes:
+        name: the field's name.
+        kind: int, float, bool, str, or tuple (of strings); object for a value that is checked
+            elsewhere.
+        default: the default value.
+        help: one line.
+        choices: the allowed strings; a `PartRegistry` where the value names a part.
+        at_least: the smallest value; 1 for an int without a bound.
+        above: the value must be greater than this.
+        at_most: the largest value; 2**31 - 1 for an int without a bound.
+        below: the value must be less than this.
+        optional: None is allowed.
+        decides: "state": two models must agree in it to exchange states; "function": it decides
+            what a model computes otherwise; "weights": how weights are initialised; "tokens": a
+            token id; "use": none of these.
+        in_recipes: it can be set in a recipe.
+        always: it is written to files whichever parts are chosen (it is older than this rule).
+
+    Example:
+        >>> Option("width", int, 3, help="channels").parse("2e3", "recipe")
+        2000
     """
 
     name: str
@@ -62,7 +74,7 @@ class Option:
     always: bool = False
 
     def check(self, value: Any, where: str) -> None:
-        """Raise UserError, one line, unless `value` can be this option's; where: "config"."""
+        """Raise UserError, one line, unless `value` is allowed; `where` is named in the message."""
         if value is None and self.optional:
             return
         if self.kind is str and self.choices is not None:
@@ -96,7 +108,7 @@ class Option:
         return least, LARGEST if self.at_most is None else int(self.at_most)
 
     def range(self) -> str:
-        """The values that `check` accepts, in words."""
+        """Return in words which values `check` accepts."""
         if self.kind is bool:
             return "true or false"
         if self.kind is int:
@@ -125,21 +137,27 @@ class Option:
             raise UserError(f"{self.name} is {value!r} ({where}): name each once")
 
     def traced(self, value: Any) -> bool:
-        """Does a fingerprint hold `value`? Not the default, unless it always did: so a part may be
-        given one option more, and what was made before still fits."""
+        """Return whether a fingerprint includes `value`.
+
+        It does not include defaults (except of options that are `always` written). So a part can
+        get another option without changing the fingerprints of existing models.
+        """
         return self.always or self.normal(value) != self.default
 
     def normal(self, value: Any) -> Any:
-        """`value` as it is held: a list of texts as a tuple, in the order of the choices."""
+        """Return `value` as it is stored: a list of strings as a tuple in the order of choices."""
         if self.kind is not tuple or isinstance(value, str) or not isinstance(value, Iterable):
             return value
         texts = tuple(value)
-        known = [name for name in self.choices or () if name in texts]
-        return tuple(known) if len(known) == len(texts) else texts
+        ordered = [name for name in self.choices or () if name in texts]
+        return tuple(ordered) if len(ordered) == len(texts) else texts
 
     def parse(self, text: str, where: str) -> Any:
-        """The value that `text` writes: 4096, 2e6, 6e-4, true, none, `a,b`. Raises UserError where
-        it writes none; the range is not checked."""
+        """Parse a value: 4096, 2e6, 6e-4, true, none, `a,b`. The range is not checked.
+
+        Raises:
+            UserError: `text` is not a value of this kind; `where` is named in the message.
+        """
         text = text.strip()
         if self.optional and text.lower() in ("none", "null", ""):
             return None
@@ -155,7 +173,7 @@ class Option:
 
 
 def _number(value: Any) -> float:
-    """`value` as a float; NaN where it is none."""
+    """Return `value` as a float, or NaN if it is not a number."""
     try:
         return float(value) if isinstance(value, numbers.Real) else math.nan
     except OverflowError:  # a whole number beyond every float
@@ -192,67 +210,77 @@ _READERS: dict[type, tuple[Callable[[str], Any], str]] = {
 
 
 def _one_line(value: Any) -> str:
-    """An error is one line, whatever was typed."""
+    """Return `value` on one line, for an error message."""
     return " ".join(str(value).split())
 
 
-# ---------------------------------------------------------------------------------- parts by name
+# -------------------------------------------------------------------------------- parts by name
 
 
 class Part:
-    """What a registry holds: a class with declared options, which its constructor takes by name."""
+    """Base class of registered parts: a class with options that its constructor takes by name."""
 
     options: ClassVar[tuple[Option, ...]] = ()
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
-        """Raise UserError where values do not fit together. values: those of the config's fields,
-        each good by itself."""
+        """Raise UserError if values do not fit together.
+
+        Args:
+            values: the config's fields; each is valid by itself.
+        """
 
 
 P = TypeVar("P", bound=Part)
-_registries: list[Registry[Any]] = []
+_registries: list[PartRegistry[Any]] = []
 _reserved: dict[str, str] = {}
 
 
-class Registry(dict[str, type[P]]):
-    """The parts of one kind by name: `KERNELS["log_spaced"]`.
+class PartRegistry(Registry[type[P]]):
+    """The parts of one kind by name: `KERNELS["log_spaced"]`. Registering one declares its options.
 
-    kind: what one is called in errors.
+    Args:
+        kind: what one is called in errors, for example "kernel".
     """
 
     def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
+        super().__init__(kind)
         _registries.append(self)
 
     def register(self, name: str, *options: Option) -> Callable[[type[P]], type[P]]:
-        """Class decorator: make a part known under `name` (a name is given once), and declare
-        options beside those of its bases.
+        """Return a decorator that registers a class and declares options beside those of its bases.
 
-        Raises UserError for an option whose name another option, a core field of the config or a
-        setting of training has.
+        Raises:
+            UserError: the name is registered already, or an option has the name of another option,
+                of a core field of the config or of a setting of training.
         """
+        add = super().register(name)
 
-        def enrol(part: type[P]) -> type[P]:
-            if name in self:
-                raise UserError(f"{self.kind} '{name}' is registered already: choose another name")
+        def add_with_options(part: type[P]) -> type[P]:
             for option in options:
                 _check_name(option, f"{self.kind} '{name}'")
-            own = [option for option in options if option not in part.options]
-            part.options = (*part.options, *own)
-            self[name] = part
+            part = add(part)
+            new = [option for option in options if option not in part.options]
+            part.options = (*part.options, *new)
             return part
 
-        return enrol
+        return add_with_options
 
     def make(self, values: Mapping[str, Any], name: str, *args: Any, **more: Any) -> P:
-        """The part called `name`, told the options that count for it out of `values` (defaults
-        where it has none). Raises UserError for an unknown name."""
-        if name not in self:
-            raise unknown(self.kind, name, self)
-        told = {o.name: values.get(o.name, o.default) for o in chosen(self[name].options, values)}
-        return self[name](*args, **more, **told)
+        """Construct the part called `name`.
+
+        Args:
+            values: values of options by name; those that the part does not take are ignored, and
+                those that are missing have their defaults.
+            name: a registered name.
+            args, more: further arguments of the constructor.
+
+        Raises:
+            UserError: there is no part of this name.
+        """
+        part = self.find(name)
+        options = {o.name: values.get(o.name, o.default) for o in chosen(part.options, values)}
+        return part(*args, **more, **options)
 
 
 def _check_name(option: Option, where: str) -> None:
@@ -272,7 +300,7 @@ def _check_name(option: Option, where: str) -> None:
 
 
 def reserve(names: Iterable[str], whose: str) -> None:
-    """No option may take one of `names`; whose: what has them, as an error says it."""
+    """Forbid `names` as names of options; `whose` is named in the message of the error."""
     for name in names:
         _reserved.setdefault(name, whose)
     for registry in _registries:
@@ -281,78 +309,86 @@ def reserve(names: Iterable[str], whose: str) -> None:
                 _check_name(option, f"{registry.kind} '{name}'")
 
 
-# -------------------------------------------------------------------------- the options that count
+# ------------------------------------------------------------------------- options that apply
 
 
 def chosen(options: Iterable[Option], values: Mapping[str, Any]) -> list[Option]:
-    """`options`, and those of every part that their `values` name (defaults where there is no
-    value; a name that no part has brings none)."""
-    found: dict[str, Option] = {}
+    """Return `options` and those of every part that their values name.
+
+    Args:
+        options: options to start from.
+        values: values by name; a missing one is the default. A name without a part adds nothing.
+    """
+    result: dict[str, Option] = {}
     for option in options:
-        found[option.name] = option
-        if isinstance(option.choices, Registry):
+        result[option.name] = option
+        if isinstance(option.choices, PartRegistry):
             part = option.choices.get(values.get(option.name, option.default))
             if part is not None:
-                found |= {o.name: o for o in chosen(part.options, values)}
-    return list(found.values())
+                result |= {o.name: o for o in chosen(part.options, values)}
+    return list(result.values())
 
 
-def known(options: Iterable[Option]) -> Mapping[str, Option]:
-    """`options` and those of all registered parts that they can name, by name."""
-    if is_recorded():  # a graph looks into this function, and not into a cache
-        return _find(tuple(options))
-    # libraries ask a config for its fields at every token: what is registered seldom changes
+def all_options(options: Iterable[Option]) -> Mapping[str, Option]:
+    """Return `options` and those of all registered parts that they can name, by name."""
+    if is_recorded():  # torch.compile traces this function, but not a cached one
+        return _collect(tuple(options))
+    # cached, because libraries read fields of a config at every token
     parts = tuple(part.options for registry in _registries for part in registry.values())
-    return _found(tuple(options), parts)
+    return _collect_cached(tuple(options), parts)
 
 
 @lru_cache(maxsize=64)
-def _found(options: tuple[Option, ...], parts: tuple[Any, ...]) -> Mapping[str, Option]:
-    return MappingProxyType(_find(options))
+def _collect_cached(options: tuple[Option, ...], parts: tuple[Any, ...]) -> Mapping[str, Option]:
+    return MappingProxyType(_collect(options))
 
 
-def _find(options: tuple[Option, ...]) -> dict[str, Option]:
-    found: dict[str, Option] = {}
-    waiting = list(options)
-    while waiting:
-        option = waiting.pop(0)
-        if option.name not in found:
-            found[option.name] = option
-            waiting += _of_parts(option)
-    return found
+def _collect(options: tuple[Option, ...]) -> dict[str, Option]:
+    result: dict[str, Option] = {}
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        if option.name not in result:
+            result[option.name] = option
+            pending += _of_parts(option)
+    return result
 
 
 def _of_parts(option: Option) -> Iterator[Option]:
-    if isinstance(option.choices, Registry):
+    if isinstance(option.choices, PartRegistry):
         for part in option.choices.values():
             yield from part.options
 
 
 def settings(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that count for `part`, by name, with the values `given` or their defaults.
+    """Return the options of `part` by name, with the values `given` or their defaults.
 
-    Raises UserError for any other and for a bad value.
+    Raises:
+        UserError: `given` has an option that does not apply, or a bad value.
     """
     name = type(part).__name__
-    counted = {option.name: option for option in chosen(part.options, given)}
+    options = {option.name: option for option in chosen(part.options, given)}
     for key in given:
-        if key not in counted:
-            raise unknown(f"option of {name}", key, counted)
-    values = {key: o.normal(given.get(key, o.default)) for key, o in counted.items()}
-    for key, option in counted.items():
+        if key not in options:
+            raise unknown(f"option of {name}", key, options)
+    values = {key: o.normal(given.get(key, o.default)) for key, o in options.items()}
+    for key, option in options.items():
         option.check(values[key], name)
     return values
 
 
 def recorded(options: Iterable[Option], values: Mapping[str, Any]) -> list[Option]:
-    """The options that a file holds, of `options` and those they can lead to: `options`, those of
-    the parts chosen, those older than this rule, and whatever is away from its default."""
+    """Return the options that a file contains.
+
+    These are `options`, the options of the chosen parts, the options that are `always` written, and
+    every option whose value is not its default.
+    """
     options = list(options)
-    counted = {option.name for option in chosen(options, values)}
+    applying = {option.name for option in chosen(options, values)}
     return [
         option
-        for option in known(options).values()
+        for option in all_options(options).values()
         if option.always
-        or option.name in counted
+        or option.name in applying
         or values.get(option.name, option.default) != option.default
     ]

@@ -42,8 +42,13 @@ OPTIONS = (
 
 
 class SpectralWindowState(NamedTuple):
-    """spectral: the kernel's, [B, D, M, 2] float64 for oscillators, the last inputs [B, L - 1, D]
-    for taps; window: `WindowState`, at most 2W keys and values. None where a branch is off."""
+    """The state of a `SpectralWindowMixer`; None for a branch that is off.
+
+    Attributes:
+        spectral: the convolution's state: [B, D, M, 2] float64 for oscillators, the last inputs
+            [B, L - 1, D] for taps.
+        window: at most 2W keys and values.
+    """
 
     spectral: Tensor | None
     window: WindowState | None
@@ -53,9 +58,19 @@ class SpectralWindowState(NamedTuple):
 class SpectralWindowMixer(Mixer):
     """The paper's layer (section 1): Y = (RMSNorm(Y_spec) + Y_local) W_out.
 
-    Y_spec is the causal convolution of X W_conv + b with a kernel of `KERNELS`, Y_local =
-    Attention(X) W_local in chunks; a fusion of `FUSIONS` brings them together. The convolution's
-    projection alone has a bias. `branches` switches one of them off for ablations.
+    Y_spec is the causal convolution of X W_conv + b with a kernel of `KERNELS`, and
+    Y_local = Attention(X) W_local in chunks; a fusion of `FUSIONS` combines them. Only the
+    projection of the convolution has a bias. `branches` can switch one branch off, for ablations.
+
+    Example:
+        The state after the first part of a text continues it:
+
+        >>> layer = SpectralWindowMixer(hidden_size=16, num_heads=2, window=4)
+        >>> x = torch.randn(1, 9, 16)
+        >>> first, state = layer(x[:, :5])
+        >>> second, state = layer(x[:, 5:], state=state)
+        >>> torch.allclose(torch.cat((first, second), 1), layer(x)[0], atol=1e-5)
+        True
     """
 
     label = "SWH"
@@ -64,18 +79,18 @@ class SpectralWindowMixer(Mixer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        told, dim = self.settings, self.hidden_size
-        self.window, self.rope_theta = told["window"], told["rope_theta"]
-        self.branches = branches = told["branches"]
+        options, dim = self.settings, self.hidden_size
+        self.window, self.rope_theta = options["window"], options["rope_theta"]
+        self.branches = branches = options["branches"]
         if "spectral" in branches:
             self.conv_proj = nn.Linear(dim, dim, bias=True)
-            self.kernel = KERNELS.make(told, told["kernel"], dim)
+            self.kernel = KERNELS.make(options, options["kernel"], dim)
         if "window" in branches:
             self.q_proj = nn.Linear(dim, dim, bias=False)
             self.k_proj = nn.Linear(dim, dim, bias=False)
             self.v_proj = nn.Linear(dim, dim, bias=False)
             self.local_proj = nn.Linear(dim, dim, bias=False)
-        self.fusion = FUSIONS.make(told, told["fusion"], dim, self.eps, branches)
+        self.fusion = FUSIONS.make(options, options["fusion"], dim, self.eps, branches)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     @classmethod
@@ -110,8 +125,16 @@ class SpectralWindowMixer(Mixer):
     def _local(
         self, projected: list[Tensor], documents: Documents | None, state: Any
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """What is local, before W_local: [B, T, D] from the results of `_local_maps`, and the
-        states beside the convolution's, in the order of `state_type`."""
+        """Compute the local output before W_local.
+
+        Args:
+            projected: the results of `_local_maps`.
+            documents: documents and padding, or None.
+            state: the mixer's state, or None.
+
+        Returns:
+            [B, T, D], and the states after that of the convolution, in the order of `state_type`.
+        """
         q, k, v = (self._split(part) for part in projected)
         attended, after = window_attention(
             q,
@@ -126,12 +149,14 @@ class SpectralWindowMixer(Mixer):
         return attended.flatten(-2), (after,)
 
     def _local_maps(self) -> list[nn.Linear]:
-        """The maps of the mixer's input that `_local` takes the results of."""
+        """Return the linear maps of the mixer's input whose results `_local` takes."""
         return [self.q_proj, self.k_proj, self.v_proj]
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        """What `_local` takes and the convolution's input (of the branches that are on): all are
-        maps of one x, and made together."""
+        """Return what `_local` takes, then the convolution's input, for the branches that are on.
+
+        All are linear maps of one x and are computed together.
+        """
         maps = self._local_maps() if "window" in self.branches else []
         if "spectral" in self.branches:
             maps.append(self.conv_proj)
@@ -159,7 +184,7 @@ class SpectralWindowMixer(Mixer):
         return SpectralWindowState(spectral, window)
 
     def _spectral_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The convolution's state before any token, as the kernel's kind has it."""
+        """Return the convolution's state before any token, in the form of its kernel."""
         kernel = self.kernel()
         shape = kernel.state_shape(batch)
         return torch.zeros(shape, dtype=kernel.state_dtype(dtype, device), device=device)
@@ -193,8 +218,10 @@ class SpectralWindowMixer(Mixer):
 
 
 def _mean_window(context: int, window: int) -> float:
-    """Mean number of keys a query sees in a document of `context` tokens: (t mod W) + 1, and W
-    more after chunk 0."""
+    """Return the mean number of keys that a query sees in a document of `context` tokens.
+
+    It is (t mod W) + 1, and W more after chunk 0.
+    """
     if context < 1:
         return 0.0
     full, rest = divmod(context, window)

@@ -1,25 +1,26 @@
-"""Pure functions on tensors: the two branches of the Spectral-Window Hybrid, and its memory.
+"""Operators: pure functions on tensors for both branches of a layer and for its memory.
 
-Every operator takes tensors, returns `(output, final_state)`, keeps nothing, and knows no module
-and no config. The same function has several *methods* (a slow truth and faster ways to the same
-numbers), in one table; `methods.resolve` picks.
+An operator takes tensors and returns `(output, final_state)`. It stores nothing, and uses no module
+and no config. Each operator has several *methods* that compute the same function: a slow reference
+and faster implementations. They stand in one table, from which `methods.resolve` chooses.
 
-Legend, the same letters everywhere:
+The letters of shapes, the same in every file:
 
     B batch   T time   D channels   H heads   K key dim   V value dim
-    W window  C chunk length        G chunks, all documents together   M modes a channel
-    L taps of a finite filter
+    W window  C chunk length        G chunks of all documents together   M modes per channel
+    L taps of a FIR filter
 
-Documents and padding. `positions` (int64, [B, T]) gives every token's position inside its own
-document: it counts 0, 1, 2, ... ; 0 begins a document; -1 marks padding, which takes no part and
-whose output is zero. `cu_seqlens` (integers, [documents + 1]) says the same for rows packed
-without padding, as offsets into the B*T tokens in row order; a row always begins a document.
-Without either, a row is one document that continues from `state`. Where several operators are
-called for the same rows, `Documents` says it for all of them at once.
+Documents and padding. `positions` (int64, [B, T]) is the position of every token inside its own
+document: it counts 0, 1, 2, ...; 0 starts a document; -1 marks padding, which has no effect and
+whose output is zero. `cu_seqlens` (integers, [documents + 1]) describes rows that are packed
+without padding, as offsets into the B*T tokens in row order; every row starts a document. Without
+either, a row is one document that continues from `state`. To call several operators for the same
+rows, pass one `Documents` object to all of them.
 
-One family of files for each operator: `spectral.py` checks a call and holds the table of methods,
-`chunked_spectral.py` is plain torch, `compiled/scan*.py` numba, `triton_spectral*.py` Triton; so
-with `window`, `delta_memory` and `fir`. `reference.py` is the slow truth of all.
+Each operator has a family of files: `spectral.py` checks the arguments and holds the table of
+methods, `chunked_spectral.py` is plain torch, `compiled/` is numba, `triton_spectral*.py` is
+Triton. `window`, `delta_memory` and `fir` are laid out in the same way. `reference.py` has the
+slow reference of all operators.
 """
 
 from spectral_window.ops.delta_memory import delta_memory

@@ -1,4 +1,4 @@
-"""What the convolutions check alike, before any work."""
+"""Argument checks that both convolutions (`spectral_conv`, `fir_conv`) make before any work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_input(u: Tensor, op: str) -> None:
 
 
 def check_like(u: Tensor, op: str, *others: tuple[str, Tensor | None]) -> None:
-    """Raise UserError for a tensor, given with its name, on another device than u."""
+    """Raise UserError for a (name, tensor) pair whose tensor is on another device than u."""
     for name, part in others:
         if part is not None and part.device != u.device:
             raise UserError(f"{name} is on {part.device}, u on {u.device} ({op}): move one")
@@ -40,7 +40,7 @@ def check_state(state: Tensor | None, kernel: object, u: Tensor, op: str) -> Non
 def check_out(
     out: Tensor, u: Tensor, op: str, positions: Tensor | Documents | None, **others: Tensor | None
 ) -> None:
-    """Raise UserError for memory that y cannot be written to."""
+    """Raise UserError for an `out` that y cannot be written to."""
     if out.shape != u.shape or out.dtype != u.dtype or out.device != u.device:
         raise UserError(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device} ({op}): expected "

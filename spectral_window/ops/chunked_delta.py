@@ -1,17 +1,16 @@
-"""The delta-rule memory in chunks: linear time in plain torch, on any device, differentiable any
-number of times.
+"""The delta-rule memory in chunks: linear time in plain torch, on any device.
 
-Inside a chunk of C tokens everything that is written is the solution of one triangular system
-(Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length").
-With G_t the sum of -decay over the chunk's tokens up to t, S the state before the chunk, and
-u_t = beta_t (v_t - a_t S_{t-1}^T k_t) what token t writes at its key:
+Differentiable any number of times. Inside a chunk of C tokens all writes together are the solution
+of one triangular system (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule
+over Sequence Length"). Let G_t be the sum of -decay over the tokens of the chunk up to t, S the
+state before the chunk, and u_t = beta_t (v_t - a_t S_{t-1}^T k_t) the write of token t at its key:
 
     (I + A) U = diag(beta) (V - diag(e^G) K S),   A[t, s] = beta_t e^(G_t - G_s) k_t . k_s,  s < t
     out       = diag(e^G) Q S + P U,              P[t, s] = e^(G_t - G_s) q_t . k_s,         s <= t
     S after   = e^(G_C) S + sum_s e^(G_C - G_s) k_s u_s^T
 
-The system, A and P need no state, so they are made for all chunks at once; only three products a
-chunk remain in the loop, and the state is kept once a chunk.
+The system, A and P do not depend on the state, so they are computed for all chunks at once. The
+loop over chunks has three products per chunk, and one state per chunk is stored.
 """
 
 from __future__ import annotations
@@ -35,10 +34,14 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """`delta_memory` for checked inputs: move tokens to chunks, compute, move back.
 
-    inputs: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H, 1] and, where there is one, decay
-            [B, T, H, 1], none of them empty; state [B, H, K, V] in the dtype to compute in.
+    Args:
+        inputs: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H, 1] and optionally decay
+            [B, T, H, 1]; not empty.
+        state: [B, H, K, V] in the dtype to compute in.
+        documents: documents and padding, or None where every row continues its state.
 
-    Returns out [B, T, H, V] and the final state [B, H, K, V], both in the state's dtype.
+    Returns:
+        out [B, T, H, V] and the final state [B, H, K, V], both in the state's dtype.
     """
     if documents is None:
         return _rows(inputs, state)
@@ -48,7 +51,7 @@ def chunked(
 
 
 def _rows(inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row is one document that goes on from its state."""
+    """Every row is one document that continues its state."""
     batch, heads = state.shape[:2]
     time = inputs[0].shape[1]
     size = min(CHUNK, time)
@@ -65,14 +68,18 @@ def _rows(inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Grid(NamedTuple):
-    """Documents side by side, the longest first, so that the n-th chunks of all that have so many
-    lie together.
+    """Documents sorted by length, the longest first, so that their n-th chunks are adjacent.
 
-    size, total, counts: tokens in a chunk, chunks, and documents that have an n-th chunk.
-    token, slot: [n] the tokens' places among all B*T, and in the grid.
-    row, goes_on: [documents] in the order of the grid: their rows, and whether they continue.
-    last, alive: [B] which of the documents, in the order of their ends, is a row's last; and
-                 whether it has any.
+    Attributes:
+        size: tokens per chunk.
+        total: number of chunks.
+        counts: number of documents that have an n-th chunk.
+        token: [n], the tokens' places among all B*T.
+        slot: [n], their places in the grid.
+        row: [documents], in the order of the grid: their rows.
+        goes_on: [documents], whether they continue a state.
+        last: [B], the last document of each row, numbered in the order in which documents end.
+        alive: [B], whether a row has any document.
     """
 
     size: int
@@ -100,7 +107,7 @@ def _cut(tokens: Tokens) -> _Grid:
         - tokens.head[tokens.document]
     )
     slot = (begin[place // size] + rank[tokens.document]) * size + place % size
-    # documents end in the order of their chunks, and of equally many by rank
+    # documents end in the order of their number of chunks, and for equal numbers by rank
     turn = chunks[order].argsort(stable=True).argsort()
     last = tokens.last.clamp(min=0)
     if len(length):
@@ -130,8 +137,9 @@ def _documents(
 
     def cells(x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1).index_select(0, grid.token).to(state.dtype)
-        room = tokens.new_zeros(total * size, heads, x.shape[3]).index_copy(0, grid.slot, tokens)
-        return room.view(total, size, heads, -1).transpose(1, 2).reshape(total * heads, size, -1)
+        places = tokens.new_zeros(total * size, heads, x.shape[3])
+        places = places.index_copy(0, grid.slot, tokens).view(total, size, heads, -1)
+        return places.transpose(1, 2).reshape(total * heads, size, -1)
 
     goes_on = grid.goes_on[:, None, None, None]
     before = torch.where(goes_on, state.index_select(0, grid.row), 0.0)
@@ -144,10 +152,10 @@ def _documents(
 
 
 def _recorded(inputs: Sequence[Tensor], state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Where no shape may depend on positions: rows stay as long as they are, and what lies before
-    the head of a token's document is masked.
+    """The method for recorded graphs, where no shape may depend on positions.
 
-    What is not finite is left out, and the outputs of its document from there on are NaN.
+    Rows keep their length, and what precedes the start of a token's document is masked. Values that
+    are not finite are left out, and the outputs of their document from there on are NaN.
     """
     rows = recorded.tokens_first(positions)
     tokens = [rows.gather(x.to(state.dtype)) for x in inputs]
@@ -168,11 +176,11 @@ def _recorded(inputs: Sequence[Tensor], state: Tensor, positions: Tensor) -> tup
     for c in range(chunks):
         begin = c * CHUNK
         own = head[:, begin : begin + CHUNK]
-        alike = (own[:, :, None] == own[:, None]).tril()[:, None]  # [B, 1, C, C]
+        same = (own[:, :, None] == own[:, None]).tril()[:, None]  # [B, 1, C, C]
         enters = (own < max(begin, 1))[:, None, :, None]  # [B, 1, C, 1]
         query, key, value, write = (x[:, :, c] for x in (q, k, v, beta))
         since = -decay[0][:, :, c].cumsum(2) if decay else torch.zeros_like(write)
-        between = torch.where(alike, (since - since.transpose(2, 3)).exp(), 0.0)
+        between = torch.where(same, (since - since.transpose(2, 3)).exp(), 0.0)
         seen = torch.where(enters, since.exp(), 0.0)
         overlap = write * (key @ key.transpose(2, 3)) * between
         asked = value - torch.where(enters, seen * (key @ memory), 0.0)
@@ -181,7 +189,7 @@ def _recorded(inputs: Sequence[Tensor], state: Tensor, positions: Tensor) -> tup
         )
         read = torch.where(enters, seen * (query @ memory), 0.0)
         outs.append(read + ((query @ key.transpose(2, 3)) * between) @ own_writes)
-        last = between[:, :, -1, :, None]  # what the chunk's last document keeps of each write
+        last = between[:, :, -1, :, None]  # decay from each write to the end of the chunk
         kept = torch.where(enters[:, :, -1:], seen[:, :, -1:] * memory, 0.0)
         memory = kept + (key * last).transpose(2, 3) @ own_writes
     out = torch.cat(outs, 2)[:, :, :time].transpose(1, 2)
@@ -193,11 +201,18 @@ def _recorded(inputs: Sequence[Tensor], state: Tensor, positions: Tensor) -> tup
 def _over_chunks(
     inputs: Sequence[Tensor], state: Tensor, counts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The memory over chunks [G * H, C, *], where the first counts[0] * H are the documents' first
-    chunks, the next counts[1] * H the second chunks of the first counts[1] documents, and so on.
+    """Compute the memory over chunks [G * H, C, *].
 
-    inputs as in `chunked`, with zeros in empty places; state [documents * H, K, V].
-    Returns out [G * H, C, V] and the states after each document, in the order of their ends.
+    The first counts[0] * H are the first chunks of the documents, the next counts[1] * H are the
+    second chunks of the first counts[1] documents, and so on.
+
+    Args:
+        inputs: as in `chunked`, with zeros in empty places.
+        state: [documents * H, K, V].
+        counts: number of documents that have an n-th chunk.
+
+    Returns:
+        out [G * H, C, V], and the states after each document, in the order in which they end.
     """
     q, k, v, beta = inputs[:4]
     heads = state.shape[0] // counts[0]

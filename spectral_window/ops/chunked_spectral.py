@@ -1,9 +1,9 @@
-"""The convolution in chunks: linear time in plain torch, on any device, differentiable any number
-of times.
+"""The convolution in chunks: linear time in plain torch, on any device.
 
-Inside a chunk of C tokens the convolution is a C x C matrix a channel; between chunks only the
-state h travels, by a scan over T / C chunks. All in float64, rounded once at the end: batched
-products are bound by moving data, so exactness costs little.
+Differentiable any number of times. Inside a chunk of C tokens the convolution is a C x C matrix per
+channel; between chunks only the state h is passed on, by a scan over T / C chunks. All is computed
+in float64 and rounded once at the end: batched products are limited by memory bandwidth, so
+exactness costs little.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ CHUNK = 32
 
 
 class _Grid(NamedTuple):
-    """Documents in chunks of C, laid end to end.
+    """Documents in chunks of C, one after the other.
 
-    token, slot: [n] the tokens' places among all B*T, and in the grid.
-    first:       [G] bool, chunks with no past.
-    entry_chunk, entry_row: the chunks into which the states of rows enter, and those rows.
-    last_chunk, filled: [B] where each row ends, and after how many places of that chunk.
-    alive:       [B] bool, rows with any token.
+    Attributes:
+        token: [n], the tokens' places among all B*T.
+        slot: [n], their places in the grid.
+        first: [G] bool, the first chunks of documents.
+        entry_chunk: the chunks that continue the state of a row.
+        entry_row: those rows.
+        last_chunk: [B], the chunk in which each row ends.
+        filled: [B], the number of its tokens in that chunk.
+        alive: [B] bool, rows with any token.
     """
 
     token: Tensor
@@ -64,11 +68,18 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """`spectral_conv` for checked inputs: move tokens to a grid of chunks, convolve, move back.
 
-    u [B, T, D] not empty, modes [D, M], state [B, D, M, 2] or None for zeros.
+    Args:
+        u: [B, T, D], not empty.
+        modes: modes of shape [D, M].
+        state: [B, D, M, 2], or None for zeros.
+        documents: documents and padding, or None where every row continues its state.
+
+    Returns:
+        y [B, T, D] in u's dtype, and the final state.
     """
     batch, time, channels = u.shape
     exact = exact_dtype(u.device)
-    known = state is not None
+    has_state = state is not None
     state = u.new_zeros(modes.state_shape(batch), dtype=exact) if state is None else state.to(exact)
     if is_recorded() and (is_exported() or documents is not None):
         positions = None if documents is None else documents.positions
@@ -93,7 +104,7 @@ def chunked(
         y = y.to(u.dtype).reshape(channels, -1).T.reshape(batch, -1, channels)[:, :time]
         return y.contiguous(), final
 
-    documents.check(anywhere(batch) if known else None, wait=True)
+    documents.check(anywhere(batch) if has_state else None, wait=True)
     grid = documents.plan("chunked_spectral", _cut)
     if not len(grid.token):
         return torch.where(documents.positions[..., None] >= 0, u, 0.0), state  # padding alone
@@ -114,17 +125,26 @@ def differentiate_again(
     grad: Tensor,
     grad_state: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of u, decay, frequency, gain and state, given those of y and of the final state
-    (None: zero), built from operations that can be differentiated themselves: what compiled methods
-    answer where a second derivative is wanted."""
+    """Compute gradients by differentiable operations, for second derivatives of compiled methods.
+
+    Args:
+        u, modes, state, positions: the inputs.
+        grad: the gradient of y.
+        grad_state: the gradient of the final state; None for zero.
+
+    Returns:
+        The gradients of u, decay, frequency, gain and state.
+    """
     inputs = (u, *modes, state)
     asked = [x for x in inputs if x is not None and x.requires_grad]
     documents = None if positions is None else Documents(positions, checked=True)
     with torch.enable_grad():
         y, final = chunked(u, modes, state, documents)
         grads = (grad, torch.zeros_like(final) if grad_state is None else grad_state)
-        found = torch.autograd.grad((y, final), asked, grads, create_graph=True, allow_unused=True)
-    by_id = {id(x): d for x, d in zip(asked, found, strict=True)}
+        results = torch.autograd.grad(
+            (y, final), asked, grads, create_graph=True, allow_unused=True
+        )
+    by_id = {id(x): d for x, d in zip(asked, results, strict=True)}
     return tuple(None if x is None else by_id.get(id(x)) for x in inputs)
 
 
@@ -138,12 +158,20 @@ def _convolve_chunks(
     last_chunk: Tensor,
     filled: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The convolution over G chunks laid end to end.
+    """Convolve G chunks that stand one after the other.
 
-    x [D, G*C] float64 (zeros in empty places), first [G] marks chunks with no past. `state` of row
-    entry_row[i] enters at chunk entry_chunk[i]. The final state of row b is taken in chunk
-    last_chunk[b] after filled[b] places.
-    Returns (y [D, G, C], final [B, D, M, 2]).
+    Args:
+        x: [D, G*C] float64, with zeros in empty places.
+        modes: modes of shape [D, M].
+        state: [B, D, M, 2].
+        first: [G], chunks with nothing before them.
+        entry_chunk: chunk entry_chunk[i] continues the state of row entry_row[i].
+        entry_row: see entry_chunk.
+        last_chunk: the final state of row b is that of chunk last_chunk[b] ...
+        filled: ... after filled[b] places.
+
+    Returns:
+        y [D, G, C] and the final state [B, D, M, 2].
     """
     channels, modes_each = modes.decay.shape
     x, spoilt = split_finite(x.view(channels, -1, CHUNK))
@@ -152,15 +180,15 @@ def _convolve_chunks(
     )  # z^0 ... z^C
     weighted = table if modes.gain is None else table * modes.gain.to(table.dtype)[..., None, None]
 
-    # inside a chunk: y_t = sum_{s <= t} K[t - s] x_s, a Toeplitz matrix made of shifted views of
-    # the padded kernel
+    # inside a chunk: y_t = sum_{s <= t} K[t - s] x_s, a Toeplitz matrix of shifted views of the
+    # padded kernel
     padded = F.pad(weighted[:, :, :CHUNK, 0].sum(1), (CHUNK - 1, 0))
     toeplitz = padded.unfold(-1, CHUNK, 1).flip(1)  # [D, s, t] = K[t - s], 0 for t < s
-    # (finite, so that 0 * NaN brings nothing back from the future; the rest is added where it is
-    # seen)
+    # (of finite values: 0 * NaN would reach earlier tokens; other values are added where they are
+    # visible)
     y = torch.bmm(x, toeplitz) + spoilt.cumsum(2)
 
-    # what a chunk leaves behind, as if nothing came before: sum_s z^(C-1-s) x_s
+    # the state that each chunk adds: sum_s z^(C-1-s) x_s
     leave = table[:, :, :CHUNK].flip(2).permute(0, 2, 1, 3).reshape(channels, CHUNK, -1)
     left = torch.bmm(x, leave).view(channels, -1, modes_each, 2)
     left = left + spoilt.sum(2)[..., None, None]
@@ -175,14 +203,14 @@ def _convolve_chunks(
         (entry[:, :1], torch.where(first[1:, None, None], entry[:, 1:], after[:, :-1])), 1
     )
 
-    # what came before, seen from inside: y_t += Re(sum gain z^(t+1) h)
+    # the effect of the state before a chunk: y_t += Re(sum gain z^(t+1) h)
     seen = torch.stack((weighted[:, :, 1:, 0], -weighted[:, :, 1:, 1]), 2).reshape(
         channels, -1, CHUNK
     )
     y = torch.baddbmm(y, before.reshape(channels, -1, modes_each * 2), seen)
 
-    # the state after each row's last token, which need not end a chunk: z^r h + sum_{s < r}
-    # z^(r-1-s) x_s
+    # the state after the last token of each row, which may be inside a chunk:
+    # z^r h + sum_{s < r} z^(r-1-s) x_s
     lag = filled[:, None] - 1 - torch.arange(CHUNK, dtype=torch.int64, device=x.device)
     weights = table[:, :, lag.clamp(min=0)] * (lag >= 0)[..., None]  # [D, M, B, C, 2]
     own = torch.einsum("dbc,dmbcr->bdmr", x.index_select(1, last_chunk), weights)
@@ -192,12 +220,18 @@ def _convolve_chunks(
 
 
 def _scan(left: Tensor, step: Tensor, first: Tensor) -> Tensor:
-    """h_n = left_n + step h_{n-1}, with h_{n-1} = 0 where first_n: a work-efficient scan in
-    log2(G) rounds.
+    """Scan h_n = left_n + step h_{n-1}, with h_{n-1} = 0 where first_n, in log2(G) rounds.
 
-    left [D, G, M, 2], step [D, 1, M, 2], first [G] -> h [D, G, M, 2]. Pairs are merged, the
-    half-length sequence is scanned, and the odd places are filled in. `where` and not a product
-    with 0, so that a NaN stays in its document.
+    Pairs are merged, the sequence of half the length is scanned, and the other places are filled
+    in. It uses `where` and not a product with 0, so that a NaN stays in its document.
+
+    Args:
+        left: [D, G, M, 2].
+        step: [D, 1, M, 2].
+        first: [G].
+
+    Returns:
+        h [D, G, M, 2].
     """
     count = left.shape[1]
     if count == 1:

@@ -1,5 +1,7 @@
-"""Window attention in chunks: one attention call over all of them, linear time in plain torch, on
-any device, differentiable twice."""
+"""Window attention in chunks: one attention call over all chunks, in plain torch.
+
+Linear time, on any device, twice differentiable.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,16 @@ def chunked(
     state: WindowState | None,
     documents: Documents | None,
 ) -> tuple[Tensor, WindowState]:
-    """`window_attention` for checked inputs, none of them empty."""
+    """`window_attention` for checked inputs that are not empty."""
     if state is None and (documents is not None or is_exported()):
         state = empty_of(k, v, window)
     if state is None:
-        q, k = turned(q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device))
+        q, k = rotate_both(
+            q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device)
+        )
         return _rows(q, k, v, window), last_two_chunks(k, v, window)
     documents = documents_from(state, documents, q)
-    q, k = turned(q, k, theta, documents.positions)
+    q, k = rotate_both(q, k, theta, documents.positions)
     if is_recorded():
         return _recorded(q, k, v, window, state, documents.positions)
     documents.check(state.position, wait=True)
@@ -40,43 +44,51 @@ def chunked(
 
 
 def empty_of(k: Tensor, v: Tensor, window: int) -> WindowState:
-    """The state before any token, for keys and values like these."""
+    """Return the state before any token, for keys and values like these."""
     batch, _, heads, size = k.shape
     return empty_state(batch, window, heads, size, v.shape[3], dtype=k.dtype, device=k.device)
 
 
 def documents_from(state: WindowState, documents: Documents | None, q: Tensor) -> Documents:
-    """The documents given, or those of rows that go on from their states."""
+    """Return `documents`, or those of rows that continue their states."""
     if documents is not None:
         return documents
     counting = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)
     return Documents(state.position[:, None] + counting, checked=True)
 
 
-def turned(q: Tensor, k: Tensor, theta: float | None, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k turned to their positions, unless they are already."""
+def rotate_both(
+    q: Tensor, k: Tensor, theta: float | None, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k to their positions; if theta is None, they are rotated already."""
     if theta is None:
         return q, k
     return rotate(q, positions, theta), rotate(k, positions, theta)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over [G, W, H, *] queries and [G, 2W, H, *] keys, mask [G, W, 2W].
+    """Return softmax(q k^T / sqrt(K)) v.
 
-    By PyTorch's fused kernel, except in float64, where it is not twice differentiable, and on a
-    CPU: there its masked backward pass takes 2 to 5 times as long as plain products, and one way
-    for training and inference gives both the same bits.
+    It calls PyTorch's fused kernel, except in float64, where that is not twice differentiable, and
+    on a CPU. There its masked backward pass takes 2 to 5 times as long as plain products, and using
+    them for inference too gives the same bits as in training.
+
+    Args:
+        q: queries [G, W, H, K].
+        k: keys [G, 2W, H, K].
+        v: values [G, 2W, H, V].
+        mask: [G, W, 2W], whether a query sees a key.
     """
     dtype, cpu = q.dtype, q.device.type == "cpu"
     if cpu and dtype in (torch.bfloat16, torch.float16):
-        q, k, v = q.float(), k.float(), v.float()  # as fast on a CPU, and rounded once
+        q, k, v = q.float(), k.float(), v.float()  # equally fast on a CPU, and rounded once
     softmax = _by_products if cpu or dtype == torch.float64 else _by_fused_kernel
     out = softmax(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask[:, None])
     return out.transpose(1, 2).to(dtype)
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):  # which would round to bfloat16
+    with torch.autocast("cpu", enabled=False):  # autocast would round to bfloat16
         scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
         return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
@@ -86,8 +98,10 @@ def _by_fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
-    """Attention over G chunks laid end to end: [G, W, H, *] each, first [G] marks chunks with
-    nothing before."""
+    """Attend over G chunks that stand one after the other.
+
+    q, k, v: [G, W, H, *]; first [G] marks chunks with nothing before them.
+    """
     window = q.shape[1]
     place = torch.arange(2 * window, dtype=torch.int64, device=q.device)
     mask = reference.visible(
@@ -96,12 +110,12 @@ def _attend_chunks(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
     mask = mask & ~(first[:, None, None] & (place < window))
 
     def previous(x: Tensor) -> Tensor:
-        # zeros and not the neighbour's values where a document begins: 0 * NaN would let a NaN
-        # cross
+        # zeros where a document starts: with the values of its neighbour 0 * NaN would be NaN
         before = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
         return torch.where(first[:, None, None, None], 0.0, before)
 
-    # nor may 0 * NaN bring one back from the future: what is not finite is added to those that see
+    # values that are not finite are added to the queries that see them: in the product 0 * NaN
+    # would reach earlier queries
     v, spoilt = split_finite(v)
     spoilt = spoilt.cumsum(1)
     out = attend(q, torch.cat((previous(k), k), 1), torch.cat((previous(v), v), 1), mask)
@@ -121,13 +135,16 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 class _Grid(NamedTuple):
-    """Keys in reach of a call's documents, in chunks of W laid end to end: those that the states
-    remember, then the call's own tokens.
+    """The keys that the documents of a call can see, in chunks of W one after the other.
 
-    row, slot:  [m] the ring and the slot of each key that is remembered.
-    token:      [n] the call's tokens among all B*T.
-    place:      [m + n] where the keys lie in the grid.
-    first:      [G] bool, chunks with nothing before.
+    First the keys of the states, then those of the call's own tokens.
+
+    Attributes:
+        row: [m], the row of each key of a state.
+        slot: [m], its slot in the ring buffer.
+        token: [n], the call's tokens among all B*T.
+        place: [m + n], the places of the keys in the grid.
+        first: [G] bool, chunks with nothing before them.
     """
 
     row: Tensor
@@ -139,8 +156,8 @@ class _Grid(NamedTuple):
 
 def _cut(tokens: Tokens, window: int) -> _Grid:
     heads = tokens.head[tokens.goes_on]
-    # a row goes on where its state stopped: so the positions say what the rings hold
-    held = held_positions(tokens.position[heads], window)  # [continued, 2W], -1: a dead slot
+    # a row continues where its state stopped, so its position tells what is in the ring buffer
+    held = held_positions(tokens.position[heads], window)  # [continued, 2W], -1: an unused slot
     which, slot = (held >= 0).nonzero(as_tuple=True)
     document = torch.cat((tokens.document[heads][which], tokens.document))
     position = torch.cat((held[which, slot], tokens.position))
@@ -161,8 +178,8 @@ def _documents(
         return torch.cat((ring[grid.row, grid.slot], own))
 
     def cells(x: Tensor, at: Tensor) -> Tensor:
-        room = x.new_zeros(len(grid.first) * window, *x.shape[1:])
-        return room.index_copy(0, at, x).view(-1, window, *x.shape[1:])
+        places = x.new_zeros(len(grid.first) * window, *x.shape[1:])
+        return places.index_copy(0, at, x).view(-1, window, *x.shape[1:])
 
     at = grid.place[-tokens:]
     query = q.flatten(0, 1).index_select(0, grid.token)
@@ -179,15 +196,15 @@ def _documents(
 def _recorded(
     q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState, positions: Tensor
 ) -> tuple[Tensor, WindowState]:
-    """`_documents` and `next_state` where no shape may depend on positions."""
-    context = recorded.remembered(k, v, window, state, positions)
+    """`_documents` and `next_state` for recorded graphs, in fixed shapes."""
+    context = recorded.with_state(k, v, window, state, positions)
     blocks = recorded.reachable(q, context, window)
     out = attend(*(x.flatten(0, 1) for x in blocks)).unflatten(0, blocks.mask.shape[:2])
-    return recorded.answered(out, context, window), recorded.next_state(context, window, state)
+    return recorded.from_blocks(out, context, window), recorded.next_state(context, window, state)
 
 
 def last_two_chunks(k: Tensor, v: Tensor, window: int) -> WindowState:
-    """The state of rows that are one document from position 0, without padding."""
+    """Return the state of rows that are one document from position 0, without padding."""
     batch, time = k.shape[:2]
     position = torch.full((batch,), time, dtype=torch.int64, device=k.device)
     held = held_positions(position[:1], window)[0]
@@ -198,9 +215,15 @@ def last_two_chunks(k: Tensor, v: Tensor, window: int) -> WindowState:
 
 
 class _Ring(NamedTuple):
-    """What the rings hold afterwards. position: [B] of each row's next token, where it has any;
-    alive: [B] bool, rows with any; token: [B, 2W] the token that a slot takes, among all B*T;
-    recent: [B, 2W] bool, slots that take one; live: [B, 2W] bool, slots that a later query sees."""
+    """The content of the ring buffers after a call.
+
+    Attributes:
+        position: [B], of the next token of each row.
+        alive: [B] bool, rows with any token.
+        token: [B, 2W], the token that is written to a slot, among all B*T.
+        recent: [B, 2W] bool, slots that are written to.
+        live: [B, 2W] bool, slots that a later query sees.
+    """
 
     position: Tensor
     alive: Tensor
@@ -214,7 +237,7 @@ def _ring(tokens: Tokens, window: int) -> _Ring:
     last = tokens.last.clamp(min=0)
     position = torch.where(alive, tokens.position[last] + 1, 0)
     held = held_positions(position, window)  # [B, 2W]
-    # where this call's part of the last document begins
+    # the start of this call's part of the last document
     begin = tokens.position[tokens.head[tokens.document[last]]]
     recent = alive[:, None] & (held >= begin[:, None])
     index = (last[:, None] - (position[:, None] - 1 - held)).clamp(min=0)
@@ -225,7 +248,7 @@ def _ring(tokens: Tokens, window: int) -> _Ring:
 def next_state(
     k: Tensor, v: Tensor, window: int, state: WindowState, documents: Documents
 ) -> WindowState:
-    """The state after each row's last document; rows without a token keep theirs."""
+    """Return the state after the last document of each row; rows without tokens keep theirs."""
     if not len(documents.tokens.token):
         return state
     plan = documents.plan(("window ring", window), lambda tokens: _ring(tokens, window))

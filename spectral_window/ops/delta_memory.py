@@ -1,19 +1,19 @@
-"""The memory: keys and values in one matrix a head, written by the delta rule.
+"""The memory: keys and values in one matrix per head, written by the delta rule.
 
     S_t   = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T,   a_t = exp(-decay_t)
     out_t = S_t^T q_t
 
-What the memory holds at the key k_t is read, and replaced by v_t in the proportion beta_t; what it
-holds at keys orthogonal to k_t stays as it is (Schlag et al. 2021, "Linear Transformers Are
-Secretly Fast Weight Programmers"; with `decay`, the gated delta rule of Yang et al. 2025). Keys
-should have length 1 and 0 <= beta <= 1: then no write makes the memory grow, for
-|I - beta k k^T| <= 1. The table of methods is at the end.
+The value that the memory returns for the key k_t moves towards v_t by the fraction beta_t. The
+values of keys orthogonal to k_t do not change (Schlag et al. 2021, "Linear Transformers Are
+Secretly Fast Weight Programmers"; with `decay`, the gated delta rule of Yang et al. 2025). For keys
+of length 1 and 0 <= beta <= 1 no write can make the memory grow, since |I - beta k k^T| <= 1. The
+table of methods is at the end of this file.
 
 Precision. The state is float32 (float64 for float64 inputs), whatever the inputs' dtype. On a CPU
-`chunked` computes in float64 and rounds once, so that neither autocast nor the setting for float32
-products touches it. Elsewhere it computes in float32, under that setting: with
-`torch.set_float32_matmul_precision("highest")` the error is below 3e-6 of the output (keys that
-nearly agree; 1e-6 for others), with TF32 products about 1e-3.
+`chunked` computes in float64 and rounds once, so neither autocast nor the precision setting of
+float32 products affects it. On other devices it computes in float32 under that setting: with
+`torch.set_float32_matmul_precision("highest")` the error is below 3e-6 of the output for nearly
+equal keys and 1e-6 for others; with TF32 products it is about 1e-3.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from spectral_window.ops.methods import (
 )
 from spectral_window.ops.tracing import readable
 
-EXACT = ("cpu",)  # devices on which `chunked` computes in float64, see above
+EXACT = ("cpu",)  # devices on which `chunked` computes in float64, see the module's docstring
 
 
 def delta_memory(
@@ -55,22 +55,39 @@ def delta_memory(
     cu_seqlens: Tensor | None = None,
     method: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Write v at k in the proportion beta, read at q, for every head and token in turn.
+    """Write v at the key k by the fraction beta, then read at q, token by token in every head.
 
-    q, k:   [B, T, H, K] floating; any T >= 0 and B >= 0. Keys of length 1, unless you know better.
-    v:      [B, T, H, V], in their dtype.
-    beta:   [B, T, H], any floating dtype, from 0 (nothing is written) to 1 (what was there is
-            replaced).
-    decay:  [B, T, H], >= 0 and finite, nats forgotten before the token is written; None for none.
-            (The gated delta nets' logarithm of a_t, negated.)
-    state:  [B, H, K, V], as returned by an earlier call for the same rows; None for none. It enters
-            a row's first document unless that begins at position 0.
-    positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method: a name in METHODS["delta"], or "auto".
+    Twice differentiable in q, k, v, beta, decay and state.
 
-    Returns out [B, T, H, V] in v's dtype (0 at padding) and the state after each row's last token,
-    float32 (float64 for float64 inputs). Differentiable, twice, in q, k, v, beta, decay and state.
-    Raises UserError (a ValueError) or UserTypeError (a TypeError) before any work.
+    Args:
+        q: [B, T, H, K] floating; any T >= 0 and B >= 0.
+        k: [B, T, H, K]; keys should have length 1.
+        v: [B, T, H, V], in the dtype of q and k.
+        beta: [B, T, H], any floating dtype, from 0 (no write) to 1 (replace the old value).
+        decay: [B, T, H], >= 0 and finite, in nats, applied before the token is written; None for
+            no decay. (The negative logarithm of a_t.)
+        state: [B, H, K, V], the state that an earlier call for the same rows returned, or None. It
+            continues the first document of a row, unless that starts at position 0.
+        positions: documents and padding, see `spectral_window.ops`.
+        cu_seqlens: the same as offsets.
+        method: a name in METHODS["delta"], or "auto".
+
+    Returns:
+        out [B, T, H, V] in v's dtype (0 at padding), and the state after the last token of each
+        row, float32 (float64 for float64 inputs).
+
+    Raises:
+        UserError: a bad argument (a ValueError); raised before any work.
+        UserTypeError: an argument of a wrong type or dtype (a TypeError).
+
+    Example:
+        A value is found again at its key:
+
+        >>> key = torch.nn.functional.one_hot(torch.tensor([2, 5, 2]), 8).float().view(1, 3, 1, 8)
+        >>> value = torch.tensor([10.0, 20.0, 30.0]).view(1, 3, 1, 1)
+        >>> out, state = delta_memory(key, key, value, torch.ones(1, 3, 1))
+        >>> state[0, 0, 5].item(), state[0, 0, 2].item()
+        (20.0, 30.0)
     """
     _check(q, k, v, beta, decay, state)
     chosen = resolve("delta", method, q, k, v, beta, decay, state)
@@ -86,7 +103,7 @@ def delta_memory(
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The state's dtype for inputs of `dtype`: at least float32, for it is a sum over the past."""
+    """Return the state's dtype for inputs of `dtype`: at least float32, since it sums the past."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -131,12 +148,12 @@ def _check(
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would round products to half precision."""
+    """Return a context without autocast, which would round products to half precision."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _begun(inputs: list[Tensor], state: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The state to begin from, in `dtype`."""
+def _initial_state(inputs: list[Tensor], state: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the state to start from, in `dtype`."""
     q, v = inputs[0], inputs[2]
     if state is None:
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
@@ -145,8 +162,8 @@ def _begun(inputs: list[Tensor], state: Tensor | None, dtype: torch.dtype) -> Te
 
 # ------------------------------------------------------------------------------ the methods
 #
-# Each is called with [q, k, v, beta [B, T, H, 1]] and perhaps decay [B, T, H, 1], none of them
-# empty, state or None, documents or None.
+# Each is called with [q, k, v, beta [B, T, H, 1]] and optionally decay [B, T, H, 1] (not empty),
+# state or None, documents or None.
 
 
 def _chunked(
@@ -154,7 +171,7 @@ def _chunked(
 ) -> tuple[Tensor, Tensor]:
     q = inputs[0]
     exact = q.device.type in EXACT or q.dtype == torch.float64
-    before = _begun(inputs, state, torch.float64 if exact else torch.float32)
+    before = _initial_state(inputs, state, torch.float64 if exact else torch.float32)
     if documents is not None:
         documents.check(None if state is None else anywhere(q.shape[0]), wait=True)
     return chunked(inputs, before, documents)
@@ -163,11 +180,11 @@ def _chunked(
 def _step(
     inputs: list[Tensor], state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    """One token a row. A padded row keeps its state; a row at position 0 begins afresh.
+    """Process one token per row. A padded row keeps its state; position 0 resets it.
 
-    Sums of products and no matrix products, which a setting may round to bfloat16.
+    It uses sums of products: matrix products may be rounded to bfloat16 by a setting.
     """
-    state = _begun(inputs, state, state_dtype(inputs[0].dtype))
+    state = _initial_state(inputs, state, state_dtype(inputs[0].dtype))
     positions = None if documents is None else documents.positions
     q, k, v, beta, *decay = (x[:, 0].to(state.dtype) for x in inputs)
     before = state
@@ -188,7 +205,7 @@ def _step(
 def _reference(
     inputs: list[Tensor], state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    exact, before = [x.double() for x in inputs], _begun(inputs, state, torch.float64)
+    exact, before = [x.double() for x in inputs], _initial_state(inputs, state, torch.float64)
 
     def run(*given: Tensor) -> tuple[Tensor, Tensor]:
         return reference.delta(*given[:-1], state=given[-1])
@@ -204,7 +221,7 @@ def _compiled(
 ) -> tuple[Tensor, Tensor]:
     from spectral_window.ops.compiled.delta import memory
 
-    before = _begun(inputs, state, torch.float32)
+    before = _initial_state(inputs, state, torch.float32)
     positions = None if documents is None else documents.positions
     checked = documents is None or documents.checked or readable(documents.positions)
     return memory(inputs, before, positions, checked)
@@ -216,7 +233,7 @@ def _step_compiled(
     from spectral_window.ops.compiled.delta_step import step
 
     positions = None if documents is None else documents.positions
-    return step(inputs, _begun(inputs, state, torch.float32), positions)
+    return step(inputs, _initial_state(inputs, state, torch.float32), positions)
 
 
 _IN_NUMBA = numba_on_cpu(torch.float32, torch.bfloat16)

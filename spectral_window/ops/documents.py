@@ -1,14 +1,13 @@
-"""Where documents begin, and how they are cut into chunks from their own position 0.
+"""Documents and padding inside rows, and chunk grids that start at position 0 of each document.
 
-All operators cut time into chunks. The chunks belong to a *document*, never to the tensor: a
-padded, packed or continued row must give the numbers of each document alone. So tokens are moved
-to a grid in which every chunk holds one document only; what lies between documents cannot mix, not
-even a NaN.
+All operators cut time into chunks. The chunks are counted per *document* and not per row: a padded,
+packed or continued row must give the numbers of each document alone. So tokens are moved to a grid
+in which every chunk holds one document; different documents cannot mix, not even through a NaN.
 
-`Documents` is understood once, and passed down through all layers as one value. What follows from
-the positions (which tokens, which document, which place in a grid) is found on the CPU, where no
-device is waited for, and only by those methods that ask; compiled code and recorded graphs take the
-positions themselves.
+`Documents` is built once per forward pass and handed to all layers. What methods derive from the
+positions (the tokens, their documents, their places in a grid) is computed on the CPU, so that no
+layer waits for a device, and only when a method asks for it. Compiled code and recorded graphs use
+the positions themselves.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ from spectral_window.ops.tracing import readable
 
 
 class Tokens(NamedTuple):
-    """The n tokens that are not padding, in row order, and the documents they form; on the CPU.
+    """The n tokens that are not padding, in row order, and their documents; on the CPU.
 
-    token:    [n] index into the B*T tokens.
-    row:      [n] their row.
-    position: [n] their position inside their document.
-    document: [n] which document, 0 ... documents - 1.
-    head:     [documents] the index, among the n tokens, of each document's first token.
-    last:     [B] the index, among the n tokens, of each row's last token; -1 for a row without
-              tokens.
+    Attributes:
+        token: [n], index among the B*T tokens.
+        row: [n], their row.
+        position: [n], their position inside their document.
+        document: [n], the number of their document, 0 ... documents - 1.
+        head: [documents], the index, among the n tokens, of the first token of each document.
+        last: [B], the index, among the n tokens, of the last token of each row; -1 for a row
+            without tokens.
     """
 
     token: Tensor
@@ -44,28 +44,35 @@ class Tokens(NamedTuple):
 
     @property
     def length(self) -> Tensor:
-        """[documents]: their tokens in this call."""
+        """The number of tokens of each document in this call: [documents]."""
         return torch.diff(self.head, append=self.head.new_tensor([len(self.token)]))
 
     def each(self) -> Iterator[tuple[int, Tensor]]:
-        """(head, the tokens' places among the B*T) of every document."""
+        """Yield (head, indices of its tokens among the B*T) for every document."""
         ends = [*self.head.tolist()[1:], len(self.token)]
-        for head, end in zip(self.head.tolist(), ends, strict=False):  # no document has no end
+        for head, end in zip(self.head.tolist(), ends, strict=False):  # of no document: no end
             yield head, self.token[head:end]
 
     @property
     def goes_on(self) -> Tensor:
-        """[documents] bool: which continue a state, since they do not begin at position 0."""
+        """Which documents continue a state, as they do not start at position 0: [documents]."""
         return self.position[self.head] != 0
 
 
 class Documents:
     """The documents and the padding of rows [B, T].
 
-    positions: [B, T] int64 on the inputs' device, see `spectral_window.ops`.
-    host:      the same on the CPU, where it is known; found when first needed.
-    checked:   whoever made this has seen to it that the positions count on from the states that go
-               with them.
+    Args:
+        positions: [B, T] int64 on the inputs' device, see `spectral_window.ops`.
+        host: the same tensor on the CPU, if there is one; else it is copied when first needed.
+        checked: the caller guarantees that the positions continue the states they are used with.
+
+    Example:
+        Two documents in one row, and a row with padding on the left:
+
+        >>> documents = Documents(torch.tensor([[0, 1, 2, 0, 1], [-1, -1, 0, 1, 2]]))
+        >>> documents.tokens.length
+        tensor([3, 2, 3])
     """
 
     def __init__(self, positions: Tensor, host: Tensor | None = None, *, checked: bool = False):
@@ -82,7 +89,7 @@ class Documents:
 
     @property
     def tokens(self) -> Tokens:
-        """What the positions say, read once. Waits for the device where they lie on one alone."""
+        """The tokens, computed once. Waits for the device if the positions are not on the CPU."""
         if self._tokens is None:
             if self.host is None:
                 self.host = self.positions.cpu()
@@ -90,8 +97,11 @@ class Documents:
         return self._tokens
 
     def plan(self, key: Hashable, make: Callable[[Tokens], Any]) -> Any:
-        """`make(tokens)`, a NamedTuple of tensors on the CPU and numbers, with its tensors moved to
-        the positions' device; made once for each `key`."""
+        """Return `make(tokens)`, computed once for each `key`.
+
+        `make` returns a NamedTuple of numbers and of tensors on the CPU; the tensors are moved to
+        the positions' device.
+        """
         if key not in self._plans:
             made = make(self.tokens)
             home = self.positions.device
@@ -100,31 +110,34 @@ class Documents:
         return self._plans[key]
 
     def check(self, continued: Tensor | None, *, wait: bool = False) -> None:
-        """Raise UserError, naming row and column, where positions neither begin a document nor
-        count on.
+        """Check that every position starts a document or follows the position before it.
 
-        continued: [B] the position at which a row's state goes on; a row's first document may begin
-                   there instead of at 0 (None: no state is given; an entry of -1: any position, the
-                   state does not know).
-        wait:      look at them also where they lie on a device, which is waited for.
+        Args:
+            continued: [B], the position at which the state of a row continues; the first document
+                of the row may start there instead of at 0. None if there is no state; an entry of
+                -1 allows any position, for a state that does not store it.
+            wait: also check positions on a device, and wait for it.
+
+        Raises:
+            UserError: a position that does neither; the message has its row and column.
         """
         if self.checked or not readable(self.positions) or (self.host is None and not wait):
             return
         check_counting(self.tokens, self.shape[1], continued)
 
     def columns(self, part: slice) -> Documents:
-        """The same documents in a part of the columns; all of them: this very object."""
+        """Return the documents of some columns; of all columns, this object itself."""
         if not part.start and part.stop is None:
             return self
         host = None if self.host is None else self.host[:, part]
         return Documents(self.positions[:, part], host, checked=self.checked)
 
     def rows(self, fn: Callable[[Tensor], Tensor]) -> Documents:
-        """With `fn` applied to the rows, which it selects, repeats or moves."""
+        """Return the documents after `fn` selected, repeated or moved rows."""
         return Documents(fn(self.positions), checked=self.checked)
 
     def to(self, device: Any, non_blocking: bool = False, **_: Any) -> Documents:
-        """On another device, for libraries that move a layer's inputs to where the layer is."""
+        """Move to another device: some libraries move a layer's inputs to the layer's device."""
         if torch.device(device) == self.positions.device:
             return self
         moved = self.positions.to(device, non_blocking=non_blocking)
@@ -132,7 +145,7 @@ class Documents:
 
 
 def read_tokens(positions: Tensor) -> Tokens:
-    """The tokens of `positions` [B, T] on the CPU."""
+    """Return the tokens of `positions` [B, T] on the CPU."""
     rows, time = positions.shape
     flat = positions.reshape(-1)
     token = torch.nonzero(flat >= 0).squeeze(1)
@@ -150,7 +163,7 @@ def read_tokens(positions: Tensor) -> Tokens:
 
 
 def check_counting(tokens: Tokens, time: int, continued: Tensor | None) -> None:
-    """See `Documents.check`."""
+    """Check the positions of rows of `time` columns; see `Documents.check`."""
     position, row = tokens.position, tokens.row
     before = torch.full_like(position, -1)
     before[1:] = position[:-1]
@@ -173,16 +186,21 @@ def check_counting(tokens: Tokens, time: int, continued: Tensor | None) -> None:
 
 
 def anywhere(batch: int) -> Tensor:
-    """`continued` of states that do not know their position: [B], of -1."""
+    """Return `continued` for states that do not store their position: [B], all -1."""
     return torch.full((batch,), -1, dtype=torch.int64, device="cpu")
 
 
 def chunk_grid(document: Tensor, coordinate: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Cut documents into chunks of `size` at multiples of `size` of each token's `coordinate`.
+    """Cut documents into chunks of `size` tokens, at coordinates that are multiples of `size`.
 
-    document, coordinate: [n] int64, each document 0 ... documents - 1 present.
-    Returns (slot [n], first [G] bool): token i lies at place slot % size of chunk slot // size; a
-    chunk is `first` where nothing of its document lies before it.
+    Args:
+        document: [n] int64, the document of each token; each of 0 ... documents - 1 occurs.
+        coordinate: [n] int64.
+        size: tokens per chunk.
+
+    Returns:
+        slot [n]: token i is at place slot % size of chunk slot // size. first [G] bool: whether a
+        chunk is the first of its document.
     """
     documents = int(document.max()) + 1 if len(document) else 0
     chunk = coordinate // size
@@ -198,8 +216,10 @@ def chunk_grid(document: Tensor, coordinate: Tensor, size: int) -> tuple[Tensor,
 
 
 def split_finite(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x with zeros for what is not finite, and what is not finite with zeros for the rest (without
-    a gradient): a product of the first lets no NaN through a weight of zero."""
+    """Split x into its finite values and the others (without a gradient), zeros elsewhere.
+
+    In a product with the first part, a weight of zero cannot pass a NaN on.
+    """
     finite = torch.where(torch.isfinite(x), x, 0.0)
     return finite, (x - finite).detach()
 
@@ -211,12 +231,18 @@ def each_document(
     documents: Documents,
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`run(*inputs, state)` on every document alone, in a loop: for the methods that exist to be
-    compared with.
+    """Apply `run(*inputs, state)` to every document separately, in a loop: for slow methods.
 
-    inputs [B, T, ...], state [B, ...]; run takes and returns one row of both, (out [1, n, ...],
-    state [1, ...]), out of the shape and dtype of `like`. Returns out (0 at padding) and the states
-    after the rows' last.
+    Args:
+        run: takes one row of the inputs and of the state, and returns (out [1, n, ...],
+            state [1, ...]).
+        inputs: tensors [B, T, ...].
+        state: [B, ...].
+        documents: documents and padding.
+        like: has the shape and dtype of the whole output.
+
+    Returns:
+        out (0 at padding), and the states after the last token of each row.
     """
     tokens = documents.tokens
     flat = [x.flatten(0, 1) for x in inputs]
@@ -234,12 +260,22 @@ def each_document(
 def positions_from_cu_seqlens(
     cu_seqlens: Tensor, batch: int, time: int, begin: Tensor | None = None
 ) -> Tensor:
-    """`positions` [B, T] of documents cut at `cu_seqlens`, offsets into the B*T tokens (a row
-    always begins one).
+    """Return `positions` [B, T] of documents that are cut at `cu_seqlens`.
 
-    begin: [B] position of each row's first token, where the row continues from a state (None: 0).
-    Raises TypeError for a dtype that is not int32 or int64, ValueError for anything but 0 <= ...
-    <= B*T, rising, ending at B*T.
+    Args:
+        cu_seqlens: offsets into the B*T tokens; every row also starts a document.
+        batch: B.
+        time: T.
+        begin: [B], the position of the first token of each row, for rows that continue a state;
+            None for 0.
+
+    Raises:
+        UserTypeError: a dtype that is not int32 or int64.
+        UserError: offsets that do not rise from 0 to B*T.
+
+    Example:
+        >>> positions_from_cu_seqlens(torch.tensor([0, 2, 5]), batch=1, time=5)
+        tensor([[0, 1, 0, 1, 2]])
     """
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise UserTypeError(f"cu_seqlens is {cu_seqlens.dtype}: pass int32 or int64")
@@ -275,10 +311,20 @@ def given_documents(
     x: Tensor,
     begin: Tensor | None = None,
 ) -> Documents | None:
-    """The documents of x [B, T, ...] that `positions` or `cu_seqlens` tell; None where neither is
-    given: then each row is one document that goes on from its state.
+    """Return the documents that `positions` or `cu_seqlens` describe.
 
-    begin: as in `positions_from_cu_seqlens`. Raises UserError or UserTypeError for what cannot be.
+    Args:
+        positions: [B, T], or documents.
+        cu_seqlens: offsets.
+        x: the input [B, T, ...].
+        begin: as in `positions_from_cu_seqlens`.
+
+    Returns:
+        The documents; None if neither is given, so that each row continues its state.
+
+    Raises:
+        UserError: a wrong shape or device, or descriptions that disagree.
+        UserTypeError: a wrong dtype.
     """
     if positions is None and cu_seqlens is None:
         return None
@@ -301,8 +347,8 @@ def given_documents(
     else:
         documents = Documents(given.to(torch.int64))
     if cu_seqlens is not None:
-        meant = positions_from_cu_seqlens(cu_seqlens, batch, time, begin)
-        if readable(given, meant) and not torch.equal(documents.positions, meant):
+        expected = positions_from_cu_seqlens(cu_seqlens, batch, time, begin)
+        if readable(given, expected) and not torch.equal(documents.positions, expected):
             raise UserError("positions and cu_seqlens disagree: pass one of them")
     return documents
 
@@ -313,8 +359,10 @@ def documents_after(
     cu_seqlens: Tensor | None,
     u: Tensor,
 ) -> Documents | None:
-    """The documents of u after a state that does not know its position: any beginning other than 0
-    continues it."""
+    """Return the documents of u after a state that does not store its position.
+
+    A document that starts at a position other than 0 continues the state.
+    """
     begin = None
     if cu_seqlens is not None and state is not None:
         begin = torch.ones(u.shape[0], dtype=torch.int64, device=u.device)

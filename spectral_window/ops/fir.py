@@ -1,12 +1,11 @@
-"""Taps: kernels of finite length, and their convolution (a FIR filter a channel).
+"""Taps: kernels of finite length, and their convolution (one FIR filter per channel).
 
     y_t = sum_{j < L} weights_j u_{t-j}
 
-A kernel that is free in every entry is no sum of damped oscillators, so it has no recurrence of two
-numbers. But its memory ends after L tokens, and that is a state of constant size too: the last
-L - 1 inputs of the current document, kept as they came, so that any split of a text gives the same
-state to the bit. The price is said honestly: L - 1 numbers a channel, where an oscillator needs
-two; and what lies L tokens back is not seen at all. The table of methods is at the end.
+A kernel with L free entries has no recurrence of two numbers, but its state has a constant size
+too: the last L - 1 inputs of the current document, unchanged, so every split of a text gives the
+same state to the bit. The cost is L - 1 numbers per channel, where an oscillator needs two, and
+inputs L or more tokens back have no effect. The table of methods is at the end of this file.
 """
 
 from __future__ import annotations
@@ -35,19 +34,28 @@ from spectral_window.ops.methods import (
 )
 from spectral_window.ops.tracing import is_recorded, readable
 
-FEW = 16  # taps; more are served better by an FFT
+FEW = 16  # taps; an FFT is faster for more
 Convolve = Callable[[Tensor, Tensor], Tensor]
 
 
 class Taps(NamedTuple):
-    """weights: [D, L] float32 or float64, L >= 1; weights[:, j] multiplies the input j tokens
-    back."""
+    """FIR filters of D channels.
+
+    Attributes:
+        weights: [D, L] float32 or float64, L >= 1; weights[:, j] multiplies the input j tokens
+            back.
+    """
 
     weights: Tensor
 
     def validated(self, channels: int) -> Taps:
-        """These taps, or an error that names what is wrong: TypeError for a dtype below float32,
-        ValueError for a shape and, on a CPU outside torch.compile, for NaN or infinity."""
+        """Return these taps after checking them for D = `channels`.
+
+        Raises:
+            UserTypeError: a dtype below float32.
+            UserError: a wrong shape.
+            NotFiniteError: NaN or infinity (checked on a CPU, outside torch.compile).
+        """
         weights = self.weights
         if weights.dtype not in (torch.float32, torch.float64):
             raise UserTypeError(
@@ -66,16 +74,16 @@ class Taps(NamedTuple):
         return self
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
-        """[B, L - 1, D], the last inputs, oldest first."""
+        """Return the shape of a state: [B, L - 1, D], the last inputs, oldest first."""
         channels, length = self.weights.shape
         return batch, length - 1, channels
 
     def state_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """The inputs' own dtype: they are kept as they came."""
+        """Return the dtype of a state: that of the inputs, which are stored unchanged."""
         return dtype
 
     def flops_per_token(self) -> int:
-        """A multiply-add a tap, as a step does; an FFT over a long text does fewer."""
+        """Return the operations per token: one multiply-add per tap. An FFT needs fewer."""
         return 2 * self.weights.numel()
 
 
@@ -89,20 +97,34 @@ def fir_conv(
     method: str = "auto",
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal convolution of every channel of `u` with a finite filter, from `state`.
+    """Convolve every channel of `u` causally with a FIR filter, starting from `state`.
 
-    u:      [B, T, D] floating; any T >= 0 and B >= 0.
-    taps:   `Taps` of [D, L], float32 or float64.
-    state:  the last inputs [B, L - 1, D], oldest first, in u's dtype; None for none. They enter a
-            row's first document unless that begins at position 0.
-    positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method: a name in METHODS["fir"], or "auto".
-    out:    where y is written (and returned), as in `spectral_conv`.
+    Computed in float32 (float64 for float64 inputs) and rounded once. Differentiable any number of
+    times in u, weights and state.
 
-    Returns y [B, T, D] (0 at padding) and the state after each row's last token, both in u's dtype.
-    Computed in float32 (float64 for float64) and rounded once. Differentiable any number of times
-    in u, weights and state. Raises UserError (a ValueError) or UserTypeError (a TypeError) before
-    any work.
+    Args:
+        u: [B, T, D] floating; any T >= 0 and B >= 0.
+        taps: `Taps` of shape [D, L], float32 or float64.
+        state: the last inputs [B, L - 1, D], oldest first, in u's dtype, or None. They precede the
+            first document of a row, unless that starts at position 0.
+        positions: documents and padding, see `spectral_window.ops`.
+        cu_seqlens: the same as offsets.
+        method: a name in METHODS["fir"], or "auto".
+        out: a tensor that y is written to and that is returned, as in `spectral_conv`.
+
+    Returns:
+        y [B, T, D] (0 at padding), and the state after the last token of each row, both in u's
+        dtype.
+
+    Raises:
+        UserError: a bad argument (a ValueError); raised before any work.
+        UserTypeError: an argument of a wrong type or dtype (a TypeError).
+
+    Example:
+        >>> u = torch.tensor([[[1.0], [2.0], [4.0]]])
+        >>> y, state = fir_conv(u, Taps(torch.tensor([[1.0, 0.5]])))
+        >>> y.flatten(), state.flatten()
+        (tensor([1.0000, 2.5000, 5.0000]), tensor([4.]))
     """
     check_input(u, "fir_conv")
     if not isinstance(taps, Taps):
@@ -127,9 +149,11 @@ def fir_conv(
 
 
 def _by(convolve: Convolve) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A method that convolves rows, each with the inputs before it, by `convolve`: called with x
-    [B, L - 1 + N, D], the L - 1 inputs before and the N to answer, and weights [D, L], it returns
-    [B, N, D] in x's dtype."""
+    """Return a method that convolves rows by `convolve(x, weights)`.
+
+    `convolve` gets x [B, L - 1 + N, D], the L - 1 earlier inputs and the N inputs of the call, and
+    weights [D, L]. It returns [B, N, D] in x's dtype.
+    """
 
     def method(
         u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
@@ -137,12 +161,12 @@ def _by(convolve: Convolve) -> Callable[..., tuple[Tensor, Tensor]]:
         batch, time, channels = u.shape
         kept = weights.shape[1] - 1
         if documents is not None and is_recorded():
-            known = u.new_zeros(batch, kept, channels) if before is None else before
-            return recorded.convolve_taps(u, weights, known, documents.positions)
+            earlier = u.new_zeros(batch, kept, channels) if before is None else before
+            return recorded.convolve_taps(u, weights, earlier, documents.positions)
         if documents is not None:
             documents.check(None if before is None else anywhere(batch), wait=True)
             return _each_document(u, weights, before, documents, convolve)
-        if before is None:  # of a text shorter than the filter, only the first T taps are of use
+        if before is None:  # for a text shorter than the filter only the first T taps matter
             before = u.new_zeros(batch, min(kept, time - 1), channels)
         x = torch.cat((before, u), 1)
         return convolve(x, weights[:, : before.shape[1] + 1]), _last(x, kept)
@@ -151,19 +175,23 @@ def _by(convolve: Convolve) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _last(x: Tensor, kept: int) -> Tensor:
-    """The last `kept` of x [B, N, D], zeros in front of fewer; a view would keep all of x in
-    memory."""
+    """Return the last `kept` inputs of x [B, N, D], padded with zeros in front.
+
+    A copy: a view would keep all of x in memory.
+    """
     if x.shape[1] < kept:
         return F.pad(x, (0, 0, kept - x.shape[1], 0))
     return x[:, x.shape[1] - kept :].clone()
 
 
 class _Group(NamedTuple):
-    """Documents of like length, up to a power of two, each in a row of its own.
+    """Documents of similar length (the same power of two), each in its own row.
 
-    inputs: [n, reach + longest] where their inputs lie in the pool.
-    reach:  inputs before the first token; filled [n, longest] bool: where there are tokens.
-    place:  [tokens] where the outputs go, among all B*T.
+    Attributes:
+        inputs: [n, reach + longest], indices of their inputs in the pool.
+        reach: number of inputs before the first token.
+        filled: indices into the n * longest places that hold tokens.
+        place: [tokens], where the outputs go, among all B*T.
     """
 
     inputs: Tensor
@@ -173,9 +201,14 @@ class _Group(NamedTuple):
 
 
 class _Pool(NamedTuple):
-    """One pool of inputs holds the tokens, then the states' inputs, then a row of zeros for
-    "nothing there". token: [n] the tokens among all B*T; groups: how many there are; last: [B,
-    L - 1] what each row's state holds afterwards; alive: [B] bool, rows with any token."""
+    """A pool of inputs: the tokens, then the inputs in the states, then one row of zeros.
+
+    Attributes:
+        token: [n], the tokens among all B*T.
+        groups: the number of groups.
+        last: [B, L - 1], indices of the inputs that the state of each row holds afterwards.
+        alive: [B] bool, rows with any token.
+    """
 
     token: Tensor
     groups: int
@@ -186,10 +219,10 @@ class _Pool(NamedTuple):
 def _each_document(
     u: Tensor, weights: Tensor, state: Tensor | None, documents: Documents, convolve
 ) -> tuple[Tensor, Tensor]:
-    """Move documents to rows of their own, convolve, move back.
+    """Move documents to their own rows, convolve, and move the outputs back.
 
-    Documents of like length go together (up to a power of two), so that the rows and what they are
-    filled with hold at most four times the tokens.
+    Documents of similar length (the same power of two) are grouped, so that the padded rows hold at
+    most four times as many tokens.
     """
     batch, time, channels = u.shape
     kept = weights.shape[1] - 1
@@ -226,7 +259,7 @@ def _pool(tokens: Tokens, kept: int) -> _Pool:
 
 
 def _kinds(tokens: Tokens) -> Tensor:
-    """[documents]: equal for documents that go together."""
+    """Return the group key of every document: [documents]."""
     return 2 * torch.frexp((tokens.length - 1).double()).exponent + tokens.goes_on
 
 
@@ -247,7 +280,7 @@ def _group(tokens: Tokens, kept: int, n: int) -> _Group:
 
 
 def _places(tokens: Tokens, kept: int, document: Tensor, offset: Tensor) -> Tensor:
-    """Where in the pool the inputs lie at `offset` [n, N] from the begin of each `document` [n]."""
+    """Return pool indices of the inputs at `offset` [n, N] from the start of `document` [n]."""
     document = document[:, None]
     count, rows = len(tokens.token), len(tokens.last)
     token = tokens.head[document] + offset
@@ -259,9 +292,12 @@ def _places(tokens: Tokens, kept: int, document: Tensor, offset: Tensor) -> Tens
 
 
 class _Sources(NamedTuple):
-    """What compiled code needs to know of documents and padding. taps: [n, L] where the input of
-    each tap of the n tokens lies; last: [B, L - 1] where each row's state afterwards does; both as
-    `compiled.fir.source` has it."""
+    """Documents and padding as compiled code needs them (see `compiled.fir.source`).
+
+    Attributes:
+        taps: [n, L], the place of the input of each tap, for each of the n tokens.
+        last: [B, L - 1], the place of each input in the state of each row afterwards.
+    """
 
     taps: Tensor
     last: Tensor
@@ -300,7 +336,7 @@ def _in_one_pass(
 
 
 class _InOnePass(torch.autograd.Function):
-    """A second derivative and the gradient of the inputs before go through the shifts."""
+    """Second derivatives, and the gradient of the state, are computed by `_shifts`."""
 
     forward = staticmethod(_in_one_pass)
 
@@ -321,9 +357,9 @@ class _InOnePass(torch.autograd.Function):
                 y, _ = _by(_in_float32(_shifts))(u, weights, before, ctx.documents)
                 if not y.requires_grad:  # there is padding alone
                     return None, None, None, None
-                found = iter(torch.autograd.grad(y, asked, grad, create_graph=again))
+                gradients = iter(torch.autograd.grad(y, asked, grad, create_graph=again))
             needed = ctx.needs_input_grad[:3]
-            return *(next(found) if needs else None for needs in needed), None
+            return *(next(gradients) if needs else None for needs in needed), None
         table = _table(ctx.documents, weights)
         sources = None if table is None else table.taps
         return *fir.convolve_backward(u, weights, before, sources, grad), None, None
@@ -347,14 +383,14 @@ def _compiled(
 
 
 def _inputs_at(table: _Sources, u: Tensor, before: Tensor | None) -> Tensor:
-    """The states [B, L - 1, D] after the rows' last tokens."""
+    """Return the states [B, L - 1, D] after the last token of each row."""
     at = table.last[..., None]
     after = u.flatten(0, 1)[table.last.clamp(min=0)]
     if before is None:
         return torch.where(at >= 0, after, 0.0)
     flat = before.flatten(0, 1)
-    known = flat[(-1 - table.last).clamp(0, max(len(flat) - 1, 0))]
-    return torch.where(at >= 0, after, torch.where(at >= -len(flat), known, 0.0))
+    earlier = flat[(-1 - table.last).clamp(0, max(len(flat) - 1, 0))]
+    return torch.where(at >= 0, after, torch.where(at >= -len(flat), earlier, 0.0))
 
 
 def _exact(x: Tensor, weights: Tensor) -> Tensor:
@@ -363,7 +399,7 @@ def _exact(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _in_float32(method):
-    """`method` computed in float32, or float64 for float64."""
+    """Return `method` computed in float32, or in float64 for float64 inputs."""
 
     def run(x: Tensor, weights: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -385,8 +421,11 @@ def _shifts(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _fft(x: Tensor, weights: Tensor) -> Tensor:
-    """By spectra. A cyclic convolution of as many points as there are inputs wraps into
-    the first L - 1 outputs alone, and those are not asked for."""
+    """Convolve by FFT.
+
+    A cyclic convolution over all inputs wraps around only into the first L - 1 outputs, which are
+    not used.
+    """
     count, back = x.shape[1], weights.shape[1] - 1
     if readable(x) and not bool(torch.isfinite(x).all()):
         raise NotFiniteError(
@@ -398,8 +437,7 @@ def _fft(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def fast_size(count: int) -> int:
-    """The smallest of 2^k, 5/8 2^k and 3/4 2^k that is at least `count`: FFTs of such sizes are
-    quick."""
+    """Return the smallest of 2^k, 5/8 2^k and 3/4 2^k that is at least `count`: fast FFT sizes."""
     power = 1 << max(count - 1, 7).bit_length()
     return next(size for size in (power * 5 // 8, power * 3 // 4, power) if size >= count)
 

@@ -1,8 +1,7 @@
-"""Linear maps of one input: y = x W^T + b for several W at once.
+"""Several linear maps of one input: y = x W^T + b for several W.
 
-For many vectors that is PyTorch's matrix product. For a few, as when text is generated token by
-token, it is bound by reading W: compiled code then reads all the matrices in one go
-(`linear`).
+For many vectors this is PyTorch's matrix product. For a few vectors, as in generation token by
+token, the time goes into reading W, and compiled code reads all matrices in one call.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from spectral_window.ops.methods import HAS_NUMBA, Method, Reason, enrol, resolve
 from spectral_window.ops.tracing import PLAIN, may_bypass
 
-FEW = 4  # vectors at once; more are served better by a matrix product
+FEW = 4  # vectors at once; a matrix product is faster for more
 
 Maps = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -25,10 +24,25 @@ Biases = Sequence[Tensor | None]
 def linear_maps(
     x: Tensor, weights: Maps, biases: Biases, *, method: str = "auto"
 ) -> tuple[Tensor, ...]:
-    """x [..., K] times each of `weights` [N, K], plus its bias [N] or None: a [..., N] for each.
+    """Apply several linear maps to one input.
 
-    method: a name in METHODS["linear"], or "auto". Raises UserError where "rows" is asked for by
-    name and cannot serve, else what PyTorch's `linear` raises.
+    Args:
+        x: [..., K].
+        weights: matrices [N, K], each with its own N.
+        biases: for each matrix a vector [N], or None.
+        method: a name in METHODS["linear"], or "auto".
+
+    Returns:
+        One [..., N] for each matrix.
+
+    Raises:
+        UserError: `method` is unknown, or cannot compute these tensors. Other errors are those of
+            PyTorch's `linear`.
+
+    Example:
+        >>> a, b = linear_maps(torch.ones(1, 2), [torch.eye(2), torch.ones(3, 2)], [None, None])
+        >>> a, b
+        (tensor([[1., 1.]]), tensor([[2., 2., 2.]]))
     """
     if not weights:
         return ()
@@ -75,8 +89,8 @@ def _not_for_rows(x: Tensor, weights: Maps = (), biases: Biases = ()) -> Reason:
 
 
 def _fits(bias: Tensor, weight: Tensor) -> bool:
-    alike = type(bias) in PLAIN and bias.dtype is weight.dtype and bias.is_cpu
-    return alike and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    plain = type(bias) in PLAIN and bias.dtype is weight.dtype and bias.is_cpu
+    return plain and bias.shape == weight.shape[:1] and bias.is_contiguous()
 
 
 def _many(x: Tensor, *_: object) -> Reason:

@@ -1,8 +1,9 @@
-"""One token of a layer's memory in a single call, where a token is so little work that calling
-filter, normalisation, gates, recurrence and sum one by one would take longer than they do.
+"""One token of a layer's memory in a single compiled call.
 
-It computes what `nn.memory` makes of those operators. It serves where they would be compiled code:
-where `resolve` takes "step_compiled" for the recurrence and nobody asked for another filter.
+For one token the work is so small that five calls (filter, normalisation, gates, recurrence, sum)
+would cost more than the work itself. This call computes the same as `nn.memory` by those operators.
+It is used where they would run compiled code: where `resolve` chooses "step_compiled" for the
+recurrence, and no other method was asked for.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ from spectral_window.ops.tracing import is_recorded
 
 
 class Parameters(NamedTuple):
-    """lag [D, L], write_bias and read_bias [H], scale [D]; vectors shorter than `shortest` are
-    divided by it and not by their length; `closes`: the write gate is tanh(max(x, 0)) instead of
-    sigmoid(x)."""
+    """Parameters of a memory.
+
+    Attributes:
+        lag: [D, L], the FIR filter that makes keys of queries.
+        write_bias: [H].
+        read_bias: [H].
+        scale: [D].
+        shortest: vectors shorter than this are divided by it and not by their length.
+        closes: the write gate is tanh(max(x, 0)) instead of sigmoid(x).
+    """
 
     lag: Tensor
     write_bias: Tensor
@@ -37,8 +45,13 @@ def serves(
     state: tuple[Tensor, Tensor],
     own: Parameters,
 ) -> bool:
-    """May `step` be called? methods: those asked for, by operator; the rest as for `step`."""
-    if is_recorded():  # no size may be looked at
+    """Return whether `step` can be called.
+
+    Args:
+        methods: the methods asked for, by operator.
+        inputs, state, own: as for `step`.
+    """
+    if is_recorded():  # a graph must not depend on sizes
         return False
     q, (memory, queries), parameters = inputs[0], state, own[:4]
     if q.dim() != 3 or q.shape[1] != 1 or not q.numel() or methods.get("fir", "auto") != "auto":
@@ -68,10 +81,19 @@ def step(
     own: Parameters,
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """inputs: q, v and what the window found [B, 1, D], the logits of the gates [B, 1, 2 H]; state:
-    the memory [B, H, D / H, D / H] float32 and the last queries [B, L - 1, D], oldest first.
+    """Process one token per row.
 
-    Returns what window and memory found together, and the state after the token.
+    Args:
+        inputs: q, v and the window's output, each [B, 1, D], and the logits of the gates
+            [B, 1, 2 H].
+        state: the memory [B, H, D / H, D / H] float32, and the last queries [B, L - 1, D], oldest
+            first.
+        own: the parameters.
+        documents: documents and padding, or None.
+
+    Returns:
+        The sum of the window's and the memory's output [B, 1, D], and both parts of the state
+        after the token.
     """
     from spectral_window.ops.compiled import memory_step
 

@@ -1,8 +1,9 @@
-"""The table of methods: how each operator can be computed, in order of preference.
+"""The table of methods: the ways to compute each operator, in order of preference.
 
-A method is a choice of speed, never of architecture: all methods of an operator compute the same
-function, and no config file names one. An operator's module enrols its methods; `resolve` takes the
-first that runs on the tensors of a call and pays there, and tells why those before it do not.
+A method is a choice of speed and not of architecture: all methods of an operator compute the same
+function, and no config file names one. The module of an operator enrols its methods. `resolve`
+returns the first that can compute the tensors of a call and is fast there, with the reasons why
+those before it were skipped.
 
     spectral     convolution with damped oscillators      `spectral.spectral_conv`
     fir          convolution with finite filters          `fir.fir_conv`
@@ -40,14 +41,16 @@ Reason = str | None
 class Method(NamedTuple):
     """One way to compute an operator.
 
-    name:     what `method=` takes.
-    function: called by the operator with its checked inputs.
-    cost:     one line: what it does, its order of work, where.
-    runs_on:  called with the tensors of a call (the input [B, T, ...] first): why it cannot serve
-              them, or None; absent: it serves all.
-    pays:     likewise why another is quicker there, asked under "auto" alone; absent: it pays.
+    Reasons are fixed texts: a reason that contained a size would tie a recorded graph to that size.
 
-    Reasons are fixed texts: to name a size in one would tie a recorded graph to that size.
+    Attributes:
+        name: the value of `method=`.
+        function: called by the operator with its checked inputs.
+        cost: one line: what it does, its order of work, on which device.
+        runs_on: called with the tensors of a call (the input [B, T, ...] first); returns why the
+            method cannot compute them, or None. Absent: it can compute all.
+        pays: the same for why another method is faster there; used under "auto" only. Absent: it is
+            always fast.
     """
 
     name: str
@@ -58,8 +61,14 @@ class Method(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What `resolve` chose. reason: the method's cost, or that it was asked for by name; passed:
-    the names of the methods preferred to it, each with the reason why it was passed over."""
+    """The result of `resolve`.
+
+    Attributes:
+        name: the method's name.
+        reason: the method's cost, or that it was asked for by name.
+        passed: the name of every preferred method that was skipped, with the reason.
+        function: the method's function.
+    """
 
     name: str
     reason: str
@@ -71,8 +80,16 @@ METHODS: dict[str, dict[str, Method]] = {}
 
 
 def enrol(op: str, *methods: Method, before: str | None = None) -> None:
-    """Add `methods` to operator `op`, in order of preference: behind those it has, or `before` the
-    method of that name. Raises UserError for a name that it has."""
+    """Add `methods` to operator `op`, in order of preference.
+
+    Args:
+        op: the operator's name.
+        methods: the methods.
+        before: the name of a method in front of which they are inserted; None appends them.
+
+    Raises:
+        UserError: the operator has a method of that name, or has no method `before`.
+    """
     table = METHODS.setdefault(op, {})
     for method in methods:
         if method.name in table or method.name == "auto":
@@ -87,11 +104,21 @@ def enrol(op: str, *methods: Method, before: str | None = None) -> None:
 
 
 def resolve(op: str, method: str, x: Tensor, *others: Any) -> Choice:
-    """The method that computes operator `op` for the input `x` [B, T, ...] and the `others` that
-    it takes (an operator's own; where they are left away they stand in nobody's way).
+    """Choose the method that computes operator `op`.
 
-    method: a name, or "auto". Raises UserError for an unknown operator or method, naming the
-    nearest one, and for a method that cannot serve these tensors, with the reason.
+    Args:
+        op: the operator's name.
+        method: a method's name, or "auto".
+        x: the input [B, T, ...].
+        others: the operator's other tensors; those left out exclude no method.
+
+    Raises:
+        UserError: an unknown operator or method (the message suggests the nearest name), or a
+            method that cannot compute these tensors (with the reason).
+
+    Example:
+        >>> resolve("spectral", "chunked", torch.zeros(1, 5, 2)).name
+        'chunked'
     """
     if op not in METHODS:
         raise unknown("operator", op, METHODS)
@@ -117,7 +144,7 @@ def resolve(op: str, method: str, x: Tensor, *others: Any) -> Choice:
 
 
 def serving(op: str, x: Tensor, *others: Any) -> list[str]:
-    """The methods of `op` that serve these tensors, in order of preference."""
+    """Return the methods of `op` that can compute these tensors, in order of preference."""
     return [
         each.name
         for each in METHODS[op].values()
@@ -129,14 +156,14 @@ def serving(op: str, x: Tensor, *others: Any) -> list[str]:
 
 
 def one_token(x: Tensor, *_: Any) -> Reason:
-    """For steps."""
+    """Reason of methods that take a single token."""
     if x.dim() > 1 and x.shape[1] == 1:
         return None
     return "it takes one token a call"
 
 
 def numba_on_cpu(*dtypes: torch.dtype) -> Callable[..., Reason]:
-    """For compiled code: numba, a CPU, one of `dtypes` (none given: any)."""
+    """Reason of compiled code: it needs numba, a CPU and one of `dtypes` (none given: any)."""
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     needs = f"it needs numba, and {names} on a CPU" if names else "it needs numba and a CPU"
 
@@ -151,8 +178,7 @@ def numba_on_cpu(*dtypes: torch.dtype) -> Callable[..., Reason]:
 
 
 def triton_on_gpu(*dtypes: torch.dtype) -> Callable[..., Reason]:
-    """For kernels in Triton: on a CPU only in the interpreter (TRITON_INTERPRET=1), slowly, for
-    tests."""
+    """Reason of Triton kernels: a GPU, or for tests the slow interpreter (TRITON_INTERPRET=1)."""
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     needs = f"it needs the package triton and a GPU (or TRITON_INTERPRET=1 on a CPU), and {names}"
 
@@ -167,24 +193,24 @@ def triton_on_gpu(*dtypes: torch.dtype) -> Callable[..., Reason]:
 
 
 def not_exported(*_: Any) -> Reason:
-    """For code of our own, under "auto"."""
+    """Reason of compiled code under "auto": an exported graph may run elsewhere."""
     return "the graph may run elsewhere: plain torch" if is_exported() else None
 
 
 def not_transformed(*_: Any) -> Reason:
-    """For what torch.func's transformations and forward-mode derivatives cannot see into."""
+    """Reason of code that torch.func and forward-mode derivatives cannot transform."""
     if is_transformed() and not is_recorded():
         return "torch.func and forward-mode derivatives know plain torch alone"
     return None
 
 
 def not_interpreted(x: Tensor, *_: Any) -> Reason:
-    """For Triton, under "auto"."""
+    """Reason of Triton kernels under "auto"."""
     return "Triton's interpreter is for tests" if x.device.type == "cpu" else None
 
 
 def not_recorded(*tensors: Any) -> Reason:
-    """For compiled code whose derivatives are recorded eagerly alone."""
+    """Reason of compiled code whose derivatives are only recorded in eager mode."""
     if is_recorded() or is_transformed():
         return "graphs and transformations need torch's operations"
     if any(isinstance(x, Tensor) and type(x) not in PLAIN for x in tensors):
@@ -193,14 +219,14 @@ def not_recorded(*tensors: Any) -> Reason:
 
 
 def past_the_dispatcher(*tensors: Tensor | None) -> Reason:
-    """For compiled code that is called on the tensors' memory."""
+    """Reason of compiled code that works on the tensors' memory directly."""
     if may_bypass(*tensors):
         return None
     return "gradients, graphs and transformations need torch's own operations"
 
 
 def first_of(*reasons: Callable[..., Reason]) -> Callable[..., Reason]:
-    """The first reason that is one."""
+    """Return a reason that is the first of `reasons` that applies."""
 
     def reason(*args: Any) -> Reason:
         for each in reasons:

@@ -1,14 +1,17 @@
-"""Modes: sums of damped oscillators, the narrow waist between parameters and algorithms.
+"""Modes: sums of damped oscillators, the interface between learned kernels and algorithms.
 
-A channel's kernel is K[t] = sum_m gain_m exp(-decay_m t) cos(frequency_m t), t = 0, 1, 2, ...
-(paper section 1, with one mode and gain 1). With z = exp(-decay + i frequency) this is Re(sum_m
-gain_m z_m^t), so the convolution is the recurrence h_t = z h_{t-1} + u_t, y_t = Re(sum_m gain_m
-h_t): two numbers of state a mode, whatever the length.
+The kernel of a channel is K[t] = sum_m gain_m exp(-decay_m t) cos(frequency_m t), t = 0, 1, 2, ...
+(paper section 1, with one mode and gain 1). With z = exp(-decay + i frequency) this is
+Re(sum_m gain_m z_m^t), so the convolution is the recurrence
 
-Precision. An angle frequency * t rounded to float32 has lost 1e-2 at t = 10^6, so powers of z are
-always built in float64, as exp(t log z) and not z**t (which underflows to NaN for strong damping),
-and cast at most once. Complex numbers are kept as real pairs (re, im): compilers and exporters do
-not take complex tensors.
+    h_t = z h_{t-1} + u_t        y_t = Re(sum_m gain_m h_t)
+
+with two numbers of state per mode, whatever the length.
+
+Precision. An angle frequency * t in float32 has an error of 1e-2 at t = 10^6. So powers of z are
+computed in float64 and rounded at most once, as exp(t log z) and not as z**t, which underflows to
+NaN for strong damping. Complex numbers are stored as real pairs (re, im), because compilers and
+exporters do not support complex tensors.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from spectral_window.ops.tracing import readable
 
 
 class Modes(NamedTuple):
-    """Damped oscillators of D channels, M a channel.
+    """Damped oscillators of D channels, M per channel.
 
-    decay:     [D] or [D, M] float32 or float64, >= 0, nats lost a step. 0 never forgets.
-    frequency: the same shape, radians a step.
-    gain:      the same shape, or None for 1.
+    Attributes:
+        decay: [D] or [D, M] float32 or float64, >= 0, in nats per step. 0 never forgets.
+        frequency: same shape, in radians per step.
+        gain: same shape, or None for 1.
     """
 
     decay: Tensor
@@ -35,13 +39,17 @@ class Modes(NamedTuple):
     gain: Tensor | None = None
 
     def named(self) -> tuple[tuple[str, Tensor | None], ...]:
-        """(name, tensor) of each field."""
+        """Return (name, tensor) of each field."""
         return ("decay", self.decay), ("frequency", self.frequency), ("gain", self.gain)
 
     def shaped(self, channels: int) -> Modes:
-        """These modes as [D, M] tensors, or an error that names what is wrong: TypeError for a
-        dtype below float32 (rounding decays to bfloat16 moves a 12-layer model's logits by 20 %),
-        ValueError for shapes."""
+        """Return these modes as [D, M] tensors.
+
+        Raises:
+            UserTypeError: a dtype below float32. Rounding decays to bfloat16 changes the logits of
+                a 12-layer model by 20 %.
+            UserError: a wrong shape.
+        """
         for name, value in self.named():
             if value is None:
                 continue
@@ -65,8 +73,10 @@ class Modes(NamedTuple):
         return Modes(self.decay[:, None], self.frequency[:, None], gain)
 
     def check_values(self) -> None:
-        """Raise ValueError, on a CPU outside torch.compile, for NaN, infinity or a negative
-        decay."""
+        """Raise ValueError for NaN, infinity or a negative decay.
+
+        Values on a GPU, and values inside torch.compile, are not checked.
+        """
         for name, value in self.named():
             if value is None or value.device.type != "cpu" or not readable(value):
                 continue
@@ -80,40 +90,46 @@ class Modes(NamedTuple):
                 )
 
     def validated(self, channels: int) -> Modes:
-        """`shaped`, with values that were checked."""
+        """Return `shaped(channels)` after `check_values()`."""
         self.check_values()
         return self.shaped(channels)
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
-        """[B, D, M, 2], one complex number (re, im) a mode."""
+        """Return the shape of a state: [B, D, M, 2], one complex number (re, im) per mode."""
         each = 1 if self.decay.dim() == 1 else self.decay.shape[1]
         return batch, self.decay.shape[0], each, 2
 
     def state_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """float64 whatever the inputs' dtype: it is a sum over the whole past."""
+        """Return the dtype of a state: float64 for every input, since it sums the whole past."""
         return exact_dtype(device)
 
     def flops_per_token(self) -> int:
-        """One complex multiply-add a mode."""
+        """Return the operations per token: one complex multiply-add per mode."""
         return 8 * self.decay.numel()
 
     def double(self) -> Modes:
-        """These modes in float64 (in float32 where the device has no better)."""
+        """Return these modes in float64, or in float32 on a device without float64."""
         exact = exact_dtype(self.decay.device)
         gain = None if self.gain is None else self.gain.to(exact)
         return Modes(self.decay.to(exact), self.frequency.to(exact), gain)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it; Apple's MPS does not, and gets float32."""
+    """Return float64, or float32 on a device without it (Apple's MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def powers(modes: Modes, steps: Tensor) -> Tensor:
-    """z^n for every n in `steps` ([N], any real): [D, M, N, 2], the pairs (re, im), differentiable
-    in decay and frequency.
+    """Return z^n for every n in `steps`, differentiable in decay and frequency.
 
-    Built in float64 on every device (on the CPU where the device has no float64).
+    Computed in float64 on every device (on the CPU for a device without float64).
+
+    Args:
+        modes: modes of shape [D, M].
+        steps: [N], any real numbers.
+
+    Returns:
+        [D, M, N, 2], pairs (re, im).
     """
     decay, frequency = modes.decay, modes.frequency
     home = decay.device
@@ -127,7 +143,7 @@ def powers(modes: Modes, steps: Tensor) -> Tensor:
 
 
 def kernel(modes: Modes, length: int) -> Tensor:
-    """The impulse response K[t], t = 0 ... length - 1: [D, length] in float64."""
+    """Return the impulse response K[t], t = 0 ... length - 1: [D, length] in float64."""
     table = powers(modes, torch.arange(length, dtype=torch.int64, device=modes.decay.device))[
         ..., 0
     ]
@@ -137,7 +153,7 @@ def kernel(modes: Modes, length: int) -> Tensor:
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
-    """Product of complex numbers kept as pairs (re, im) in the last dimension."""
+    """Multiply complex numbers that are stored as pairs (re, im) in the last dimension."""
     re = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
     im = a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]
     return torch.stack((re, im), dim=-1)

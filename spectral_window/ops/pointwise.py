@@ -1,8 +1,7 @@
-"""RMSNorm, the gate of SwiGLU, vectors of length 1 and gated sums: what a layer does between its
-matrix products.
+"""The work of a layer between its matrix products: RMSNorm, SwiGLU, unit vectors, gated sums.
 
-On a CPU, in float32 and bfloat16, compiled code does each in one pass; everywhere else, and where
-torch.compile fuses such things itself, it is PyTorch's operations.
+On a CPU, in float32 and bfloat16, compiled code computes each in one pass over memory. Elsewhere,
+and under torch.compile, which fuses them itself, PyTorch's operations are used.
 """
 
 from __future__ import annotations
@@ -26,10 +25,23 @@ from spectral_window.ops.tracing import PLAIN, is_recorded, is_transformed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [..., D] in x's dtype.
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    weight: [D], any floating dtype. eps: finite, >= 0. Raises TypeError or ValueError before any
-    work.
+    Args:
+        x: [..., D] floating.
+        weight: [D], any floating dtype.
+        eps: finite, >= 0.
+
+    Returns:
+        [..., D] in x's dtype.
+
+    Raises:
+        UserError: a bad shape, eps or device (a ValueError).
+        UserTypeError: a dtype that is not floating (a TypeError).
+
+    Example:
+        >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), eps=0.0)
+        tensor([0.8485, 1.1314])
     """
     if weight.dim() != 1 or x.shape[-1:] != weight.shape:
         raise UserError(
@@ -50,28 +62,50 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [..., N] each and of one dtype."""
+    """Return silu(gate) * up, both [..., N] and of one dtype.
+
+    Example:
+        >>> swiglu(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]))
+        tensor([0.0000, 1.7616])
+    """
     return resolve("swiglu", "auto", gate, up).function(gate, up)
 
 
 def unit(x: Tensor, shortest: float) -> Tensor:
-    """x divided by its length over the last dimension, by `shortest` where it is shorter: [..., N]
-    in at least float32. Raises TypeError for a dtype that is not floating."""
+    """Divide x by its length over the last dimension, or by `shortest` if it is shorter.
+
+    Args:
+        x: [..., N] floating.
+        shortest: the smallest divisor.
+
+    Returns:
+        [..., N] in at least float32.
+
+    Raises:
+        UserTypeError: a dtype that is not floating (a TypeError).
+    """
     if not x.is_floating_point():
         raise UserTypeError(f"x is {x.dtype} (unit): expected a floating dtype")
     return resolve("unit", "auto", x).function(x, shortest)
 
 
 def gated_add(base: Tensor, x: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
-    """base + gate scale x, in base's dtype.
+    """Return base + gate * scale * x, in base's dtype.
 
-    base [..., H N]; x [..., H, N] and gate [..., H], in at least float32; scale [H N]. Raises
-    TypeError or ValueError before any work.
+    Args:
+        base: [..., H N].
+        x: [..., H, N], in at least float32.
+        gate: [..., H], in at least float32.
+        scale: [H N].
+
+    Raises:
+        UserError: shapes that do not fit (a ValueError).
+        UserTypeError: a dtype that is not floating (a TypeError).
     """
     parts = base, x, gate, scale
     if (
         not is_recorded()
-        and (  # a graph's sizes are not looked at
+        and (  # a graph must not depend on sizes
             x.dim() < 2
             or base.shape != (*x.shape[:-2], x.shape[-2] * x.shape[-1])
             or gate.shape != x.shape[:-1]
@@ -142,12 +176,11 @@ class _RMSNorm(torch.autograd.Function):
         from spectral_window.ops.compiled import pointwise
 
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted
+        if torch.is_grad_enabled():  # a second derivative is asked for
             with torch.enable_grad():
                 y = F.rms_norm(x, weight.shape, weight.to(x.dtype), ctx.eps)
                 return *torch.autograd.grad(y, (x, weight), grad, create_graph=True), None
-        found = pointwise.rms_norm_backward(x, weight, ctx.eps, grad)
-        return *found, None
+        return *pointwise.rms_norm_backward(x, weight, ctx.eps, grad), None
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -1,14 +1,14 @@
-"""Documents in a graph of fixed shapes: both branches for torch.compile, torch.export and
-torch.jit.trace, where no shape may depend on where a document begins.
+"""Documents in recorded graphs: both branches in fixed shapes.
 
-Eagerly, tokens move to a grid in which a chunk holds one document; how large that is, positions
-say. Here every row stays as long as it is. Its tokens come first, in order, then its padding, so
-that the tokens of a document lie side by side; and what lies before its head is masked, by `where`
-and never by a factor 0, which would let a NaN pass.
+In graphs of torch.compile, torch.export and torch.jit.trace no shape may depend on where a document
+starts. Eager methods move tokens to a grid of one document per chunk, whose size depends on the
+positions. Here every row keeps its length: its tokens come first, in order, then its padding, so
+that the tokens of a document are adjacent. What precedes a document is masked with `where`; a
+factor of 0 would let a NaN pass.
 
-The convolution's state is found by doubling: after k rounds it holds the last 2^k tokens. Five
-rounds go over the tokens of a chunk of 32, the others over chunks. Their number may not depend on a
-length that is known when the graph runs: it is then ROUNDS, enough for 33 million tokens.
+The convolution's state is computed by doubling: after k rounds it covers the last 2^k tokens. Five
+rounds cover the tokens of a chunk of 32, further rounds combine chunks. Where the length is known
+only when the graph runs, the number of further rounds is ROUNDS, enough for 33 million tokens.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ ROUNDS = 20
 
 
 class Rows(NamedTuple):
-    """Each row's tokens, then its padding.
+    """The tokens of each row, then its padding.
 
-    order:    [B, T] which column comes next.
-    position: [B, T] of each, -1 for padding.
-    head:     [B, T] where its document begins; 0 too for a document that goes on from a state.
-    tokens:   [B] how many there are.
+    Attributes:
+        order: [B, T], the column of each place.
+        position: [B, T], its position, -1 for padding.
+        head: [B, T], the place where its document starts; 0 for one that continues a state.
+        tokens: [B], the number of tokens of each row.
     """
 
     order: Tensor
@@ -42,22 +43,22 @@ class Rows(NamedTuple):
 
     @property
     def continues(self) -> Tensor:
-        """[B]: does a row's first document go on from its state?"""
+        """Whether the first document of each row continues its state: [B] bool."""
         return self.position[:, 0] > 0
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [B, T, ...] in this order, with zeros for padding."""
+        """Return x [B, T, ...] in this order, with zeros for padding."""
         x = x.gather(1, _like(self.order, x).expand_as(x))
         return torch.where(_like(self.position, x) >= 0, x, 0.0)
 
     def scatter(self, y: Tensor) -> Tensor:
-        """`gather` undone."""
+        """Return y in the order of the call: the inverse of `gather`."""
         y = torch.where(_like(self.position, y) >= 0, y, 0.0)
         return torch.zeros_like(y).scatter(1, _like(self.order, y).expand_as(y), y)
 
 
 def tokens_first(positions: Tensor) -> Rows:
-    """The rows of `positions` [B, T] (see `spectral_window.ops`)."""
+    """Return the rows of `positions` [B, T] (see `spectral_window.ops`)."""
     padding = positions < 0
     order = padding.to(torch.int8).argsort(dim=1, stable=True)
     position = positions.gather(1, order)
@@ -71,17 +72,20 @@ def _count(size: int, like: Tensor) -> Tensor:
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:
-    """x [B, N] with as many dimensions as y."""
+    """Return x [B, N] with trailing dimensions of size 1, as many dimensions as y."""
     return x.reshape(*x.shape, *[1] * (y.dim() - 2))
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b, i]] of x [B, S, ...] and index [B, N]."""
+    """Return x[b, index[b, i]] for x [B, S, ...] and index [B, N]."""
     return x.gather(1, _like(index, x).expand(*index.shape, *x.shape[2:]))
 
 
 def since_head(marked: Tensor, head: Tensor) -> Tensor:
-    """[B, T] bool: is any token from the head of a token's document to itself `marked` [B, T]?"""
+    """Return whether any token from the start of the document up to each token is `marked`.
+
+    Both [B, T].
+    """
     count = marked.to(torch.int64).cumsum(1)
     before = torch.where(head > 0, count.gather(1, (head - 1).clamp(min=0)), 0)
     return count > before
@@ -91,15 +95,24 @@ def since_head(marked: Tensor, head: Tensor) -> Tensor:
 
 
 def _delayed(x: Tensor, by: int) -> Tensor:
-    """x [B, N, ...] moved on by `by`; before it lies anything finite or not."""
+    """Return x [B, N, ...] delayed by `by`; the first `by` entries are arbitrary."""
     return x.index_select(1, (_count(x.shape[1], x) - by).clamp(min=0))
 
 
 def convolve(
     u: Tensor, modes: Modes, state: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`spectral_conv` for checked inputs: u [B, T, D], T > 0, modes [D, M], state [B, D, M, 2]
-    float64. Returns y in u's dtype and the state after each row's last token."""
+    """`spectral_conv` for checked inputs.
+
+    Args:
+        u: [B, T, D], T > 0.
+        modes: modes of shape [D, M].
+        state: [B, D, M, 2] float64.
+        positions: [B, T], or None.
+
+    Returns:
+        y in u's dtype, and the state after the last token of each row.
+    """
     time = u.shape[1]
     rows = None if positions is None else tokens_first(positions)
     index = _count(time, u)
@@ -116,8 +129,8 @@ def convolve(
         seen = index - (1 << k) >= torch.maximum(head, begin)
         h = h + torch.where(_like(seen, h), times(_power(modes, 1 << k), _delayed(h, 1 << k)), 0.0)
 
-    # what each chunk leaves, and the chunk in which that document begins; one or two more than
-    # there are, so that their number is never 1
+    # the state at the end of each chunk, and the chunk in which its document starts; one or two
+    # more chunks than there are, so that their number is never 1
     ends = torch.arange(CHUNK - 1, time + 3 * CHUNK, CHUNK, dtype=torch.int64, device=u.device)
     chunk, at = ends // CHUNK, ends.clamp(max=time - 1)
     carry, since = h.index_select(1, at), head.index_select(1, at) // CHUNK
@@ -140,7 +153,7 @@ def convolve(
 
 
 def _power(modes: Modes, steps: int) -> Tensor:
-    """z^steps: [D, M, 2]."""
+    """Return z^steps: [D, M, 2]."""
     one = modes.decay.new_full((1,), float(steps), dtype=torch.float64)
     return powers(modes, one)[..., 0, :]
 
@@ -152,7 +165,7 @@ def convolve_taps(
     kept = weights.shape[1] - 1
     rows = tokens_first(positions)
     inputs = torch.cat((state, rows.gather(u)), 1)
-    # a document that goes on sees into the state, all others from their head on
+    # a document that continues sees the inputs of the state, others only their own
     oldest = torch.where((rows.head == 0) & rows.continues[:, None], -kept, rows.head)
     index = _count(u.shape[1], u)
     back = _count(kept + 1, u)
@@ -172,8 +185,14 @@ def convolve_taps(
 
 
 class Blocks(NamedTuple):
-    """Queries in blocks of W, each with the last 3W tokens up to its end: query [B, N, W, H, K],
-    key and value [B, N, 3W, H, *], mask [B, N, W, 3W] of what is seen."""
+    """Queries in blocks of W, each with the last 3W tokens up to its end.
+
+    Attributes:
+        query: [B, N, W, H, K].
+        key: [B, N, 3W, H, K].
+        value: [B, N, 3W, H, V].
+        mask: [B, N, W, 3W], whether a query sees a key.
+    """
 
     query: Tensor
     key: Tensor
@@ -182,8 +201,14 @@ class Blocks(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Rows with what is remembered before them: key, value [B, 2W + T, H, *]; reach [B, T], how
-    many tokens back each query sees."""
+    """Rows, preceded by the keys and values of the state.
+
+    Attributes:
+        rows: the rows.
+        key: [B, 2W + T, H, K].
+        value: [B, 2W + T, H, V].
+        reach: [B, T], how many tokens back each query sees.
+    """
 
     rows: Rows
     key: Tensor
@@ -191,8 +216,8 @@ class Context(NamedTuple):
     reach: Tensor
 
 
-def remembered(k: Tensor, v: Tensor, window: int, state: WindowState, positions: Tensor) -> Context:
-    """The context of keys and values [B, T, H, *] after `state`."""
+def with_state(k: Tensor, v: Tensor, window: int, state: WindowState, positions: Tensor) -> Context:
+    """Return the context of keys and values [B, T, H, *] after `state`."""
     rows = tokens_first(positions)
     slots = 2 * window
     slot = (rows.position[:, :1] - slots + _count(slots, k)) % slots
@@ -207,9 +232,9 @@ def remembered(k: Tensor, v: Tensor, window: int, state: WindowState, positions:
 
 
 def reachable(q: Tensor, context: Context, window: int) -> Blocks:
-    """q [B, T, H, K] and its context in blocks of W queries."""
+    """Return q [B, T, H, K] and its context in blocks of W queries."""
     time = q.shape[1]
-    # one or two blocks more than there are, so that their number is never 1
+    # one or two more blocks than there are, so that their number is never 1
     start = torch.arange(0, time + 2 * window, window, dtype=torch.int64, device=q.device)
 
     def blocks(x: Tensor, size: int, end: int) -> Tensor:
@@ -227,9 +252,11 @@ def reachable(q: Tensor, context: Context, window: int) -> Blocks:
     )
 
 
-def answered(out: Tensor, context: Context, window: int) -> Tensor:
-    """The outputs [B, N, W, H, V] of the blocks in the order of the call [B, T, H, V]; NaN where a
-    value that is seen is not finite."""
+def from_blocks(out: Tensor, context: Context, window: int) -> Tensor:
+    """Return the outputs [B, N, W, H, V] of blocks in the order of the call: [B, T, H, V].
+
+    NaN where a query sees a value that is not finite.
+    """
     time = context.reach.shape[1]
     spoilt = (~torch.isfinite(context.value)).to(torch.int32).cumsum(1)
     out = out.flatten(1, 2).index_select(1, _count(time, out))
@@ -241,11 +268,11 @@ def answered(out: Tensor, context: Context, window: int) -> Tensor:
 
 
 def next_state(context: Context, window: int, state: WindowState) -> WindowState:
-    """The state after each row's last token; rows without a token keep theirs."""
+    """Return the state after the last token of each row; rows without tokens keep theirs."""
     tokens = context.rows.tokens
     last = _pick(context.rows.position, (tokens - 1).clamp(min=0)[:, None])[:, 0]
     after = torch.where(tokens > 0, last + 1, state.position)
-    held = held_positions(after, window)  # [B, 2W], and how far back they lie
+    held = held_positions(after, window)  # [B, 2W]
     index = (tokens[:, None] + 2 * window - (after[:, None] - held)).clamp(min=0)
 
     def renewed(x: Tensor, old: Tensor) -> Tensor:

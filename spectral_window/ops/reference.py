@@ -1,6 +1,7 @@
-"""The paper's equations, literally, in float64: the oracle. Slow on purpose, never optimised.
+"""The equations of the paper, literally, in float64: what all methods are tested against.
 
-Each function takes one document ([B, T, ...], no padding, no packing) and is differentiable, twice.
+Never optimised. Each function takes one document per row ([B, T, ...], no padding, no packing) and
+is twice differentiable.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ from spectral_window.ops.modes import Modes
 
 
 def spectral(u: Tensor, modes: Modes, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """h_t = z h_{t-1} + u_t,  y_t = Re(sum_m gain_m h_t), z = exp(-decay + i frequency): the
-    paper's convolution (section 1, spectral branch) as the recurrence that it is.
+    """The convolution of the spectral branch (paper section 1) as a recurrence.
 
-    u [B, T, D] float64, modes [D, M], state h [B, D, M, 2] as pairs (re, im), or None for zeros ->
-    (y [B, T, D], the final h), both float64.
+        h_t = z h_{t-1} + u_t        y_t = Re(sum_m gain_m h_t)        z = exp(-decay + i frequency)
+
+    Args:
+        u: [B, T, D] float64.
+        modes: modes of shape [D, M].
+        state: h [B, D, M, 2] as pairs (re, im), or None for zeros.
+
+    Returns:
+        y [B, T, D] and the final h, both float64.
     """
     z = torch.exp(torch.complex(-modes.decay.double(), modes.frequency.double()))
     gain = torch.ones_like(modes.decay) if modes.gain is None else modes.gain
@@ -31,10 +38,15 @@ def spectral(u: Tensor, modes: Modes, state: Tensor | None = None) -> tuple[Tens
 
 
 def fir(u: Tensor, weights: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y_t = sum_{j < L} weights_j u_{t-j}.
+    """The FIR filter y_t = sum_{j < L} weights_j u_{t-j}.
 
-    u [B, T, D] float64, weights [D, L], state [B, L - 1, D] the inputs before u (or None: zeros) ->
-    (y [B, T, D], the last L - 1 inputs).
+    Args:
+        u: [B, T, D] float64.
+        weights: [D, L].
+        state: [B, L - 1, D], the inputs before u, or None for zeros.
+
+    Returns:
+        y [B, T, D] and the last L - 1 inputs.
     """
     length = weights.shape[1]
     if state is None:
@@ -48,11 +60,11 @@ def fir(u: Tensor, weights: Tensor, state: Tensor | None = None) -> tuple[Tensor
 
 
 def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """THE mask: may the query at position `query` see the key at position `key`? (broadcasts; bool)
+    """Return whether the query at position `query` sees the key at position `key`.
 
-    Positions are cut into chunks of W. A query sees its own chunk up to itself, and the whole
-    chunk before: (t mod W) + 1 + W keys, or (t mod W) + 1 in the first chunk. With W = 3, rows are
-                  queries, columns keys:
+    Broadcasts; bool. Positions are cut into chunks of W. A query sees its own chunk up to itself,
+    and the whole chunk before: (t mod W) + 1 + W keys, or (t mod W) + 1 in the first chunk. With
+    W = 3 (rows are queries, columns are keys):
 
         0 1 2 | 3 4 5 | 6 7 8
         x . . | . . . | . . .
@@ -69,11 +81,18 @@ def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
 
 
 def window(q: Tensor, k: Tensor, v: Tensor, window: int, first: int = 0) -> Tensor:
-    """softmax(q k^T K^(-1/2)) v of every query over the keys that are `visible` to it (paper
-    section 1, window branch).
+    """softmax(q k^T K^(-1/2)) v over the visible keys of every query (paper section 1).
 
-    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] in float64, already rotated; keys are at
-    positions first ... first + S - 1 and the queries are the last T of them. Returns [B, T, H, V].
+    Args:
+        q: [B, T, H, K] float64, rotated already.
+        k: [B, S, H, K]; the keys are at positions first ... first + S - 1, and the queries are at
+            the last T of them.
+        v: [B, S, H, V].
+        window: W.
+        first: the position of the first key.
+
+    Returns:
+        [B, T, H, V].
     """
     key = torch.arange(first, first + k.shape[1], dtype=torch.int64, device=k.device)
     out = []
@@ -93,12 +112,20 @@ def delta(
     *,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The delta rule with a decay, token by token:
+    """The delta rule with decay, token by token.
 
         S <- exp(-decay_t) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   out_t = S^T q_t
 
-    q, k [B, T, H, K], v [B, T, H, V], beta and decay [B, T, H, 1] in float64, state S [B, H, K, V]
-    (or None: zeros) -> (out [B, T, H, V], final S).
+    Args:
+        q: [B, T, H, K] float64.
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        beta: [B, T, H, 1].
+        decay: [B, T, H, 1], or None for no decay.
+        state: S [B, H, K, V], or None for zeros.
+
+    Returns:
+        out [B, T, H, V] and the final S.
     """
     batch, _, heads, size = k.shape
     S = k.new_zeros(batch, heads, size, v.shape[3]) if state is None else state
@@ -106,7 +133,7 @@ def delta(
     for t in range(k.shape[1]):
         if decay is not None:
             S = torch.exp(-decay[:, t, :, :, None]) * S
-        held = torch.einsum("bhkv,bhk->bhv", S, k[:, t])
-        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t] * (v[:, t] - held))
+        old = torch.einsum("bhkv,bhk->bhv", S, k[:, t])
+        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t] * (v[:, t] - old))
         out.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
     return torch.stack(out, 1) if out else v.clone(), S

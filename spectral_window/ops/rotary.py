@@ -1,9 +1,9 @@
-"""Rotary position embedding (RoPE): turn each pair (x_2i, x_2i+1) by the angle position *
-theta^(-2i/K).
+"""Rotary position embedding (RoPE).
 
-Paper section 1: theta = 10000, interleaved pairs, *global* positions, applied before the chunks
-are cut. Angles are
-built in float64 and cast once: in float32 an angle at position 10^6 is off by 3e-2 radians.
+Each pair (x_2i, x_2i+1) is rotated by the angle position * theta^(-2i/K). Paper section 1:
+theta = 10000, interleaved pairs, *global* positions, applied before the text is cut into chunks.
+Angles are computed in float64 and rounded once: in float32 an angle at position 10^6 has an error
+of 3e-2 radians.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from spectral_window.ops.modes import exact_dtype
 
 
 def angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of shape [*positions.shape, dim / 2] in `dtype`."""
+    """Return (cos, sin) of shape [*positions.shape, dim / 2] in `dtype`."""
     home = positions.device
     if exact_dtype(home) is not torch.float64:
         positions = positions.cpu()
@@ -28,16 +28,24 @@ def angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tup
 
 
 def check_theta(theta: float) -> None:
-    """Raise ValueError unless `theta` is a finite number above 0: angles are its powers."""
+    """Raise UserError unless `theta` is a finite number above 0: angles are powers of it."""
     if not 0 < theta < math.inf:
         raise UserError(f"rope_theta is {theta} (rotary): expected a finite number above 0")
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """x [B, T, H, K] turned to `positions` ([T] or [B, T]); computed in at least float32, returned
-    in x's dtype.
+    """Rotate x to `positions`, computed in at least float32.
 
-    Raises ValueError for an odd K, or a theta that is not above 0.
+    Args:
+        x: [B, T, H, K].
+        positions: [T] or [B, T].
+        theta: base of the angles, above 0.
+
+    Returns:
+        [B, T, H, K] in x's dtype.
+
+    Raises:
+        UserError: an odd K, or a bad theta (a ValueError).
     """
     check_theta(theta)
     dim = x.shape[-1]
@@ -47,5 +55,5 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     cos, sin = angles(positions, dim, theta, dtype)
     cos, sin = cos[..., None, :], sin[..., None, :]
     even, odd = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

@@ -3,9 +3,9 @@
     y_t = sum_{s <= t} K[t - s] u_s,   K[t] = sum_m gain_m exp(-decay_m t) cos(frequency_m t)
 
 The paper computes it with an FFT. Because K is a sum of powers z^t, it is also a recurrence with
-two numbers of state a mode (see `modes`), which gives linear-time methods and a constant-state
-step: h <- z h + u, y = Re(sum gain h). The table of methods is at the end. A kernel that is free in
-every entry but finite is no such sum: `fir`.
+two numbers of state per mode (see `modes`): h <- z h + u, y = Re(sum gain h). That gives methods of
+linear time, and a step of constant time and memory. The table of methods is at the end of this
+file. For finite kernels without this form see `fir`.
 """
 
 from __future__ import annotations
@@ -47,20 +47,40 @@ def spectral_conv(
     method: str = "auto",
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal convolution of every channel of `u` with its kernel, from `state` (paper section 1).
+    """Convolve every channel of `u` causally with its kernel, starting from `state`.
 
-    u:          [B, T, D] floating; any T >= 0 and B >= 0.
-    kernel:     `Modes` of [D] or [D, M], float32 or float64.
-    state:      what the tokens before left: [B, D, M, 2] float64, h = (re, im) of every mode; None
-                for none. It enters a row's first document unless that begins at position 0.
-    positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method:     a name in METHODS["spectral"], or "auto".
-    out:        where y is written (and returned) instead of in fresh memory: [B, T, D] contiguous,
-                u's dtype and device, overlapping no input, with no gradient to record.
+    Paper section 1. Twice differentiable in u, state, decay, frequency and gain.
 
-    Returns y [B, T, D] in u's dtype (0 at padding) and the state after each row's last token.
-    Differentiable, twice, in u, state, decay, frequency and gain. Raises UserError (a ValueError)
-    or UserTypeError (a TypeError) before any work.
+    Args:
+        u: [B, T, D] floating; any T >= 0 and B >= 0.
+        kernel: `Modes` of shape [D] or [D, M], float32 or float64.
+        state: [B, D, M, 2] float64, h = (re, im) of every mode after the earlier tokens, or None.
+            It continues the first document of a row, unless that starts at position 0.
+        positions: documents and padding, see `spectral_window.ops`.
+        cu_seqlens: the same as offsets.
+        method: a name in METHODS["spectral"], or "auto".
+        out: a tensor that y is written to and that is returned: [B, T, D], contiguous, with u's
+            dtype and device. It must not overlap an input, and no gradient can be recorded.
+
+    Returns:
+        y [B, T, D] in u's dtype (0 at padding), and the state after the last token of each row.
+
+    Raises:
+        UserError: a bad argument (a ValueError); raised before any work.
+        UserTypeError: an argument of a wrong type or dtype (a TypeError).
+
+    Example:
+        The state after the first part of a text continues it exactly:
+
+        >>> kernel = Modes(decay=torch.tensor([0.1]), frequency=torch.tensor([0.5]))
+        >>> u = torch.randn(2, 6, 1)
+        >>> y, _ = spectral_conv(u, kernel)
+        >>> first, state = spectral_conv(u[:, :4], kernel)
+        >>> second, state = spectral_conv(u[:, 4:], kernel, state=state)
+        >>> torch.allclose(torch.cat((first, second), 1), y, atol=1e-6)
+        True
+        >>> state.shape
+        torch.Size([2, 1, 1, 2])
     """
     check_input(u, "spectral_conv")
     if not isinstance(kernel, Modes):
@@ -85,7 +105,7 @@ def spectral_conv(
 
 # ------------------------------------------------------------------------------ the methods
 #
-# Each is called with u [B, T, D] not empty, modes [D, M] whose values are unchecked, state or None,
+# Each is called with u [B, T, D] (not empty), modes [D, M] (values not checked yet), state or None,
 # documents or None, and `out` or None.
 
 
@@ -96,7 +116,7 @@ def _bare_scan(
     documents: Documents | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan straight in compiled code, which checks the modes' values on the way."""
+    """Call the compiled scan directly; it checks the values of the modes itself."""
     from spectral_window.ops.compiled.scan import run
 
     before = None if state is None else state.to(torch.float64)
@@ -131,7 +151,7 @@ def _scan(
 
 
 def _checked(method):
-    """`method(u, modes, state, documents) -> (y, state)` as the table has it."""
+    """Adapt `method(u, modes, state, documents) -> (y, state)` to the table: check, and `out`."""
 
     def run(u, modes, state, documents, out):
         modes.check_values()
@@ -147,14 +167,14 @@ def _triton(
     from spectral_window.ops.triton_spectral import convolve
 
     before = None if state is None else state.to(exact_dtype(u.device))
-    # on a GPU positions are taken as they are: to look at them would wait for the device
+    # on a GPU positions are not checked: reading them would wait for the device
     return convolve(u, modes, before, None if documents is None else documents.positions)
 
 
 def _step(
     u: Tensor, modes: Modes, state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    """One token a row. A padded row keeps its state; a row at position 0 begins afresh."""
+    """Process one token per row. A padded row keeps its state; position 0 resets it."""
     exact = exact_dtype(u.device)
     shape = modes.state_shape(u.shape[0])
     state = u.new_zeros(shape, dtype=exact) if state is None else state.to(exact)
@@ -178,7 +198,7 @@ def _sum_modes(re: Tensor, modes: Modes) -> Tensor:
 
 
 def _exactly(whole):
-    """`whole(u, modes, state)` in float64, on every document alone."""
+    """Apply `whole(u, modes, state)` in float64 to every document separately."""
 
     def run(u, modes, state, documents):
         exact = modes.double()  # cast once, so that gradients are summed before they are rounded
@@ -196,8 +216,7 @@ def _exactly(whole):
 
 
 def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The paper's method. An FFT mixes all positions, so a NaN or infinity anywhere is refused: it
-    would reach the past."""
+    """The paper's method. NaN and infinity are refused: an FFT would spread them to the past."""
     time = u.shape[1]
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if readable(u) and not bool(torch.isfinite(u).all()):

@@ -1,5 +1,7 @@
-"""How a call is being run: eagerly, recorded as a graph, or transformed; and so what may be done
-with its tensors."""
+"""How a call is run: eagerly, recorded as a graph, or transformed by torch.func.
+
+This decides which operations its tensors allow.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +13,38 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_recorded() -> bool:
-    """Is the call recorded as a graph, by torch.compile, torch.export or torch.jit.trace? Then
-    values cannot be looked at, and no shape may depend on them."""
+    """Return whether torch.compile, torch.export or torch.jit.trace records the call as a graph.
+
+    Then values cannot be read, and no shape may depend on them.
+    """
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def is_exported() -> bool:
-    """Is it recorded to be run elsewhere, by torch.export or torch.jit.trace? Then the graph holds
-    PyTorch's own operations alone."""
+    """Return whether torch.export or torch.jit.trace records the call, to run it elsewhere.
+
+    Such a graph may only use PyTorch's own operations.
+    """
     return torch.compiler.is_exporting() or (
         not torch.compiler.is_compiling() and torch._C._is_tracing()
     )
 
 
 def is_transformed() -> bool:
-    """Is torch.func (vmap, jvp, ...) or forward-mode differentiation at work?"""
+    """Return whether torch.func (vmap, jvp, ...) or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def takes_tangents() -> bool:
-    """Are forward-mode derivatives being taken?"""
+    """Return whether forward-mode derivatives are computed."""
     return not is_recorded() and forward_ad._current_level >= 0
 
 
 def may_bypass(*tensors: Tensor | None) -> bool:
-    """May compiled code be called on these tensors' memory, past torch's dispatcher? Not where a
-    gradient, a graph or a transformation of the call is wanted."""
+    """Return whether compiled code may use the tensors' memory, bypassing torch's dispatcher.
+
+    It may not where the call needs a gradient, a graph or a transformation.
+    """
     if is_recorded() or is_transformed():
         return False
     learns = torch.is_grad_enabled()
@@ -46,8 +54,10 @@ def may_bypass(*tensors: Tensor | None) -> bool:
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """May Python look at the values of `tensors` now? Not while a graph is recorded or captured,
-    and not where there are none."""
+    """Return whether Python can read the values of `tensors` now.
+
+    Not while a graph is recorded or captured, and not on the meta device.
+    """
     if is_recorded():
         return False
     given = [x for x in tensors if x is not None]

@@ -1,11 +1,13 @@
-"""Triton's interpreter, which runs kernels on a CPU, operation by operation: `TRITON_INTERPRET=1`,
-set before the first import of triton. It proves numbers at toy sizes; nothing is compiled.
+"""Fixes for Triton's interpreter, which runs kernels on a CPU, operation by operation.
 
-Three faults of the interpreter of Triton 3.6 are mended by `repair`: it makes loop bounds by
-int(array), which NumPy >= 2.4 refuses for arrays of one element; it multiplies the bits of bfloat16
-as if they were integers; and it rounds to bfloat16 towards zero where a GPU rounds to nearest. And
-it goes many times as fast: it would prepare the whole language anew in every call of a function by
-a kernel, and once a launch is enough.
+It is switched on by `TRITON_INTERPRET=1` before the first import of triton, and serves to test the
+numbers of kernels at small sizes; nothing is compiled.
+
+`repair` fixes three faults of the interpreter of Triton 3.6: it converts loop bounds by int(array),
+which NumPy >= 2.4 refuses for arrays of one element; it multiplies the bits of bfloat16 as
+integers; and it rounds to bfloat16 towards zero, where a GPU rounds to nearest. It also makes the
+interpreter many times faster, by preparing the language once per launch instead of once per call
+of a function inside a kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import triton.language as tl
 
 
 def repair() -> None:
-    """Mend the interpreter, once; does nothing where kernels are compiled."""
+    """Fix the interpreter, once; do nothing where kernels are compiled."""
     if not triton.knobs.runtime.interpret:
         return
     from triton.runtime import interpreter
@@ -34,7 +36,7 @@ def repair() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def prepare(function: Any) -> Any:
-        """Once a launch, for kernels and for Triton's own functions."""
+        """Prepare kernels and Triton's own functions, once per launch."""
         scope = patch_language(function)
         interpreter._patch_builtin(tl.core, interpreter.interpreter_builder, scope)
         interpreter._patch_lang_core(tl.core, scope)
@@ -53,7 +55,7 @@ def repair() -> None:
         return cast(self, x, to)
 
     def widened(x: Any) -> Any:
-        """bfloat16, held as its bits, in float32."""
+        """Return bfloat16, stored as its bits, in float32."""
         bits = np.ascontiguousarray(x.data).astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 

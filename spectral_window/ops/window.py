@@ -1,9 +1,9 @@
-"""The local branch: causal attention in chunks of W, each seeing itself and the chunk before.
+"""The local branch: causal attention in chunks of W tokens, to the own chunk and the one before.
 
-The window grows and shrinks: a query at position t sees (t mod W) + 1 + W keys (fewer in the first
-chunk); `reference.visible` is the rule and draws it. Because the chunk grid is anchored to each
-document's position 0, the memory of a row is at most 2W keys and values, kept in a ring: the key of
-position p lies in slot p mod 2W. The table of methods is at the end.
+A query at position t sees (t mod W) + 1 + W keys, fewer in the first chunk; `reference.visible` is
+the rule, with a drawing. The chunks are counted from position 0 of each document. So the state of a
+row is at most 2W keys and values, in a ring buffer: the key of position p is in slot p mod 2W. The
+table of methods is at the end of this file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spectral_window.ops.chunked_window import (
     empty_of,
     last_two_chunks,
     next_state,
-    turned,
+    rotate_both,
 )
 from spectral_window.ops.documents import Documents, given_documents
 from spectral_window.ops.methods import (
@@ -53,20 +53,34 @@ def window_attention(
     cu_seqlens: Tensor | None = None,
     method: str = "auto",
 ) -> tuple[Tensor, WindowState]:
-    """Softmax attention of every query to its own chunk, causally, and to the whole chunk before
-    (paper section 1).
+    """Attend from every query to its own chunk, causally, and to the whole chunk before it.
 
-    q, k:       [B, T, H, K] floating; any T >= 0 and B >= 0.
-    v:          [B, T, H, V].
-    window:     W >= 1, the chunk length.
-    rope_theta: turn q and k to their positions first (interleaved pairs); None where they are
-                turned already.
-    state:      as returned by an earlier call for the same rows; None for none.
-    positions, cu_seqlens: documents and padding, see `spectral_window.ops`.
-    method:     a name in METHODS["window"], or "auto".
+    Softmax attention, paper section 1.
 
-    Returns out [B, T, H, V] (0 at padding) and the state after each row's last token. Raises
-    UserError (a ValueError) or UserTypeError (a TypeError) before any work.
+    Args:
+        q: [B, T, H, K] floating; any T >= 0 and B >= 0.
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        window: W >= 1, the chunk length.
+        rope_theta: base of the rotary embedding that is applied to q and k (interleaved pairs);
+            None if they are rotated already.
+        state: the state that an earlier call for the same rows returned, or None.
+        positions: documents and padding, see `spectral_window.ops`.
+        cu_seqlens: the same as offsets.
+        method: a name in METHODS["window"], or "auto".
+
+    Returns:
+        out [B, T, H, V] (0 at padding), and the state after the last token of each row.
+
+    Raises:
+        UserError: a bad argument (a ValueError); raised before any work.
+        UserTypeError: an argument of a wrong type or dtype (a TypeError).
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 10, 2, 8) for _ in range(3))
+        >>> out, state = window_attention(q, k, v, window=4)
+        >>> out.shape, state.key.shape, state.position
+        (torch.Size([1, 10, 2, 8]), torch.Size([1, 8, 2, 8]), tensor([10]))
     """
     _check(q, k, v, window, rope_theta, state)
     chosen = resolve("window", method, q, k, v, *(state or ())[:2])
@@ -136,7 +150,7 @@ def _check(
 
 # ------------------------------------------------------------------------------ the methods
 #
-# Each is called with q, k, v, none of them empty, window, theta, state or None, documents or None.
+# Each is called with q, k, v (not empty), window, theta, state or None, documents or None.
 
 
 def _tiled(q, k, v, window, theta, state, documents):
@@ -156,7 +170,7 @@ def _triton(q, k, v, window, theta, state, documents):
 
 
 def _held(state: WindowState | None) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-    """(keys and values, position) of a state."""
+    """Return (keys and values, position) of a state."""
     return (None, None) if state is None else (state[:2], state.position)
 
 
@@ -182,8 +196,10 @@ def _step(
     state: WindowState | None,
     documents: Documents | None,
 ) -> tuple[Tensor, WindowState]:
-    """One token a row, straight from the ring; no data-dependent shape, so it compiles to one
-    graph."""
+    """Process one token per row from the ring buffer.
+
+    No shape depends on data, so torch.compile makes one graph of it.
+    """
     state = empty_of(k, v, window) if state is None else state
     position = state.position if documents is None else documents.positions[:, 0]
     if theta is not None:
@@ -192,7 +208,7 @@ def _step(
     at = torch.where(token, position, state.position)
     slot = torch.arange(2 * window, dtype=torch.int64, device=q.device)
     here = (slot == (at % (2 * window))[:, None])[..., None, None]
-    # a slot may be seen if it holds one of the last positions of this very document
+    # a slot is visible if it holds one of the last positions of the current document
     held = held_positions(at, window)
     live = held >= 0
     key = torch.where(here, k, torch.where(live[..., None, None], state.key, 0.0))
@@ -200,7 +216,7 @@ def _step(
     mask = live | here[..., 0, 0]
     out = attend(q, key, value, mask[:, None])
     out = torch.where(token[:, None, None, None], out, 0.0)
-    # then forget what the next query cannot see
+    # clear the slots that the next query cannot see
     after = held_positions(at + 1, window)[..., None, None] >= 0
     kept = token[:, None, None, None]
     return out, WindowState(
@@ -219,15 +235,17 @@ def _reference(
     state: WindowState | None,
     documents: Documents | None,
 ) -> tuple[Tensor, WindowState]:
-    """The reference, every document alone, in a loop, with the remembered keys before its own."""
+    """Apply the reference to every document separately, with the keys of the state before it."""
     if state is None and documents is None:
-        q, k = turned(q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device))
+        q, k = rotate_both(
+            q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device)
+        )
         out = reference.window(q.double(), k.double(), v.double(), window)
         return out.to(v.dtype), last_two_chunks(k, v, window)
     state = empty_of(k, v, window) if state is None else state
     documents = documents_from(state, documents, q)
     documents.check(state.position, wait=True)
-    q, k = turned(q, k, theta, documents.positions)
+    q, k = rotate_both(q, k, theta, documents.positions)
     tokens, flat = documents.tokens, [x.flatten(0, 1) for x in (q, k, v)]
     out = torch.zeros_like(flat[2])
     for head, place in tokens.each():

@@ -1,4 +1,4 @@
-"""What window attention remembers of the tokens before: a ring of 2W keys and values."""
+"""The state of window attention: a ring buffer of 2W keys and values."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch import Tensor
 
 
 class WindowState(NamedTuple):
-    """What the tokens to come may still see.
+    """The keys and values that later tokens can see.
 
-    key, value: [B, 2W, H, K] and [B, 2W, H, V] in the model's dtype, keys already rotated;
-                position p lies in slot p mod 2W; slots that no later query can see hold zeros.
-    position:   [B] int64, the position of each row's next token.
+    Position p is in slot p mod 2W. Slots that no later query can see hold zeros.
+
+    Attributes:
+        key: [B, 2W, H, K] in the model's dtype, rotated already.
+        value: [B, 2W, H, V] in the model's dtype.
+        position: [B] int64, the position of the next token of each row.
     """
 
     key: Tensor
@@ -31,7 +34,7 @@ def empty_state(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> WindowState:
-    """The state before any token."""
+    """Return the state before any token."""
     slots = 2 * window
     return WindowState(
         torch.zeros(batch, slots, heads, key_dim, dtype=dtype, device=device),
@@ -41,8 +44,10 @@ def empty_state(
 
 
 def held_positions(position: Tensor, window: int) -> Tensor:
-    """The position that each of the 2W slots holds when `position` [R] comes next; -1 for a slot
-    no later query sees."""
+    """Return the position in each of the 2W slots when `position` [R] comes next: [R, 2W].
+
+    -1 marks a slot that no later query can see.
+    """
     slots = 2 * window
     slot = torch.arange(slots, dtype=torch.int64, device=position.device)
     latest = position[:, None] - 1

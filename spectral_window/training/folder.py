@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from spectral_window.errors import ResourceError, UserError
-from spectral_window.files import cannot_write, check_name, remove_leftovers
+from spectral_window.files import cannot_write, check_name, remove_leftovers, try_lock
 from spectral_window.training.parallel import World
 
 # What a run writes, besides the prepared text in data/ (which is checked and reused).
@@ -70,7 +70,7 @@ class Claim:
             self.out.mkdir(parents=True, exist_ok=True)
             self._before = set(os.listdir(self.out))
             self._file = (self.out / LOCK).open("w")
-            free = _lock(self._file, self.out / LOCK)
+            free = try_lock(self._file, self.out / LOCK)
             if os.name != "nt":
                 self._folder = os.open(self.out, os.O_RDONLY)
         except OSError as error:
@@ -132,17 +132,3 @@ def claim(out: Path, world: World) -> Iterator[Claim]:
     finally:
         if world.is_first:
             lock.release()
-
-
-def _lock(file: IO[str], path: Path) -> bool:
-    """Whether the lock was free and is now ours."""
-    if os.name == "nt":  # no lock there
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    # The holder may have removed the file between our opening and our locking it.
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from spectral_window.errors import UserError
+from spectral_window.files import hash_file
 from spectral_window.hf import SWHConfig
 from spectral_window.training.loading import load, weight_files
 from spectral_window.training.recipes import Recipe
@@ -39,8 +40,7 @@ class Initial:
         loaded = load(path, device="cpu")
         sha = hashlib.sha256()
         for file in weight_files(loaded.folder):
-            with file.open("rb") as opened:
-                sha.update(hashlib.file_digest(opened, "sha256").digest())
+            sha.update(bytes.fromhex(hash_file(file)))
         weights = {name: value.float() for name, value in loaded.model.state_dict().items()}
         return cls(loaded.folder, loaded.model.config, weights, sha.hexdigest())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.errors import IntegrityError
-from spectral_window.files import sync_file, write_text
+from spectral_window.files import hash_file, sync_file, write_text
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -32,7 +32,7 @@ def seal(folder: Path, **facts: Any) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         sync_file(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     manifest = {"schema": SCHEMA, **facts, "files": files}
     signed = manifest | {"sha256": _own_hash(manifest)}
     write_text(folder / MANIFEST, json.dumps(signed, indent=1))
@@ -61,7 +61,7 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"{name} has {size} bytes instead of {entry['bytes']} ({folder}): "
                 "it was cut or changed; use another checkpoint or copy"
             )
-        if _sha256(path) != entry["sha256"]:
+        if hash_file(path) != entry["sha256"]:
             raise IntegrityError(
                 f"{name} does not match its SHA-256 ({folder}): "
                 "it was damaged or changed; use another checkpoint or copy"
@@ -105,8 +105,3 @@ def _is_list_of_files(files: Any) -> bool:
 
 def _own_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,7 +31,7 @@ from typing import Any
 from spectral_window.errors import UserError, unknown
 from spectral_window.hf.config import CORE
 from spectral_window.nn.memory import recommended
-from spectral_window.nn.options import Option, known, recorded, reserve
+from spectral_window.nn.options import Option, all_options, recorded, reserve
 
 # What may differ between a run and its resumption: it changes the record, not what is learned.
 FREE_ON_RESUME = frozenset(
@@ -209,7 +209,7 @@ class Recipe:
     def traces(self) -> dict[str, Any]:
         """What names the run: `to_dict` without the defaults of options that parts were given
         later than the first runs (see `Option.traced`)."""
-        fields = known(MODEL)
+        fields = all_options(MODEL)
         return {k: v for k, v in self.to_dict().items() if k not in fields or fields[k].traced(v)}
 
     @classmethod
@@ -244,7 +244,7 @@ def _model(values: Mapping[str, Any]) -> Mapping[str, Any]:
     none."""
     held = {}
     given = {name: value for name, value in values.items() if name not in SETTINGS}
-    for name, option in known(MODEL).items():
+    for name, option in all_options(MODEL).items():
         held[name] = option.normal(given.get(name, option.default))
         option.check(held[name], "recipe")
     return MappingProxyType({o.name: held[o.name] for o in recorded(MODEL, held)})
@@ -257,14 +257,14 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def defaults() -> dict[str, Any]:
     """Every key of a recipe that has a default, with it, as `Recipe.to_dict` has it."""
     of_settings = {each.name: each.default for each in dataclasses.fields(Recipe)}
-    of_model = {name: option.default for name, option in known(MODEL).items()}
+    of_model = {name: option.default for name, option in all_options(MODEL).items()}
     values = of_settings | of_model
     return _plain({k: v for k, v in values.items() if v is not dataclasses.MISSING})
 
 
 def keys() -> list[str]:
     """Every key that a recipe takes."""
-    return sorted({*SETTINGS, *known(MODEL)})
+    return sorted({*SETTINGS, *all_options(MODEL)})
 
 
 def _check_keys(given: Iterable[str]) -> None:
@@ -451,5 +451,5 @@ def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if key in SETTINGS:
             changes[key] = SETTINGS[key].parse(value, "recipe")
         else:
-            changes[key] = known(MODEL)[key].parse(value, "recipe")
+            changes[key] = all_options(MODEL)[key].parse(value, "recipe")
     return changes

@@ -21,6 +21,7 @@ from spectral_window.data.arrays import FileArray, SortedFileArray
 from spectral_window.data.blocks import PackedBlocks
 from spectral_window.data.text import open_corpus, prepare
 from spectral_window.errors import IntegrityError, UserError
+from spectral_window.files import hash_file
 
 TOKENS = [f"{split}.{kind}" for split in ("train", "valid") for kind in ("tokens", "documents")]
 FILES = [
@@ -111,7 +112,7 @@ def test_what_is_signed_again_must_make_sense(prepared):
         whole = (prepared / name).read_bytes()
         (prepared / name).write_bytes(whole[: -numbers.nbytes] + numbers.tobytes())
         index = json.loads(signed)
-        index["files"][name]["sha256"] = shards.sha256(prepared / name)
+        index["files"][name]["sha256"] = hash_file(prepared / name)
         hashes = [index["files"][file]["sha256"] for file in shards.CONTENT]
         fingerprint = shards.digest([index["dtype"], hashes])
         write_index(prepared, files=index["files"], fingerprint=fingerprint)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from spectral_window.errors import UserError
 from spectral_window.hf import SWHConfig
 from spectral_window.hf.config import CORE
-from spectral_window.nn.options import Option, Registry, known, recorded
+from spectral_window.nn.options import Option, PartRegistry, all_options, recorded
 from spectral_window.training.recipes import MODEL
 
-FIELDS = [*known(CORE).values(), *(option for option in MODEL if option not in CORE)]
+FIELDS = [*all_options(CORE).values(), *(option for option in MODEL if option not in CORE)]
 each = pytest.mark.parametrize("option", FIELDS, ids=lambda option: option.name)
 
 
@@ -53,9 +53,9 @@ def test_what_is_written_is_read_back(option: Option) -> None:
         st.lists(st.one_of(st.text(max_size=3), st.integers()), max_size=3).map(tuple),
     ),
 )
-@example(known(CORE)["rope_theta"], 10**400)
-@example(known(CORE)["mixer"], "0\n0")
-@example(known(CORE)["branches"], (["spectral"],))
+@example(all_options(CORE)["rope_theta"], 10**400)
+@example(all_options(CORE)["mixer"], "0\n0")
+@example(all_options(CORE)["branches"], (["spectral"],))
 def test_any_value_is_taken_or_refused_in_one_line_that_names_the_field(
     option: Option, value: Any
 ) -> None:
@@ -84,7 +84,7 @@ def test_every_field_of_every_part_is_a_keyword_and_an_attribute() -> None:
 
 
 def test_a_subclass_inherits_what_its_base_declares() -> None:
-    parts: Registry[Any] = Registry("thing")
+    parts: PartRegistry[Any] = PartRegistry("thing")
     one, two = Option("thing_one", int, 1, help=""), Option("thing_two", int, 2, help="")
     base = type("Base", (), {"options": ()})
     derived = parts.register("derived", two)(

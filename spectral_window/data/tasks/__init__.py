@@ -17,7 +17,7 @@ To add one: subclass `Task`, decorate it with `@register("name")`; the contract 
 (tests/data/test_tasks.py) then checks its labels, its solver against its ceiling, and its seeds.
 """
 
-from spectral_window.data.tasks import posed, published, recall
+from spectral_window.data.tasks import published, recall, well_posed
 from spectral_window.data.tasks.task import (
     IGNORED,
     TASKS,
@@ -37,8 +37,8 @@ __all__ = [
     "ceiling",
     "generator",
     "make",
-    "posed",
     "published",
     "recall",
     "register",
+    "well_posed",
 ]

@@ -1,8 +1,8 @@
 """Recall where the value does not simply follow its key, and what else a state can do.
 
-A memory whose key is the token before (`nn/memory.py`) is made for "K V": these tasks are not. As
-in `posed.py` the vocabularies are disjoint, every ceiling is 1, and at the end, behind a separator,
-all keys stand again in another order, each asking for its value.
+A memory whose keys come from the previous token (`nn/memory.py`) fits the order "K V"; these tasks
+have another one. As in `well_posed.py` the vocabularies are disjoint, every ceiling is 1, and at
+the end, after a separator, all keys are repeated in another order, each asking for its value.
 
     gap, pairs = 2, gap = 2        . K3 . . V7 . K1 . V2 . ? K1 K3 -> V2 at K1, V7 at K3
     value-first, pairs = 2         . V7 K3 . . V2 K1 . ? K1 K3     -> V2 at K1, V7 at K3
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_window.data.tasks.posed import distinct, follower, spaced
 from spectral_window.data.tasks.task import IGNORED, Batch, Task, register
+from spectral_window.data.tasks.well_posed import distinct, follower, spaced
 
 
 @dataclass(frozen=True)

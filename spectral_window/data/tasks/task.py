@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from spectral_window.data.blocks import IGNORED
 from spectral_window.errors import UserError, unknown
+from spectral_window.registry import Registry
 
-IGNORED = -100  # the label of positions where nothing is asked
 SPLITS = ("train", "test")
-TASKS: dict[str, type[Task]] = {}
-Kind = TypeVar("Kind", bound="type[Task]")
+TASKS: Registry[type[Task]] = Registry("task")
+register = TASKS.register
 
 
 class Batch(NamedTuple):
@@ -54,28 +54,13 @@ class Task:
         raise NotImplementedError
 
 
-def register(name: str) -> Callable[[Kind], Kind]:
-    """Class decorator: make a task known under `name` (a name is given once)."""
-
-    def enrol(task: Kind) -> Kind:
-        if name in TASKS:
-            raise UserError(f"task '{name}' is registered already: choose another name")
-        task.name = name
-        TASKS[name] = task
-        return task
-
-    return enrol
-
-
 def make(name: str, **options: Any) -> Task:
     """The task called `name`. Raises UserError for an unknown name or option."""
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    kind = TASKS[name]
-    known = getattr(kind, "__dataclass_fields__", {})
+    kind = TASKS.find(name)
+    fields = getattr(kind, "__dataclass_fields__", {})
     for key in options:
-        if key not in known:
-            raise unknown(f"option of task {name}", key, known)
+        if key not in fields:
+            raise unknown(f"option of task {name}", key, fields)
     return kind(**options)
 
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from spectral_window.errors import UserError
 from spectral_window.nn.attention import AttentionMixer
-from spectral_window.nn.kernels import Filter, _begin_at, _parameter
+from spectral_window.nn.kernels import Filter, float32_parameter, initialize
 from spectral_window.nn.mixers import MIXERS, ROPE_THETA, Mixer, register
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps
@@ -217,7 +217,7 @@ class Convolution(Filter):
     def __init__(self, channels: int, late: int = 0):
         super().__init__(channels)
         self.late = late
-        self.weights = _parameter(channels, TAPS)
+        self.weights = float32_parameter(channels, TAPS)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -225,7 +225,7 @@ class Convolution(Filter):
         first[:, 0] = 1
         if self.late:
             first[-self.late :] = first[-self.late :].roll(1, 1)
-        _begin_at(self.weights, first)
+        initialize(self.weights, first)
 
     def forward(self) -> Taps:
         return Taps(self.weights)

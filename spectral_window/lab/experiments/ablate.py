@@ -1,7 +1,7 @@
 """Ablations: one part of the layer changed at a time, at equal parameters, on three abilities.
 
-    recall                  four pairs anywhere in noise (data/tasks/posed.py), trained and asked at
-                            64 tokens
+    recall                  four pairs anywhere in noise (data/tasks/well_posed.py), trained and
+                            asked at 64 tokens
     length generalisation   the same models asked at 2 to 16 times that
     text                    a language model, held-out loss in nats a token
 

@@ -5,7 +5,7 @@ for length generalisation and the needle comes from the associative model at T =
 every score stands the ceiling, the score of the best possible solver, because these tasks cannot be
 solved: the key also occurs by chance.
 
-Well-posed: the same abilities where an answer exists (`data/tasks/posed.py`), with equal
+Well-posed: the same abilities where an answer exists (`data/tasks/well_posed.py`), with equal
 parameters, the window shorter than the shortest sequence, and 2,048 held-out examples at every
 length. Recall, needle and induction are trained at 32 tokens and asked at 1 to 32 times that.
 "mixed" models have seen up to 8 times in the second half of their training, so that only 16 and 32

@@ -1,0 +1,133 @@
+"""Register "swh" with transformers, without importing transformers.
+
+Importing `spectral_window` makes `AutoConfig` and `AutoModelForCausalLM` load our models. To call
+their `register` at once, the package would have to import transformers and torch: @MEASURED@
+That is too long for `spectral-window --help` and for a script that uses a single operator. So an
+import hook waits for four modules and completes each of them right after it has been imported, by
+whoever imports it:
+
+    transformers' registry of configs     learns SWHConfig
+    spectral_window.hf.config             registers the model classes when the first config is
+                                          constructed: an Auto class needs them after that only
+    transformers' table of lazy names     gets `transformers.SWHForCausalLM`, the name that
+                                          `transformers serve` and some trainers look up
+    transformers.trainer                  does not decay our dynamics and gains: by default Trainer
+                                          decays everything that is not a bias or a norm by its name
+
+The hook removes itself when all four have been imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+Action = Callable[[ModuleType], None]
+
+
+def register_on_import() -> None:
+    """Complete the four modules now where they are imported already, else on their import."""
+    actions: dict[str, Action] = {
+        "transformers.models.auto.configuration_auto": _register_config,
+        "spectral_window.hf.config": _register_models_with_first_config,
+        "transformers.utils.import_utils": _add_names,
+        "transformers.trainer": _exclude_from_decay,
+    }
+    pending = {name: action for name, action in actions.items() if name not in sys.modules}
+    if pending:
+        sys.meta_path.insert(0, _ImportHook(pending))
+    for name in actions.keys() - pending.keys():
+        actions[name](sys.modules[name])  # which may import a pending module
+
+
+class _ImportHook(MetaPathFinder):
+    """Calls an action on each of some modules after its import.
+
+    Args:
+        actions: module name -> what to do with the module.
+    """
+
+    def __init__(self, actions: dict[str, Action]):
+        self.actions = actions
+        self.searching = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in self.actions or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_complete(module: ModuleType) -> None:
+                execute(module)
+                action = self.actions.pop(name, None)
+                if not self.actions and self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                if action is not None:
+                    action(module)
+
+            spec.loader.exec_module = execute_and_complete  # type: ignore[method-assign]
+        return spec
+
+
+def _register_config(registry: ModuleType) -> None:
+    from spectral_window.hf.config import MODEL_TYPE, SWHConfig
+
+    registry.AutoConfig.register(MODEL_TYPE, SWHConfig, exist_ok=True)
+
+
+def _register_models_with_first_config(config: ModuleType) -> None:
+    config.after_init.append(_register_models)
+
+
+@functools.cache  # the first config is enough
+def _register_models() -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from spectral_window.hf import classification, config, model
+
+    for auto_class, model_class in (
+        (AutoModel, model.SWHModel),
+        (AutoModelForCausalLM, model.SWHForCausalLM),
+        (AutoModelForSequenceClassification, classification.SWHForSequenceClassification),
+    ):
+        auto_class.register(config.SWHConfig, model_class, exist_ok=True)
+
+
+def _add_names(lazy: ModuleType) -> None:
+    # On the class: transformers replaces its own module object when a model is first imported.
+    original = lazy._LazyModule.__getattr__
+
+    @functools.wraps(original)
+    def getattr_with_ours(module: ModuleType, name: str) -> Any:
+        if name.startswith("SWH") and module.__name__ == "transformers":
+            package = importlib.import_module("spectral_window.hf")
+            if name in package.__all__:
+                return getattr(package, name)
+        return original(module, name)
+
+    lazy._LazyModule.__getattr__ = getattr_with_ours
+
+
+def _exclude_from_decay(trainer: ModuleType) -> None:
+    original = trainer.Trainer.get_decay_parameter_names
+
+    @functools.wraps(original)
+    def without_ours(self: Any, model: Any) -> list[str]:
+        from spectral_window.hf.model import parameters_without_decay
+
+        excluded = parameters_without_decay(model)
+        return [name for name in original(self, model) if name not in excluded]
+
+    trainer.Trainer.get_decay_parameter_names = without_ours
