@@ -1,13 +1,13 @@
-"""The cache that `generate()` carries from token to token: one mixer state a layer, of any mixer.
+"""The cache of transformers' `generate()`: one mixer state per layer, for any mixer.
 
-transformers builds a `DynamicCache` from `config.layer_types` and finds `SWHCacheLayer` by its
-`_layer_type`. A layer holds what its mixer returned, whole: for the spectral-window mixer a
-constant number of bytes, for attention all keys and values. Nothing here knows which.
+transformers builds a `DynamicCache` from `config.layer_types`, and finds `SWHCacheLayer` by its
+`_layer_type`. A cache layer stores the state that its mixer returned: for the spectral-window mixer
+a constant number of bytes, for attention all keys and values. This file does not depend on which.
 
-Going back. Assisted decoding and prompt lookup guess several tokens ahead and take back the wrong
-ones (`crop`). A recurrent state cannot be cut like a list of keys, so while transformers asks for
-it (`activate_past_recording`) a layer remembers the state before each forward and the inputs
-since, and recomputes the state of the tokens that stay.
+Removing tokens. Assisted decoding and prompt lookup guess several tokens and remove the wrong ones
+(`crop`). A recurrent state cannot be cut like a list of keys. So when transformers asks for it
+(`activate_past_recording`), a cache layer stores the state before each forward pass and its inputs,
+and recomputes the state of the tokens that stay.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from spectral_window.hf.inputs import next_start
 from spectral_window.nn.mixers import map_state
 from spectral_window.ops.documents import Documents
 
-RECORDED_TOKENS = 1024  # how far back a recording layer can always go; what is older is forgotten
+RECORDED_TOKENS = 1024  # a recording layer can remove at least this many tokens
 
 
 class Layer(Protocol):
-    """What runs from a state that is held here: a block of the model."""
+    """A block of the model, as far as the cache uses it."""
 
     config: SWHConfig
 
     def __call__(self, x: Tensor, documents: Documents | None, state: Any, /) -> tuple[Tensor, Any]:
-        """(output, the state after x)."""
+        """Return the output and the state after x."""
 
     def next_state(self, x: Tensor, documents: Documents | None, state: Any) -> Any:
-        """The state after x, without the output."""
+        """Return the state after x, without computing the output."""
 
 
 class _Step(NamedTuple):
-    """One forward that may be taken back: its inputs, and what the layer held before it."""
+    """A forward pass that can be undone: its inputs, and the state before it."""
 
     layer: Layer
     x: Tensor
@@ -52,17 +52,18 @@ class _Step(NamedTuple):
 
 
 class SWHCacheLayer(CacheLayerMixin):
-    """The state of one mixer and how many tokens made it.
+    """The state of one mixer, and the number of tokens it has seen.
 
-    state: the mixer's own NamedTuple, batch first in every tensor; None before the first token.
-    seen:  tokens of every row so far, padding included.
-    start: [B] int64 position at which each row goes on; None where that is `seen`, that is, where
-           there was no padding and no second document.
+    Attributes:
+        state: the mixer's NamedTuple, batch first in every tensor; None before the first token.
+        seen: tokens per row so far, including padding.
+        start: [B] int64, the next position of each row; None if that is `seen`, that is, if there
+            was no padding and no second document.
     """
 
     _layer_type = STATE_LAYER_TYPE
     is_sliding = False
-    is_compileable = False  # True would make generate() build 4-D masks, which we do not take
+    is_compileable = False  # with True generate() would build 4-D masks, which we do not accept
     is_croppable = True
     supports_early_init = False
 
@@ -72,7 +73,7 @@ class SWHCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: the next token is the first."""
+        """Clear the state: the next token is the first."""
         self.state: Any = None
         self.seen = 0
         self.start: Tensor | None = None
@@ -86,10 +87,10 @@ class SWHCacheLayer(CacheLayerMixin):
     def advance(
         self, layer: Layer, x: Tensor, documents: Documents | None, start: Tensor | None
     ) -> Tensor:
-        """Run `layer` on x [B, T, D] from the state held here, and hold the state after it."""
+        """Run `layer` on x [B, T, D] from the stored state, and store the state after it."""
         y, state = layer(x, documents, self.state)
         if self.record_past:
-            self._remember(_Step(layer, x.detach(), documents, self.state, self.start))
+            self._record(_Step(layer, x.detach(), documents, self.state, self.start))
         self.state = state
         self.seen = self.seen + x.shape[1]
         self.start = start
@@ -99,12 +100,12 @@ class SWHCacheLayer(CacheLayerMixin):
             self.is_initialized = True
         return y
 
-    def _remember(self, step: _Step) -> None:
+    def _record(self, step: _Step) -> None:
         self._past.append(step)
         while sum(past.x.shape[1] for past in self._past[1:]) >= RECORDED_TOKENS:
             self._past.pop(0)
 
-    # What transformers calls:
+    # The interface that transformers calls:
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -119,9 +120,10 @@ class SWHCacheLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens; 0 keeps all and forgets how to go back.
+        """Remove the last `-tokens_to_remove` tokens, and discard the record of earlier ones.
 
-        Raises `ValueError` where they were not recorded (see `activate_past_recording`).
+        Raises:
+            UserError: the tokens were not recorded (see `activate_past_recording`).
         """
         remove = -tokens_to_remove
         recorded = sum(step.x.shape[1] for step in self._past)
@@ -167,7 +169,7 @@ class SWHCacheLayer(CacheLayerMixin):
         self._map(lambda t: t.to(self.device, non_blocking=True))
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply `fn`, which keeps or changes the first dimension, to every tensor held."""
+        """Apply `fn`, which may change the first dimension, to every stored tensor."""
         if not self.is_initialized:
             return
 
@@ -190,7 +192,7 @@ class SWHCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Not for keys and values: the model calls `advance`."""
+        """Not supported: this cache has no keys and values. The model calls `advance`."""
         raise UserTypeError(
             "this cache holds mixer states, not keys and values: for SWH models only"
         )
@@ -201,25 +203,24 @@ class SWHCacheLayer(CacheLayerMixin):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a file holds the state, not the model: tokens before it cannot be taken back.
+        # A copy or a file has the state but not the model, so it cannot remove tokens.
         return {**self.__dict__, "_past": []}
 
 
-# A static cache is asked for to have constant memory; ours is the same object then.
+# A static cache is chosen for constant memory; our state has that already.
 cache_utils.STATIC_LAYER_TYPE_MAPPING[STATE_LAYER_TYPE] = SWHCacheLayer
 
 
 def state_identity(config: SWHConfig) -> dict[str, Any]:
-    """What two models must share for the state of one to mean anything to the other: fields of
-    their configs, with values."""
+    """Return the config fields, with values, that two models must share to exchange states."""
     return config.deciding("state")
 
 
 def _check_owner(owner: dict[str, Any], config: SWHConfig) -> None:
-    """Raise `UserError`, with the fields that differ, where a state is of another model.
+    """Raise UserError, with the fields that differ, if a state belongs to another model.
 
-    A field that only one of two models records follows another that differs, or has its default in
-    the other.
+    A field that only one of two models records depends on another field that differs, or has its
+    default in the other model.
     """
     differ = [
         f"{name} {value!r} and not {getattr(config, name, None)!r}"
@@ -234,10 +235,13 @@ def _check_owner(owner: dict[str, Any], config: SWHConfig) -> None:
 
 
 def open_cache(cache: Cache, config: SWHConfig, x: Tensor) -> list[SWHCacheLayer]:
-    """The layers of `cache`, ready for a forward on x [B, T, D].
+    """Return the layers of `cache` for a forward pass on x [B, T, D].
 
-    An empty cache made without a config is filled with ours. Raises `ValueError` for a cache of
-    another model, batch, dtype or device, and for one that an exception left half-written.
+    An empty cache that was made without a config is filled with our layers.
+
+    Raises:
+        UserError: a cache of another model, batch, dtype or device, or one that an exception left
+            half-written.
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""A class for each text: `SWHModel`, and a linear map of the hidden state at its last token."""
+"""Text classification: `SWHModel`, and a linear map of the hidden state at the last token."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from spectral_window.hf.model import SWHModel, SWHPreTrainedModel
 
 
 class SWHForSequenceClassification(SWHPreTrainedModel):
-    """Tokens [B, T] -> logits [B, config.num_labels], and the loss of config.problem_type."""
+    """A text classifier: tokens [B, T] -> logits [B, config.num_labels].
 
-    accepts_loss_kwargs = False  # the loss is a mean over rows: Trainer itself averages over steps
+    The loss is that of config.problem_type.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows: Trainer averages over steps itself
 
     def __init__(self, config: SWHConfig):
         super().__init__(config)
@@ -42,13 +45,20 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """`SWHModel.forward`, then one row of logits for each text.
+        """Run the model and classify each text at its last token that is not padding.
 
-        A text ends at its last token that is no padding: by attention_mask, or without one, the
-        last that is not config.pad_token_id; so padding may be left or right with a mask, and right
-        without.
-        labels: [B] classes, [B, num_labels] of 0 and 1 for several classes at once, or floats
-        [B] or [B, num_labels] for regression.
+        Padding is given by attention_mask, on either side. Without a mask it is config.pad_token_id
+        on the right.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as
+                in `SWHModel.forward`.
+            labels: [B] classes, [B, num_labels] of 0 and 1 for several classes per text, or floats
+                [B] or [B, num_labels] for regression.
+            kwargs: as in `SWHModel.forward`.
+
+        Raises:
+            UserError: a bad argument (a ValueError); raised before any work.
         """
         check_keywords(kwargs, SWHForSequenceClassification.forward)
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -84,7 +94,7 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
         )
 
     def _last(self, ids: Tensor | None, mask: Tensor | None, hidden: Tensor) -> Tensor:
-        """[B]: the index of each row's last token that is no padding."""
+        """Return the index of the last token of each row that is not padding: [B]."""
         length, pad = hidden.shape[1], self.config.pad_token_id
         index = torch.arange(length, device=hidden.device)
         if mask is not None:
@@ -96,7 +106,7 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
         return torch.where(text, index, 0).amax(1)
 
     def _check_labels(self, labels: Tensor, batch: int) -> None:
-        """Raise `ValueError` for labels that are not one class, or one set of numbers, a row."""
+        """Raise UserError for labels that are not one class, or one set of numbers, per row."""
         shapes = {(batch,), (batch, 1), (batch, self.num_labels)}
         if tuple(labels.shape) not in shapes:
             raise UserError(

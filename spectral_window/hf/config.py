@@ -1,16 +1,16 @@
-"""What a model is: `SWHConfig`, a closed and checked set of fields.
+"""The configuration of a model: `SWHConfig`, a closed and checked set of fields.
 
-What every model has is declared here, a field a line; what its parts take, beside their classes
-(`nn.options`). Code that needs a set of fields (a cache's identity, a recipe, a table) selects
-these records by what they decide, and names none.
+Fields of every model are declared here, one per line; options of parts are declared next to their
+classes (`nn.options`). Code that needs a set of fields (the identity of a cache, a recipe, a table)
+selects them by what they decide, and has no list of names.
 
-A config is *closed*: a key that is not a field is an error that names the nearest field, because
-a misspelt `windw=64` that trains a window of 32 is found a week later. It is *checked* when it is
-made, when it is saved, and when a model is built from it, so no wrong value reaches a tensor.
-Choices of speed (which method computes an operator) are not fields: they do not change the
-function.
+A config is *closed*: a key that is not a field is an error that suggests the nearest field.
+Otherwise a typo such as `windw=64`, which trains a window of 32, would be noticed too late. It is
+*checked* when it is constructed, when it is saved, and when a model is built from it, so no bad
+value reaches a tensor. Choices of speed (the methods of operators) are not fields: they do not
+change what a model computes.
 
-What other libraries set on a config is theirs and stays in memory: a file holds what loads again.
+Attributes that other libraries set on a config stay in memory and are not written to files.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from spectral_window.nn.options import (
 
 MODEL_TYPE = "swh"
 STATE_LAYER_TYPE = "spectral_window_state"  # how transformers finds our cache layer
-UNLIMITED = LARGEST  # tokens; a number, since evaluation harnesses compute with it
-_TRAINED_AT = "max_position_embeddings"  # how config.json said `training_length` at first
+UNLIMITED = LARGEST  # tokens; a number, because evaluation harnesses compute with it
+_TRAINED_AT = "max_position_embeddings"  # the old name of `training_length` in config.json
 
-# Keys that transformers itself writes to config.json or hands to a config, beyond its own fields.
+# Keys that transformers writes to config.json or passes to a config, beyond its own fields.
 _ACCEPTED = {
     "_name_or_path",
     "name_or_path",
@@ -56,7 +56,7 @@ _ACCEPTED = {
     "experts_implementation",
     "quantization_config",
 }
-# Keys of foreign config files that must have no effect: no code is imported, nothing is switched.
+# Keys of foreign config files that must have no effect: no code is imported, no setting changes.
 _IGNORED = {
     "auto_map",
     "trust_remote_code",
@@ -75,9 +75,9 @@ def _shape(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     }
 
 
-# The paper's architecture at several sizes. 125m is the paper's own; the others have the shapes
-# usual at that size. A narrow model needs wider initial weights: 0.02 at 128 channels stalls a
-# Transformer.
+# The paper's architecture at several sizes. 125m is the paper's; the others have shapes that are
+# usual at their size. A narrow model needs larger initial weights: with 0.02 at 128 channels a
+# Transformer does not learn.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "tiny": _shape(128, 4, 4, vocab_size=4096, initializer_range=0.05),
@@ -95,22 +95,33 @@ PRESETS["memory"] = {
 
 
 def _field(kind: type, default: Any, help: str, **more: Any) -> Any:
-    """A field of every config, as an `Option` of the name that it is assigned to."""
+    """Declare a field of every config; its `Option` has the name that it is assigned to."""
     about = {"kind": kind, "help": help, "always": True} | more
     return dataclasses.field(default=default, metadata={"option": about})
 
 
 class SWHConfig(PreTrainedConfig):
-    """Configuration of `SWHModel` and `SWHForCausalLM`; keywords only, errors are `UserError`.
+    """Configuration of `SWHModel` and `SWHForCausalLM`; keywords only.
 
-    Its fields are those below, and the options of all registered parts: what the parts that are
-    not chosen would be told has no effect, and is in a file only where it is no default.
-    `SWHConfig.fields()` has a record of each, by name.
+    Its fields are those below, and the options of all registered parts. Options of parts that are
+    not chosen have no effect, and are written to a file only if they are not at their default.
+    `SWHConfig.fields()` returns an `Option` for each field.
 
-    `max_position_embeddings`, which evaluation harnesses and `generate` take as the longest
-    context, follows: `training_length` for the Transformer baseline, `UNLIMITED` where the state
-    has a constant size and a token costs the same at any length. Given, it is taken as the training
-    length.
+    `max_position_embeddings`, which evaluation harnesses and `generate` read as the longest
+    context, is derived: `training_length` for the Transformer baseline, and `UNLIMITED` for mixers
+    with a state of constant size, where a token costs the same at any length. As an argument it
+    sets `training_length`.
+
+    Raises:
+        UserError: an unknown field, or a bad value.
+
+    Example:
+        >>> config = SWHConfig(hidden_size=64, num_attention_heads=4, window=16)
+        >>> config.head_dim, config.window, config.kernel
+        (16, 16, 'damped_oscillator')
+        >>> SWHConfig(windw=16)
+        Traceback (most recent call last):
+        spectral_window.errors.UserError: unknown config key 'windw': did you mean 'window'?
     """
 
     model_type = MODEL_TYPE
@@ -174,10 +185,10 @@ class SWHConfig(PreTrainedConfig):
 
     @classmethod
     def fields(cls) -> Mapping[str, Option]:
-        """Every field of today's registered parts, by name: the core's, then the parts'."""
+        """Return every field by name: those of every model, then those of registered parts."""
         return all_options(CORE)
 
-    if TYPE_CHECKING:  # options are keywords and attributes, and registered at any time
+    if TYPE_CHECKING:  # options are keywords and attributes, and can be registered at any time
 
         def __init__(self, **fields: Any) -> None: ...
 
@@ -186,46 +197,61 @@ class SWHConfig(PreTrainedConfig):
     else:
 
         def __getattr__(self, name):
-            """An option that was not set has its default."""
+            """Return the default of an option that was not set."""
             option = None if name.startswith("_") else all_options(CORE).get(name)
             if option is None:
                 raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
             return option.default
 
     def recorded(self) -> dict[str, Any]:
-        """The fields that a file holds, with their values (see `nn.options.recorded`)."""
+        """Return the fields that a file contains, with values (see `nn.options.recorded`)."""
         return {o.name: o.normal(getattr(self, o.name)) for o in recorded(CORE, vars(self))}
 
     def deciding(self, *what: str) -> dict[str, Any]:
-        """The recorded fields that decide one of `what` (see `Option.decides`), with values."""
+        """Return the recorded fields that decide one of `what` (see `Option`), with values."""
         fields = self.fields()
         return {k: v for k, v in self.recorded().items() if fields[k].decides in what}
 
     def _settle(self) -> None:
-        """Hold what a file would hold, as it would hold it: equal models have equal configs."""
-        kept = self.recorded()
+        """Keep the fields that a file would contain, so that equal models have equal configs."""
+        fields = self.recorded()
         for name in self.fields():
             vars(self).pop(name, None)
-        vars(self).update(kept)
+        vars(self).update(fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by name: what `recorded` says of the fields, and transformers' own."""
-        found, kept = super().to_dict(), self.recorded()
+        """Return plain values by name: the recorded fields, and those of transformers."""
+        values = super().to_dict()
         for name in self.fields():
-            found.pop(name, None)
-        return found | {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+            values.pop(name, None)
+        ours = self.recorded().items()
+        return values | {k: list(v) if isinstance(v, tuple) else v for k, v in ours}
 
     def papers_layer(self, mixer: str = "spectral_window") -> SWHConfig:
-        """A config of the same sizes whose `mixer` has its default options: the baseline for
-        comparing a variant of a layer at equal size."""
-        fields = {option.name: getattr(self, option.name) for option in CORE}
-        told = [o for o in all_options([_OPTIONS["mlp"]]).values() if o.name in vars(self)]
-        fields |= {option.name: getattr(self, option.name) for option in told}
+        """Return a config of the same sizes whose `mixer` has its default options.
+
+        It is the baseline to compare a variant of a layer with, at equal size.
+        """
+        of_mlp = [o for o in all_options([_OPTIONS["mlp"]]).values() if o.name in vars(self)]
+        fields = {option.name: getattr(self, option.name) for option in (*CORE, *of_mlp)}
         return type(self)(**fields | {"mixer": mixer})
 
     @classmethod
     def preset(cls, name: str = "paper", *, size: str = "125m", **overrides: Any) -> SWHConfig:
-        """A named architecture at a size: `SWHConfig.preset("paper", size="125m", window=64)`."""
+        """Return a named architecture at a size.
+
+        Args:
+            name: "paper" or "memory".
+            size: a key of `PRESETS[name]`, such as "tiny" or "125m".
+            overrides: fields that differ.
+
+        Raises:
+            UserError: an unknown name, size or field.
+
+        Example:
+            >>> SWHConfig.preset("memory", size="tiny", window=64).hidden_size
+            128
+        """
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
         if size not in PRESETS[name]:
@@ -234,12 +260,12 @@ class SWHConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """One cache layer type a block. Read-only: stored, the name would break resuming."""
+        """The cache layer type of each block. Read-only: a stored name would break resuming."""
         return [STATE_LAYER_TYPE] * self.num_hidden_layers
 
     @property
     def max_position_embeddings(self) -> int:
-        """The longest context in tokens, as other libraries ask for it."""
+        """The longest context in tokens, for other libraries."""
         return UNLIMITED if MIXERS[self.mixer].constant_state else self.training_length
 
     @max_position_embeddings.setter
@@ -250,16 +276,16 @@ class SWHConfig(PreTrainedConfig):
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """Empty: no code comes with a model. Other libraries look here before they import some."""
+        """Empty: a model's folder contains no code. Other libraries would import what is here."""
         return {}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Refused: the file that it copies into a model's folder cannot be loaded by itself."""
-        raise code_stays_here(cls)
+        """Not supported: the copied source file could not be imported on its own."""
+        raise cannot_copy_code(cls)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write config.json; attributes that are no fields are left out, with a warning."""
+        """Write config.json; attributes that are not fields are left out, with a warning."""
         foreign = sorted(key for key in super().to_diff_dict() if not self._loads(key))
         if foreign:
             hints = "; ".join(str(unknown("config key", key, self._names())) for key in foreign)
@@ -267,7 +293,7 @@ class SWHConfig(PreTrainedConfig):
         super().save_pretrained(*args, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: fields that differ from transformers' own defaults."""
+        """Return the content of config.json: fields that differ from transformers' defaults."""
         return {key: value for key, value in super().to_diff_dict().items() if self._loads(key)}
 
     @property
@@ -276,9 +302,10 @@ class SWHConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def validate(self) -> None:
-        """Raise `UserError` for the first field whose value cannot make a model.
+        """Check all fields, and fill in an intermediate_size of None.
 
-        An intermediate_size of None is filled in.
+        Raises:
+            UserError: the first bad value.
         """
         for name, option in self.fields().items():
             if name in vars(self):
@@ -315,12 +342,12 @@ class SWHConfig(PreTrainedConfig):
 
     @classmethod
     def _loads(cls, key: str) -> bool:
-        """Whether a config.json may hold `key`."""
+        """Return whether a config.json may contain `key`."""
         theirs = {f.name for f in dataclasses.fields(cls)}
         return key in theirs | _ACCEPTED | _IGNORED | {"model_type"} | set(cls.fields())
 
 
-# What every model has, as records; `all_options(CORE)` adds what its parts take.
+# The options of every model; `all_options(CORE)` adds those of registered parts.
 CORE = tuple(
     Option(name=field.name, default=field.default, **field.metadata["option"])
     for field in dataclasses.fields(SWHConfig)
@@ -333,8 +360,8 @@ reserve(GenerationConfig().to_dict(), "a setting of transformers' generate()")
 after_init: list[Callable[[], None]] = []
 
 
-def code_stays_here(cls: type) -> TypeError:
-    """The answer to `register_for_auto_class`, of the config and of the models."""
+def cannot_copy_code(cls: type) -> TypeError:
+    """Return the error of `register_for_auto_class`, for the config and the models."""
     return UserTypeError(
         f"{cls.__name__} cannot travel in a model's folder (register_for_auto_class): "
         "`import spectral_window` makes it known to the Auto classes"

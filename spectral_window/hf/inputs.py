@@ -1,16 +1,16 @@
-"""What a caller passes, checked, and turned into the one thing the mixers want: `Documents`.
+"""Check the inputs of a forward pass, and convert masks and position ids to `Documents`.
 
-transformers says where a row's text lies in overlapping ways: `attention_mask` (0 marks padding),
-`position_ids` (which restart at 0 where the next packed document begins), and keywords that number
-the documents (`keywords.py`). The mixers take each token's
-position inside its own document, -1 for padding; or None where every row simply goes on, the fast
-path. `generate()` sends both, almost always saying nothing; that is found out here, once a forward,
-on the CPU: this is the one place where the host waits for what lies on a device.
+transformers describes documents and padding in overlapping ways: `attention_mask` (0 marks
+padding), `position_ids` (which restart at 0 where the next packed document starts), and keywords
+that number the documents (`keywords.py`). The mixers take the position of each token inside its own
+document, -1 for padding; or None where every row continues without padding, which is faster.
+`generate()` passes a mask and position ids that nearly always mean None. This is decided here, once
+per forward pass, on the CPU: the only place where the CPU waits for values on a device.
 
     attention_mask  0  0  1  1  1     position_ids  0  1  2  0  1     both: 1 1 1, 5 6 7 after 5
     positions      -1 -1  0  1  2     positions     0  1  2  0  1     None
 
-Values are looked at only when they may be: never while compiling, tracing or capturing a graph.
+Values are only read where that is possible: not while a graph is compiled, traced or captured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spectral_window.ops.tracing import readable
 
 
 def check_integers(name: str, tensor: Any) -> None:
-    """Raise `ValueError` unless `tensor` holds whole numbers."""
+    """Raise UserError unless `tensor` is a tensor of integers."""
     if not isinstance(tensor, Tensor):
         raise UserError(f"{name} is a {type(tensor).__name__} (model): pass a tensor of integers")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -35,14 +35,14 @@ def check_integers(name: str, tensor: Any) -> None:
 
 
 def as_indices(ids: Tensor) -> Tensor:
-    """`ids` in a type that an embedding takes and that holds -100, if they are integers at all."""
+    """Return integer `ids` in a dtype that an embedding takes and that can hold -100."""
     narrow = ids.dtype not in (torch.int32, torch.int64)
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     return ids.to(torch.int64) if narrow and whole else ids
 
 
 def check_count_kept(name: str, count: Any) -> None:
-    """Raise `ValueError` unless `count` is 0 (all) or a number of last positions."""
+    """Raise UserError unless `count` is 0 (all) or a number of last positions."""
     if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < 0:
         raise UserError(
             f"{name} is {count!r} (model): use 0 for all, or the number of last positions"
@@ -52,7 +52,7 @@ def check_count_kept(name: str, count: Any) -> None:
 def check_ids(
     ids: Tensor, limit: int, name: str = "input_ids", shape: tuple[int, ...] | None = None
 ) -> None:
-    """Raise `ValueError` unless `ids` are integers [B, T] in 0 ... limit - 1 (labels: or -100)."""
+    """Raise UserError unless `ids` are integers [B, T] in 0 ... limit - 1 (labels: or -100)."""
     check_integers(name, ids)
     if ids.dim() != 2 or (shape is not None and ids.shape != shape):
         want = "[batch, time]" if shape is None else str(list(shape))
@@ -71,8 +71,10 @@ def check_ids(
 
 
 def check_mask(mask: Tensor, batch: int, past: int, length: int) -> None:
-    """Raise `ValueError` unless `mask` is a real tensor [B, past + T] (its numbers are looked at
-    later: prompt tuning makes ones that are floats)."""
+    """Raise UserError unless `mask` is a real tensor [B, past + T].
+
+    Its values are checked later; prompt tuning passes ones that are floats.
+    """
     if not isinstance(mask, Tensor) or mask.is_complex():
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise UserError(f"attention_mask is {kind} (model): pass a tensor, 1 text, 0 padding")
@@ -85,9 +87,9 @@ def check_mask(mask: Tensor, batch: int, past: int, length: int) -> None:
 
 
 def next_position(positions: Tensor, start: Tensor) -> Tensor:
-    """[B]: where each row goes on after `positions` [B, T]; a row of padding only stays at `start`.
+    """Return the position of the next token of each row, [B], after `positions` [B, T].
 
-    `start` [B] is where it went on before.
+    A row of padding only stays at its earlier next position, `start` [B].
     """
     index = torch.arange(positions.shape[1], device=positions.device)
     last = torch.where(positions >= 0, index, -1).amax(1)
@@ -97,8 +99,17 @@ def next_position(positions: Tensor, start: Tensor) -> Tensor:
 def next_start(
     documents: Documents | None, start: Tensor | None, seen: int, length: int
 ) -> Tensor | None:
-    """`start` after `length` more tokens of `documents` [B, length]: [B], or None while every row
-    goes on at the number of tokens seen (`seen` before them)."""
+    """Return the next position of each row after `length` more tokens.
+
+    Args:
+        documents: documents of the new tokens [B, length], or None.
+        start: [B], the next positions before them, or None.
+        seen: the number of tokens per row before them.
+        length: the number of new tokens.
+
+    Returns:
+        [B], or None while every row continues at the number of tokens seen.
+    """
     if documents is None:
         return None if start is None else start + length
     positions = documents.positions
@@ -116,14 +127,22 @@ def resolve_documents(
     start: Tensor | None,
     numbers: Tensor | None = None,
 ) -> Documents | None:
-    """The documents of the new tokens [B, T] for the mixers, checked, or None. Raises `ValueError`.
+    """Return the documents of the new tokens for the mixers, checked.
 
-    attention_mask: [B, past + T] or None.   position_ids: [B, T] or [1, T] or None.
-    tokens:  [B, T, ...] gives sizes and device.
-    past:    tokens (padding included) that the cache has seen.
-    start:   [B] position at which each row goes on; None: at `past`, every row being one document
-             without padding.
-    numbers: [B, T] the document of each token, negative for padding; only where `past` is 0.
+    Args:
+        attention_mask: [B, past + T], or None.
+        position_ids: [B, T] or [1, T], or None.
+        tokens: the new tokens [B, T, ...]; gives sizes and device.
+        past: the number of tokens in the cache, including padding.
+        start: [B], the next position of each row; None if it is `past`, that is, if every row is
+            one document without padding.
+        numbers: [B, T], the document of each token, negative for padding; only if `past` is 0.
+
+    Returns:
+        The documents; None if every row continues without padding.
+
+    Raises:
+        UserError: arguments that are malformed or contradict each other.
     """
     batch, length = tokens.shape[:2]
     if attention_mask is not None:
@@ -138,12 +157,12 @@ def resolve_documents(
     if length == 0 or (attention_mask is None and position_ids is None and numbers is None):
         return None
 
-    look = readable(attention_mask, position_ids, numbers, start)
-    # values that may be looked at are brought to the CPU at once; a graph stays where it is
-    at = torch.device("cpu") if look else tokens.device
+    values_readable = readable(attention_mask, position_ids, numbers, start)
+    # values that can be read are copied to the CPU once; a graph stays on its device
+    at = torch.device("cpu") if values_readable else tokens.device
     mask = None if attention_mask is None else attention_mask.to(at)
     new = None if mask is None else mask[:, past:]
-    full = look and numbers is None and (new is None or bool((new == 1).all()))
+    full = values_readable and numbers is None and (new is None or bool((new == 1).all()))
     if full and position_ids is None:
         return None
     if position_ids is not None:
@@ -161,12 +180,12 @@ def resolve_documents(
         valid = valid & (numbers >= 0)
     first = None if position_ids is None else valid & (position_ids == 0)
     if numbers is not None:
-        told = begins(torch.where(valid, numbers, -1))
-        if first is not None and look:
-            _refuse_other_documents(first, told, valid)
-        first = told
+        by_number = starts(torch.where(valid, numbers, -1))
+        if first is not None and values_readable:
+            _refuse_other_documents(first, by_number, valid)
+        first = by_number
     positions = _count(valid, first, begin)
-    if not look:
+    if not values_readable:
         return Documents(positions, checked=True)
     _refuse_contradictions(mask, position_ids, positions)
     if bool((positions == counting).all()):
@@ -174,8 +193,12 @@ def resolve_documents(
     return Documents(positions.to(tokens.device), positions, checked=True)
 
 
-def begins(documents: Tensor) -> Tensor:
-    """Whether a token [B, T] is of another document than the token before it, padding left out."""
+def starts(documents: Tensor) -> Tensor:
+    """Return whether each token starts a document: [B, T] bool.
+
+    Args:
+        documents: [B, T], the document of each token, negative for padding.
+    """
     index = torch.arange(documents.shape[1], device=documents.device)
     last = torch.where(documents >= 0, index, -1).cummax(1).values
     before = nn.functional.pad(last, (1, 0), value=-1)[:, :-1]
@@ -184,7 +207,7 @@ def begins(documents: Tensor) -> Tensor:
 
 
 def _count(valid: Tensor, first: Tensor | None, begin: Tensor) -> Tensor:
-    """Number the valid tokens of every row from `begin` [B], and from 0 again at `first` [B, T]."""
+    """Count the valid tokens of every row from `begin` [B], and from 0 again at `first` [B, T]."""
     ordinal = valid.cumsum(1) - 1
     positions = begin[:, None] + ordinal
     if first is not None:
@@ -193,12 +216,14 @@ def _count(valid: Tensor, first: Tensor | None, begin: Tensor) -> Tensor:
     return torch.where(valid, positions, -1)
 
 
-def _refuse_other_documents(first: Tensor, told: Tensor, valid: Tensor) -> None:
-    """Raise `ValueError` where position_ids begin documents at other tokens than are told."""
-    wrong = (first != told) & (valid.cumsum(1) > 1)  # a row's first token begins one anyway
+def _refuse_other_documents(first: Tensor, by_number: Tensor, valid: Tensor) -> None:
+    """Raise UserError where position_ids and document numbers start different documents."""
+    wrong = (first != by_number) & (valid.cumsum(1) > 1)  # a row always starts a document
     if wrong.any():
         b, t = torch.nonzero(wrong)[0].tolist()
-        has, lacks = ("a document", "position_ids do not") if told[b, t] else ("none", "they do")
+        has, lacks = (
+            ("a document", "position_ids do not") if by_number[b, t] else ("none", "they do")
+        )
         raise UserError(
             f"position_ids and the documents given contradict each other at [{b}, {t}] (model): "
             f"{has} begins there, {lacks}; position_ids restart at 0 in each"
@@ -208,10 +233,10 @@ def _refuse_other_documents(first: Tensor, told: Tensor, valid: Tensor) -> None:
 def _refuse_contradictions(
     attention_mask: Tensor | None, position_ids: Tensor | None, positions: Tensor
 ) -> None:
-    """Raise `ValueError` for a mask that is no mask, and for position_ids that do not count.
+    """Raise UserError for a mask with other values than 0 and 1, and for wrong position_ids.
 
-    Beside a mask with zeros they are only asked where documents begin: what they count there,
-    with or without the padding, differs from caller to caller.
+    With a mask that has zeros, position_ids only tell where documents start: callers differ in
+    whether they count padding.
     """
     if attention_mask is not None and bool((attention_mask != 1).any()):
         if bool((attention_mask != 1).logical_and(attention_mask != 0).any()):

@@ -1,14 +1,14 @@
-"""Keywords beyond a forward's signature: closed, and obeyed.
+"""Keyword arguments of a forward pass beyond its signature.
 
-`model(x, lables=y)` would train nothing and `model(x, cache_params=c)` begin anew, without a word,
-if keywords were taken as they come. So a name that is not known is an error that names the nearest
-one, and each name that collators, trainers and adapters send means something here:
+If unknown keywords were ignored, `model(x, lables=y)` would train nothing, and
+`model(x, cache_params=c)` would start from an empty state, without an error. So an unknown name is
+an error that suggests the nearest one. Names that collators, trainers and adapters pass are obeyed:
 
-    seq_idx, document_ids           the document of each token: where it changes, another begins
-    cu_seq_lens_q/k, cu_seqlens     the same, as the bounds of documents in the flattened rows
-    max_length_q/k                  beside them: no document is longer
+    seq_idx, document_ids           the document of each token; a new number starts a document
+    cu_seq_lens_q/k, cu_seqlens     the same, as offsets of documents in the flattened rows
+    max_length_q/k                  with them: no document is longer
     cache_position, token_type_ids, is_causal, output_attentions, output_router_logits
-                                    accepted where they ask for what is done anyway
+                                    accepted with values that ask for the model's normal behaviour
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spectral_window.errors import UserError, unknown
-from spectral_window.hf.inputs import begins, check_integers, readable
+from spectral_window.hf.inputs import check_integers, readable, starts
 
 _IDS = ("seq_idx", "document_ids")
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
@@ -30,17 +30,22 @@ _LONGEST = ("max_length_q", "max_length_k")
 _WISHES = ("output_hidden_states", "output_attentions", "output_router_logits", "is_causal")
 _ANYWAY = ("cache_position", "token_type_ids")
 ACCEPTED = frozenset((*_IDS, *_BOUNDS, *_LONGEST, *_WISHES, *_ANYWAY))
-_OTHERS_WORDS = {"cache_params": "past_key_values", "states": "past_key_values"}
+_FOREIGN_NAMES = {"cache_params": "past_key_values", "states": "past_key_values"}
 
 
 def check_keywords(given: dict[str, Any], forward: Callable[..., Any], *more: str) -> None:
-    """Raise `UserError` for a keyword in `given` that is neither accepted here nor one of `more`;
-    those that `forward` names are not in `given`, and are only suggested."""
+    """Raise UserError for an unknown keyword.
+
+    Args:
+        given: the keywords beyond the signature.
+        forward: the method; the names of its signature are suggested in the message.
+        more: further accepted keywords.
+    """
     for name in given:
         if name in ACCEPTED or name in more:
             continue
-        if name in _OTHERS_WORDS:
-            raise unknown("argument", name, [_OTHERS_WORDS[name]])
+        if name in _FOREIGN_NAMES:
+            raise unknown("argument", name, [_FOREIGN_NAMES[name]])
         raise unknown("argument", name, (*_signature(forward), *_IDS, *_BOUNDS[:2], *more))
 
 
@@ -50,7 +55,7 @@ def _signature(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def check_wishes(given: dict[str, Any], tokens: Tensor, past: int) -> None:
-    """Raise `ValueError` where a caller asks for what this model does not do."""
+    """Raise UserError where a caller asks for something that the model cannot do."""
     if given.get("output_attentions"):
         raise UserError(
             "output_attentions=True (model): no attention weights are made; leave it out"
@@ -75,33 +80,35 @@ def check_wishes(given: dict[str, Any], tokens: Tensor, past: int) -> None:
 
 
 def read_documents(given: dict[str, Any], tokens: Tensor, past: int) -> Tensor | None:
-    """The document of every token [B, T] int64, negative for padding, on the CPU where it may be
-    looked at; None where nobody tells.
+    """Return the document of every token: [B, T] int64, negative for padding.
 
-    Raises `ValueError` for what cannot be documents, or where two keywords contradict each other.
+    On the CPU if the values can be read; None if no keyword describes documents.
+
+    Raises:
+        UserError: malformed values, or keywords that contradict each other.
     """
-    told = {name: given[name] for name in (*_IDS, *_BOUNDS) if given.get(name) is not None}
+    values = {name: given[name] for name in (*_IDS, *_BOUNDS) if given.get(name) is not None}
     for name in _LONGEST:
-        if given.get(name) is not None and not any(bound in told for bound in _BOUNDS):
+        if given.get(name) is not None and not any(bound in values for bound in _BOUNDS):
             raise UserError(f"{name} without cu_seq_lens_q (model): pass both, or neither")
-    if not told:
+    if not values:
         return None
     if past:
         raise UserError(
-            f"{next(iter(told))} beside a cache of {past} tokens (model): whether the first new "
+            f"{next(iter(values))} beside a cache of {past} tokens (model): whether the first new "
             "token goes on is not told by it; pass position_ids"
         )
-    found = {}
-    for name, value in told.items():
+    by_name = {}
+    for name, value in values.items():
         check_integers(name, value)
         value = value.to("cpu" if readable(value) else tokens.device, torch.int64)
         if name in _IDS:
-            found[name] = _from_ids(name, value, tokens)
+            by_name[name] = _from_ids(name, value, tokens)
         else:
-            found[name] = _from_bounds(name, value, tokens, given)
-    (name, documents), *others = found.items()
+            by_name[name] = _from_bounds(name, value, tokens, given)
+    (name, documents), *others = by_name.items()
     for other, also in others:
-        if readable(documents, also) and not torch.equal(begins(documents), begins(also)):
+        if readable(documents, also) and not torch.equal(starts(documents), starts(also)):
             raise UserError(f"{name} and {other} begin documents at different tokens (model)")
     return documents
 
@@ -115,7 +122,7 @@ def _from_ids(name: str, ids: Tensor, tokens: Tensor) -> Tensor:
         )
     ids = ids.expand(batch, length)
     if readable(ids):
-        row, at = begins(ids).nonzero(as_tuple=True)
+        row, at = starts(ids).nonzero(as_tuple=True)
         pairs = torch.stack((row, ids[row, at]), 1)
         if pairs.unique(dim=0).shape[0] < pairs.shape[0]:
             raise UserError(f"{name} comes back to an earlier document (model): number them anew")

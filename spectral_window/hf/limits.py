@@ -1,7 +1,7 @@
-"""How large a model may be before anything is built for it.
+"""Limits of a model's size, checked before anything is allocated.
 
-A config.json is a stranger's few lines, and some numbers in it ask for terabytes. So the sizes are
-multiplied out before a tensor, a layer or a list of layers is made.
+A config.json may come from anywhere, and its numbers can ask for terabytes. So sizes are computed
+before a tensor, a layer or a list of layers is constructed.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from typing import Any
 
 from spectral_window.errors import ResourceError
 
-MOST_LAYERS = 10_000  # a layer takes some 60 kB and a millisecond even where it has no weights
+MOST_LAYERS = 10_000  # a layer takes about 60 kB and a millisecond even without weights
 MOST_PARAMETERS = 10**15  # on the meta device sizes beyond 2**63 bytes overflow
 
 
 def least_parameters(fields: Mapping[str, Any]) -> int:
-    """The matrices that a model of any mixer has, by the fields of its config: embedding, head, and
-    of each layer an output projection and two maps of the feed-forward layer."""
+    """Return a lower bound of a model's parameters, by the fields of its config.
+
+    Counted are the matrices that a model of any mixer has: embedding, head, and in each layer an
+    output projection and two maps of the feed-forward layer.
+    """
     size, wide = fields["hidden_size"], fields["intermediate_size"] or 1
     tables = fields["vocab_size"] * size * (1 if fields["tie_word_embeddings"] else 2)
     return tables + fields["num_hidden_layers"] * (size * size + 2 * size * wide)
 
 
 def check_size(fields: Mapping[str, Any]) -> None:
-    """Raise ResourceError for a config, by its fields, of a model that no machine holds."""
+    """Raise ResourceError for the fields of a config whose model fits no machine."""
     parameters, layers = least_parameters(fields), fields["num_hidden_layers"]
     if parameters > MOST_PARAMETERS or layers > MOST_LAYERS:
         raise ResourceError(

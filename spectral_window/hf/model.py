@@ -1,17 +1,17 @@
-"""The model in transformers' clothes: embedding, pre-norm blocks, final norm, head.
+"""The models, as transformers expects them: embedding, pre-norm blocks, final norm, head.
 
     x = embed(tokens)
     for each block:  x = x + mixer(norm(x));  x = x + mlp(norm(x))
     logits = head(norm(x))
 
-Everything that sees other tokens is in the mixer; everything else works token by token. So
-padding, packed documents and continuing from a cache concern only two arguments of the mixer,
-`documents` and `state`, and a block is a pure function of them. `inputs.py` makes the first from
-what callers pass, once for all layers; `cache.py` keeps the second.
+Only the mixer uses other tokens; all other parts work on each token separately. So padding, packed
+documents and continuing from a cache are two arguments of the mixer, `documents` and `state`, and a
+block is a pure function of them. `inputs.py` computes the first from the caller's arguments, once
+for all layers; `cache.py` stores the second.
 
-Without gradients, a long text goes through all layers in segments, each from the states that the
-one before left: the memory of the activations is that of one segment, whatever the length, and they
-stay in the processor's cache.
+Without gradients a long text passes through all layers in segments, each from the states after the
+one before. So the activations take the memory of one segment, whatever the length, and stay in the
+processor's cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 from spectral_window.data.blocks import IGNORED
 from spectral_window.errors import UserError, UserTypeError
 from spectral_window.hf.cache import SWHCacheLayer, open_cache
-from spectral_window.hf.config import SWHConfig, code_stays_here
+from spectral_window.hf.config import SWHConfig, cannot_copy_code
 from spectral_window.hf.inputs import (
     as_indices,
     check_count_kept,
@@ -56,7 +56,10 @@ SEGMENT = 1024  # tokens of a row that go through all layers at once, where no g
 
 
 class SWHLayer(GradientCheckpointingLayer):
-    """One block: (x [B, T, D], documents, state) -> (x, state); pure, so it may be recomputed."""
+    """One block: (x [B, T, D], documents, state) -> (x, state).
+
+    A pure function, so gradient checkpointing can recompute it.
+    """
 
     def __init__(self, config: SWHConfig):
         super().__init__()
@@ -78,12 +81,12 @@ class SWHLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.mlp_norm(x)), state
 
     def next_state(self, x: Tensor, documents: Documents | None, state: Any) -> Any:
-        """The state after x, without the output."""
+        """Return the state after x, without computing the output."""
         return self.mixer(self.mixer_norm(x), documents, state)[1]
 
 
 class SWHPreTrainedModel(PreTrainedModel):
-    """What the models share: how weights begin, and what the model costs."""
+    """Base class of the models: initialisation of weights, and the cost of a model."""
 
     config_class = SWHConfig
     config: SWHConfig
@@ -116,26 +119,30 @@ class SWHPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Refused: the file that it copies into a model's folder cannot be loaded by itself."""
-        raise code_stays_here(cls)
+        """Not supported: the copied source file could not be imported on its own."""
+        raise cannot_copy_code(cls)
 
     def count_parameters(self, embeddings: bool = True) -> int:
-        """Parameters, tied ones once; without `embeddings`, embedding and head are left out."""
+        """Return the number of parameters; tied ones count once.
+
+        Args:
+            embeddings: count the embedding and the head too.
+        """
         tables = [self.get_input_embeddings(), self.get_output_embeddings()]
         left_out = set() if embeddings else {id(t.weight) for t in tables if t is not None}
         return sum(p.numel() for p in self.parameters() if id(p) not in left_out)
 
     def state_bytes(self, context: int, batch_size: int = 1) -> int:
-        """Bytes of the cache after `context` tokens of `batch_size` rows, in the model's dtype."""
+        """Return the bytes of the cache after `context` tokens, in the model's dtype."""
         return sum(
             mixer.state_bytes(context, batch_size=batch_size, dtype=self.dtype)
             for mixer in self._parts(Mixer)
         )
 
     def flops_per_token(self, context: int) -> int:
-        """Floating-point operations of a forward, a token, averaged over `context` tokens.
+        """Return the floating-point operations of a forward pass per token.
 
-        A multiply-add is 2; looking up the embedding is none.
+        Averaged over `context` tokens. A multiply-add counts as 2, an embedding lookup as 0.
         """
         dense = [layer.mlp for layer in self._parts(SWHLayer)]
         matrices = [p for part in dense for p in part.parameters() if p.dim() == 2]
@@ -151,7 +158,7 @@ class SWHPreTrainedModel(PreTrainedModel):
 
 
 class SWHModel(SWHPreTrainedModel):
-    """Tokens [B, T] -> hidden states [B, T, D]."""
+    """The model without a head: tokens [B, T] -> hidden states [B, T, D]."""
 
     def __init__(self, config: SWHConfig):
         super().__init__(config)
@@ -176,17 +183,20 @@ class SWHModel(SWHPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
 
-        input_ids:       [B, T] integers below vocab_size, or inputs_embeds [B, T, D]; T and B may
-                         be 0.
-        attention_mask:  [B, past + T], 1 for text and 0 for padding, anywhere; a row of padding
-                         alone stays finite.
-        position_ids:    [B, T], restarting at 0 where the next packed document begins.
-        past_key_values: the cache of an earlier call with the same rows; it is changed in place.
-        use_cache:       return a cache (default: config.use_cache).
-        keep_last:       return the hidden states of the last n positions alone; 0 for all.
-        Documents may also be told by seq_idx, document_ids or cu_seq_lens_q (see `keywords.py`).
+        Args:
+            input_ids: [B, T] integers below vocab_size; T and B may be 0.
+            attention_mask: [B, past + T], 1 for text and 0 for padding, anywhere in a row; the
+                output of a row of padding only is finite.
+            position_ids: [B, T], restarting at 0 where the next packed document starts.
+            past_key_values: the cache of an earlier call with the same rows; changed in place.
+            inputs_embeds: [B, T, D], instead of input_ids.
+            use_cache: return a cache (default: config.use_cache).
+            keep_last: return only the hidden states of the last n positions; 0 for all.
+            kwargs: documents can also be given by seq_idx, document_ids or cu_seq_lens_q (see
+                `keywords.py`).
 
-        Raises ValueError for anything else, before any work.
+        Raises:
+            UserError: a bad or unknown argument (a ValueError); raised before any work.
         """
         check_keywords(kwargs, SWHModel.forward)
         check_count_kept("keep_last", keep_last)
@@ -221,8 +231,8 @@ class SWHModel(SWHPreTrainedModel):
             start=start,
             numbers=read_documents(kwargs, tokens, seen),
         )
-        kept: list[Tensor] = []
-        # (a range over a length that only the exported graph knows would fix it)
+        outputs: list[Tensor] = []
+        # (a range over the length would fix the length of an exported graph)
         for begin in (0,) if segment is None else range(0, length, segment):
             part = slice(begin, None if segment is None else begin + segment)
             if begin:
@@ -234,21 +244,21 @@ class SWHModel(SWHPreTrainedModel):
                     x, _ = layer(x, at)
                 else:
                     x = slots[index].advance(layer, x, at, start)
-            kept.append(x)
+            outputs.append(x)
             if keep_last:
-                while len(kept) > 1 and sum(x.shape[1] for x in kept[1:]) >= keep_last:
-                    kept.pop(0)
-        x = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+                while len(outputs) > 1 and sum(x.shape[1] for x in outputs[1:]) >= keep_last:
+                    outputs.pop(0)
+        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x[:, -keep_last:]), past_key_values=past_key_values
         )
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, T], or what is embedded already [B, T, D]: [B, T, D]."""
+        """Return embeddings [B, T, D] of token ids [B, T], or of embeddings, which stay."""
         return tokens if tokens.dim() == 3 else self.embed_tokens(tokens)
 
     def _running_layers(self) -> list[SWHLayer]:
-        """The first config.num_hidden_layers: assisted decoding asks for a few by setting it."""
+        """Return the first config.num_hidden_layers; assisted decoding lowers that number."""
         count, built = self.config.num_hidden_layers, len(self.layers)
         if not 1 <= count <= built:
             raise UserError(
@@ -265,14 +275,26 @@ class SWHModel(SWHPreTrainedModel):
             torch.compiler.is_compiling()
             or length <= SEGMENT
             or torch.is_grad_enabled()
-            or bool(hidden_states)  # they are collected a layer at a time
+            or bool(hidden_states)  # they are collected layer by layer
             or not all(cast(SWHLayer, layer).mixer.constant_state for layer in self.layers)
         )
         return None if whole else SEGMENT
 
 
 class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
-    """A language model: `SWHModel`, logits [B, T, vocab_size], and the loss of the next token."""
+    """A language model: `SWHModel`, logits [B, T, vocab_size], and the loss of the next token.
+
+    Example:
+        >>> from spectral_window import SWHConfig, SWHForCausalLM
+        >>> config = SWHConfig(
+        ...     vocab_size=10, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = SWHForCausalLM(config).eval()
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 10])
+        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, pad_token_id=0).shape
+        torch.Size([1, 7])
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -296,17 +318,25 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """`SWHModel.forward`, then logits and loss.
+        """Run the model, and compute logits and the loss.
 
-        labels:         [B, T], the input tokens again, shifted here; -100 is ignored.
-        logits_to_keep: 0 for all logits, n for the last n, or a 1-D tensor of indices; only without
-                        labels.
-        In kwargs, since Trainer takes every parameter named after labels for one of the data set's:
-        shift_labels:       [B, T], already shifted: the token that follows each input token.
-        num_items_in_batch: the loss is the sum over tokens divided by this, else by their number.
-
-        The loss is in nats a token, computed in float32; where no token is scored it is 0, with a
+        The loss is in nats per token, computed in float32. If no token is scored it is 0, with a
         warning.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as
+                in `SWHModel.forward`.
+            labels: [B, T], the input tokens, which are shifted here; -100 is ignored.
+            logits_to_keep: 0 for all logits, n for the last n, or a 1-D tensor of indices; only
+                without labels.
+            kwargs: as in `SWHModel.forward`, and two that must not be in the signature, since
+                Trainer takes parameters named after labels as columns of the data set:
+                shift_labels [B, T], labels that are shifted already, the token after each input
+                token; num_items_in_batch, by which the summed loss is divided instead of by the
+                number of tokens.
+
+        Raises:
+            UserError: a bad or unknown argument (a ValueError); raised before any work.
         """
         check_keywords(kwargs, SWHForCausalLM.forward, "shift_labels", "num_items_in_batch")
         shift_labels = kwargs.pop("shift_labels", None)
@@ -352,7 +382,7 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         )
 
     def _loss(self, logits: Tensor, labels: Tensor, items: Any, *, shifted: bool) -> Tensor:
-        """transformers' loss, divided by a count that is never 0: no mean over nothing, no NaN."""
+        """Return transformers' loss; it is divided by at least 1, so never NaN."""
         labels = labels.to(torch.int64)
         if not shifted:
             labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
@@ -370,8 +400,10 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`. Early exit sets the config's number of layers for a while: it
-        is set back whatever happens."""
+        """Call transformers' `generate`.
+
+        Early exit changes the config's number of layers; it is restored even after an exception.
+        """
         layers = self.config.num_hidden_layers
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -379,20 +411,22 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
             self.config.num_hidden_layers = layers
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, and with it all of transformers' continuous batching, which begins here."""
+        """Not supported: transformers' continuous batching needs pages of keys and values."""
         raise NotImplementedError(
             f"{type(self).__name__} has no pages of keys and values (continuous batching): "
             "use generate() with a left-padded batch"
         )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: see `init_continuous_batching`."""
+        """Not supported: see `init_continuous_batching`."""
         return self.init_continuous_batching()
 
 
 def parameters_without_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay must leave alone in every SWH model inside `model`
-    (which may wrap it: an adapter, a compiled model)."""
+    """Return the names of the parameters without weight decay in all SWH models inside `model`.
+
+    `model` may be a wrapper: an adapter, a compiled model.
+    """
     names: set[str] = set()
     for prefix, part in model.named_modules():
         if isinstance(part, SWHPreTrainedModel):
@@ -401,7 +435,10 @@ def parameters_without_decay(model: nn.Module) -> set[str]:
 
 
 def count_parameters(config: SWHConfig) -> int:
-    """Parameters of a model of this config, without allocating one: layers are all alike."""
+    """Return the number of parameters of a model of this config, without allocating it.
+
+    All layers have equally many.
+    """
 
     def of(layers: int) -> int:
         changed = copy.deepcopy(config)
@@ -416,9 +453,12 @@ def count_parameters(config: SWHConfig) -> int:
 
 
 def match_parameters(config: SWHConfig, target: int) -> SWHConfig:
-    """A copy of `config` whose intermediate_size brings its parameters nearest to `target`.
+    """Return a copy of `config` with the intermediate_size for about `target` parameters.
 
-    So two mixers can be compared at equal size. Raises `UserError` where 1 % cannot be met.
+    It serves to compare two mixers at equal size.
+
+    Raises:
+        UserError: the nearest number of parameters differs from `target` by more than 1 %.
     """
 
     def with_width(width: int) -> SWHConfig:

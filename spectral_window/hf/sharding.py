@@ -1,8 +1,8 @@
-"""Sharding a model's parameters over processes with FSDP2 (`torch.distributed.fsdp.fully_shard`).
+"""Shard a model's parameters over processes with FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-FSDP2 gathers a group of parameters as one buffer, which has one dtype, and a mixed-precision policy
-casts a whole group. Decays and frequencies are float32 in every model and must not be rounded, so
-the kernels are groups of their own; all else is sharded a block at a time, by the policy given.
+FSDP2 gathers a group of parameters into one buffer of one dtype, and a mixed-precision policy casts
+a whole group. Decays and frequencies are float32 in every model and must not be rounded, so every
+kernel is a group of its own. Everything else is sharded per block, by the given policy.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
 def shard(model: AnyModel, mesh: Any = None, policy: Any = None, **options: Any) -> AnyModel:
-    """Shard `model` in place by FSDP2, and return it.
+    """Shard `model` in place with FSDP2, and return it. Build the optimizer afterwards.
 
-    model:   an SWH model, or one that contains it; on the device it will run on.
-    mesh:    a `DeviceMesh`; None: all processes of the default group.
-    policy:  a `MixedPrecisionPolicy` for everything but the kernels; None: as the parameters are.
-    options: passed on to `fully_shard` (reshard_after_forward, offload_policy, ...).
+    Args:
+        model: an SWH model, or one that contains it, on its final device.
+        mesh: a `DeviceMesh`; None for all processes of the default group.
+        policy: a `MixedPrecisionPolicy` for everything except kernels; None keeps the dtypes.
+        options: passed on to `fully_shard` (reshard_after_forward, offload_policy, ...).
 
-    Raises ValueError where there is nothing to shard. The optimiser is built afterwards.
+    Raises:
+        UserError: the model has no SWH layers (a ValueError).
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -35,8 +37,8 @@ def shard(model: AnyModel, mesh: Any = None, policy: Any = None, **options: Any)
         raise UserError(f"a {type(model).__name__} has no SWH layers (shard): pass an SWH model")
     policy = MixedPrecisionPolicy() if policy is None else policy
     for kernel in [part for part in model.modules() if isinstance(part, Kernel)]:
-        # gathered once a step: a kernel is small, and what it returns is no tensor whose backward
-        # could tell when to gather it again
+        # gathered once per step: a kernel is small, and its output is not a tensor whose backward
+        # pass could trigger another gather
         exact = {**options, "reshard_after_forward": False}
         fully_shard(kernel, mesh=mesh, mp_policy=MixedPrecisionPolicy(), **exact)
     for layer in layers:

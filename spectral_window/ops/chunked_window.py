@@ -31,12 +31,10 @@ def chunked(
     if state is None and (documents is not None or is_exported()):
         state = empty_of(k, v, window)
     if state is None:
-        q, k = rotate_both(
-            q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device)
-        )
+        q, k = rotated(q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device))
         return _rows(q, k, v, window), last_two_chunks(k, v, window)
     documents = documents_from(state, documents, q)
-    q, k = rotate_both(q, k, theta, documents.positions)
+    q, k = rotated(q, k, theta, documents.positions)
     if is_recorded():
         return _recorded(q, k, v, window, state, documents.positions)
     documents.check(state.position, wait=True)
@@ -57,9 +55,7 @@ def documents_from(state: WindowState, documents: Documents | None, q: Tensor) -
     return Documents(state.position[:, None] + counting, checked=True)
 
 
-def rotate_both(
-    q: Tensor, k: Tensor, theta: float | None, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def rotated(q: Tensor, k: Tensor, theta: float | None, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q and k to their positions; if theta is None, they are rotated already."""
     if theta is None:
         return q, k

@@ -20,7 +20,7 @@ from spectral_window.ops.chunked_window import (
     empty_of,
     last_two_chunks,
     next_state,
-    rotate_both,
+    rotated,
 )
 from spectral_window.ops.documents import Documents, given_documents
 from spectral_window.ops.methods import (
@@ -237,15 +237,13 @@ def _reference(
 ) -> tuple[Tensor, WindowState]:
     """Apply the reference to every document separately, with the keys of the state before it."""
     if state is None and documents is None:
-        q, k = rotate_both(
-            q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device)
-        )
+        q, k = rotated(q, k, theta, torch.arange(q.shape[1], dtype=torch.int64, device=q.device))
         out = reference.window(q.double(), k.double(), v.double(), window)
         return out.to(v.dtype), last_two_chunks(k, v, window)
     state = empty_of(k, v, window) if state is None else state
     documents = documents_from(state, documents, q)
     documents.check(state.position, wait=True)
-    q, k = rotate_both(q, k, theta, documents.positions)
+    q, k = rotated(q, k, theta, documents.positions)
     tokens, flat = documents.tokens, [x.flatten(0, 1) for x in (q, k, v)]
     out = torch.zeros_like(flat[2])
     for head, place in tokens.each():
