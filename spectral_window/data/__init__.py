@@ -1,15 +1,16 @@
-"""From a user's text to batches: text -> tokens -> packed blocks, resumable.
+"""From text to training examples: text -> tokens -> packed blocks, resumable.
 
     sources.py     files, folders, Parquet, the standard library, a hub data set -> pieces of text
-    kinds.py       what a file is, by its name: text, records, or refused with what to do
-    formats.py     the readers below it: plain and compressed text
-    records.py     and those of JSON, CSV, Parquet and the hub
-    tokenizers.py  bytes, bpe:N, gpt2 or a folder -> one kind of Hugging Face tokenizer
-    holdout.py     which documents are kept for evaluation
-    text.py        prepare(): pieces -> a folder of tokens;  open_corpus(): read it back
-    shards.py      that folder: written whole or not at all, verified when it is read
-    arrays.py      its files as arrays: hashed when opened, and watched while in use
+    kinds.py       the kind of a file by its name: text, records, or refused with advice
+    formats.py     readers of plain and compressed text
+    records.py     readers of JSON, CSV, Parquet and the hub
+    tokenizers.py  bytes, bpe:N, gpt2 or a folder -> a byte-level Hugging Face tokenizer
+    holdout.py     the documents that are held out for evaluation
+    text.py        prepare(): pieces -> a folder of tokens;  open_corpus(): open it
+    shards.py      that folder: written atomically, verified when it is read
+    arrays.py      its files as arrays: hashed when opened, and checked while in use
     blocks.py      tokens -> training examples, in a seeded and resumable order
+    tasks/         diagnostic tasks with synthetic data
 
-Nothing here knows the model. Everything streams: memory does not grow with the text.
+Nothing here depends on the model. All text is streamed: memory does not grow with its size.
 """

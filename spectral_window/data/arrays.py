@@ -1,10 +1,10 @@
-"""Numbers in a file that is known by its sha256: verified when it is opened, read slice by slice.
+"""Arrays in files with a known SHA-256: verified when opened, read slice by slice.
 
-The file is not mapped into memory. A mapped file that is cut short kills the process (SIGBUS) when
-a missing page is touched, without a word; and one that somebody overwrites gives other numbers.
-Here the whole file is hashed once, and each later read asks the system whether the file is still
-the one that was hashed (its inode, size and times). If not, it is hashed again: a file that was
-only touched or moved is read on, any other is an IntegrityError that names it.
+The file is not mapped into memory. A mapped file that is cut short ends the process with SIGBUS
+when a missing page is read, without a message, and one that is overwritten gives other numbers.
+Here the whole file is hashed once, and each later read asks the operating system whether the file
+has changed (inode, size and times). If it has, it is hashed again: a file that was only touched or
+moved can still be read, any other raises an IntegrityError that names it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ import numpy as np
 from spectral_window.errors import IntegrityError
 
 CHUNK = 1 << 20  # bytes hashed at a time
-STRIDE = 512  # of so many sorted numbers one is kept in memory, to find the others
+STRIDE = 512  # of this many sorted numbers one is kept in memory, as an index for searches
 
 
 class FileArray:
-    """The numbers of the file `path`, as an array that can be sliced; it never grows in memory.
+    """A file of numbers that can be sliced like an array, in constant memory.
 
-    `sha256` is what the bytes must have (None: whatever they have when opened). `largest` is the
-    largest number, -1 if there is none. Pickled, it is the path and what was verified, so that a
-    worker process opens the file again. Raises IntegrityError, also while reading, when the file is
-    not what it was.
+    The attribute `largest` is the largest number, -1 if there is none. A pickle contains the path
+    and what was verified, so a worker process opens the file again.
+
+    Args:
+        path: the file.
+        dtype: of its numbers.
+        sha256: of its bytes; None for the one it has when opened.
+
+    Raises:
+        IntegrityError: the file cannot be read or has changed; also raised while reading.
     """
 
     def __init__(self, path: str | os.PathLike[str], dtype: str, sha256: str | None = None):
@@ -57,7 +63,7 @@ class FileArray:
         return self[:].astype(dtype or self.dtype)
 
     def tolist(self) -> list[int]:
-        """All numbers as Python's."""
+        """Return all numbers as Python integers."""
         return self[:].tolist()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,7 +83,7 @@ class FileArray:
     def _numbers(self, start: int, stop: int) -> np.ndarray:
         size = self.dtype.itemsize
         data = self._read(start * size, (stop - start) * size)
-        # Asked after reading: what was read is then older than any change that goes unnoticed.
+        # Checked after reading, so that a change before or during the read is noticed.
         if self._identity() != self._verified:
             self._verify()
             data = self._read(start * size, (stop - start) * size)
@@ -86,7 +92,7 @@ class FileArray:
         return np.frombuffer(data, self.dtype)
 
     def _read(self, at: int, size: int) -> bytes:
-        """`size` bytes from byte `at`, fewer at the end of the file."""
+        """Return `size` bytes from byte `at`, fewer at the end of the file."""
         parts: list[bytes] = []
         try:
             while size and (part := _pread(self._fd, size, at)):
@@ -97,9 +103,8 @@ class FileArray:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _identity(self) -> tuple[int, ...]:
-        found = os.fstat(self._fd)
-        times = found.st_mtime_ns, found.st_ctime_ns
-        return (found.st_dev, found.st_ino, found.st_size, *times)
+        stat = os.fstat(self._fd)
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
     def _verify(self) -> None:
         """Read and hash the whole file."""
@@ -108,7 +113,7 @@ class FileArray:
         while block := self._read(size, CHUNK):
             content.update(block)
             whole = len(block) // self.dtype.itemsize
-            self._look(np.frombuffer(block, self.dtype, whole), size // self.dtype.itemsize)
+            self._scan(np.frombuffer(block, self.dtype, whole), size // self.dtype.itemsize)
             size += len(block)
         if self.sha256 is not None and content.hexdigest() != self.sha256:
             raise broken(self.path, "its content changed (sha256)")
@@ -117,25 +122,25 @@ class FileArray:
         self.sha256, self._verified = content.hexdigest(), identity
         self._count = size // self.dtype.itemsize
 
-    def _look(self, numbers: np.ndarray, place: int) -> None:
-        """Called for all numbers of the file in order; the first of these is at index `place`."""
+    def _scan(self, numbers: np.ndarray, place: int) -> None:
+        """Process the next numbers of the file; the first of them is at index `place`."""
         self.largest = max(self.largest, int(numbers.max(initial=0)))
 
 
 class SortedFileArray(FileArray):
-    """A FileArray whose numbers rise: `rising` says whether they do, and they can be searched."""
+    """A FileArray of ascending numbers, which can be searched; `rising` is whether they ascend."""
 
     def _verify(self) -> None:
         self.rising, self._marks = True, np.empty(0, self.dtype)
         super()._verify()
 
-    def _look(self, numbers: np.ndarray, place: int) -> None:
+    def _scan(self, numbers: np.ndarray, place: int) -> None:
         self.rising &= bool((np.diff(numbers, prepend=self.largest) > 0).all())
         self._marks = np.concatenate([self._marks, numbers[-place % STRIDE :: STRIDE]])
-        super()._look(numbers, place)
+        super()._scan(numbers, place)
 
     def searchsorted(self, values: Any) -> np.ndarray:
-        """How many numbers are below each of `values`: as the array method of this name."""
+        """Return how many numbers are below each of `values`, like the method of NumPy arrays."""
         return np.array([self._below(value) for value in values], dtype=np.int64)
 
     def _below(self, value: int) -> int:
@@ -144,12 +149,12 @@ class SortedFileArray(FileArray):
 
 
 def broken(path: str | Path, what: str) -> IntegrityError:
-    """The error for a file of prepared text that is not what was written."""
+    """Return the error for a damaged file of prepared text."""
     return IntegrityError(f"{what} ({path}): remove the folder and prepare the text again")
 
 
 def _pread(fd: int, size: int, at: int) -> bytes:
     if hasattr(os, "pread"):
         return os.pread(fd, size, at)
-    os.lseek(fd, at, os.SEEK_SET)  # Windows, where no other thread or process shares the place
+    os.lseek(fd, at, os.SEEK_SET)  # Windows; no other thread or process uses this descriptor
     return os.read(fd, size)

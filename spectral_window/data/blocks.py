@@ -1,20 +1,18 @@
-"""Training examples from a token stream, and the order in which to see them.
+"""Training examples from a token stream, and their order.
 
-The stream is one long row of tokens in which every document begins with `<|endoftext|>`:
+The stream is one long row of tokens in which every document starts with `<|endoftext|>` (E):
 
-    tokens        E a b c E d e f g E h ...
-    block 0       E a b c                 block 1   E d e f              (length 4)
-    its labels      a b c E                           d e f g            (the stream, shifted by
-    one)
-    positions     0 1 2 3                           0 1 2 3              (restart at each document
-    and at each block)
+    tokens      E a b c E d e f g E h ...
+    block 0     E a b c                      block 1     E d e f        length 4
+    labels        a b c E                    labels        d e f g      the stream, shifted by one
+    positions   0 1 2 3                      positions   0 1 2 3        in the document and block
 
-A block that begins inside a document sees only its own part of it. Every token but the first of the
-stream is a label exactly once.
+A block that starts inside a document contains only its own part of it. Every token except the first
+of the stream is a label exactly once.
 
-The order of an epoch is a permutation computed index by index from (seed, epoch): nothing is
-stored, so the memory does not grow with the data, and to resume at sample k is to start counting at
-k.
+The order of an epoch is a permutation that is computed index by index from (seed, epoch). Nothing
+is stored, so the memory does not grow with the data, and resuming at sample k means to start
+counting at k.
 """
 
 from __future__ import annotations
@@ -29,14 +27,19 @@ from torch.utils.data import Dataset, Sampler
 from spectral_window.data.arrays import FileArray, SortedFileArray
 from spectral_window.errors import UserError, UserTypeError
 
-IGNORED = -100  # the label that no loss counts
+IGNORED = -100  # the label that losses ignore, as in PyTorch and transformers
 ROUNDS = 8
 
 
 class TokenStream:
-    """Tokens of one split: `tokens` (uint16 or uint32, [N]), `documents` (int64, the index where
-    each begins), both in memory or in a file, and `bytes`, the UTF-8 bytes of text that the tokens
-    stand for."""
+    """The tokens of one split, in memory or in files.
+
+    Args:
+        tokens: [N], uint16 or uint32.
+        documents: int64, the index at which each document starts.
+        bytes: the UTF-8 bytes of text that the tokens stand for.
+        name: what it is called in messages.
+    """
 
     def __init__(
         self,
@@ -56,16 +59,30 @@ class TokenStream:
 
 
 class PackedBlocks(Dataset):
-    """Item i is tokens i*length ... of `stream`, as a dict of int64 tensors [length]:
+    """A data set of blocks: item i has the tokens i*length ... of `stream`.
+
+    An item is a dict of int64 tensors [length]:
 
     - `input_ids`;
-    - `shift_labels`: the next token of the stream; -100 only past its very end;
-    - `position_ids`: the place of each token in its document, or in the block if the document began
-      earlier.
+    - `shift_labels`: the next token of the stream; -100 past its end;
+    - `position_ids`: the position of each token in its document, or in the block if the document
+      started earlier.
 
-    The last block is filled up with its own document's separator, with labels -100. Raises
-    UserError when the stream cannot fill one block, unless `allow_short` (for evaluation on little
-    text).
+    The last block is padded with the document separator, with labels -100.
+
+    Args:
+        stream: the tokens.
+        length: tokens per block.
+        allow_short: accept a stream that is shorter than one block, for evaluation.
+
+    Raises:
+        UserError: a bad length, or a stream that is too short.
+
+    Example:
+        >>> stream = TokenStream(np.array([9, 1, 2, 3, 9, 4, 5], "u2"), np.array([0, 4]), bytes=5)
+        >>> block = PackedBlocks(stream, 3)[1]
+        >>> {name: values.tolist() for name, values in block.items()}
+        {'input_ids': [3, 9, 4], 'shift_labels': [9, 4, 5], 'position_ids': [0, 0, 1]}
     """
 
     def __init__(self, stream: TokenStream, length: int, *, allow_short: bool = False):
@@ -99,8 +116,7 @@ class PackedBlocks(Dataset):
         }
 
     def _positions(self, start: int) -> np.ndarray:
-        """How far each place of the block lies behind the latest document start, or behind the
-        block's own."""
+        """Return the distance of each place to the latest start of a document, or of the block."""
         documents = self.stream.documents
         first, last = documents.searchsorted([start, start + self.length])
         begins = np.zeros(self.length, dtype=np.int64)
@@ -110,13 +126,24 @@ class PackedBlocks(Dataset):
 
 
 class ShuffledBlocks(Sampler[int]):
-    """The order of `count` samples: epoch after epoch, each a permutation given by (seed, epoch).
+    """A sampler of `count` samples, in a permutation for each epoch given by (seed, epoch).
 
     Sample k of the endless order is index `permute(k mod count)` of epoch `k div count`. This
-    sampler yields samples start + rank, start + rank + world, ... and ends after `epochs` epochs
-    (None: never). So all ranks together see every sample exactly once an epoch, a run resumes
-    exactly by passing as `start` the number of samples that all ranks have consumed, and neither
-    the number of ranks nor of DataLoader workers changes the order of the whole.
+    sampler yields samples start + rank, start + rank + world, ... So all ranks together see every
+    sample exactly once per epoch, and the overall order does not depend on the number of ranks or
+    DataLoader workers.
+
+    Args:
+        count: number of samples.
+        seed: of the permutations.
+        epochs: number of epochs; None for no end.
+        start: number of samples that all ranks together have consumed; resumes exactly.
+        rank: this process.
+        world: number of processes.
+        shuffle: False for the order of the data.
+
+    Raises:
+        UserError: a bad argument.
     """
 
     def __init__(
@@ -156,12 +183,16 @@ class ShuffledBlocks(Sampler[int]):
 
 
 class Permutation:
-    """A permutation of range(count) drawn by (seed, epoch), one index at a time, in constant
-    memory.
+    """A pseudorandom permutation of range(count), computed index by index in constant memory.
 
-    A Feistel network permutes the numbers of 2b bits: split into two halves, each round adds a hash
-    of one to the other, which can be undone, so no two inputs meet. Numbers at or above `count` are
-    sent through again until they fall below.
+    A Feistel network permutes the numbers of 2b bits: each round combines a hash of one half with
+    the other half, which is invertible, so different inputs give different outputs. Results of
+    `count` or above are passed through the network again until they are below.
+
+    Example:
+        >>> order = Permutation(5, seed=0, epoch=0)
+        >>> sorted(order[i] for i in range(5))
+        [0, 1, 2, 3, 4]
     """
 
     def __init__(self, count: int, seed: int, epoch: int):

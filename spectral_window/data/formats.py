@@ -1,7 +1,7 @@
-"""Bytes to text: plain and compressed files as a stream, and how to read them.
+"""Bytes to text: plain and compressed files as a stream.
 
-Every reader is a generator whose memory does not depend on the size of the file. Every fault it
-can meet is a UserError that names the file and the byte.
+Every reader is a generator whose memory does not depend on the size of the file. Every error in a
+file is a UserError that names the file and the byte.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from spectral_window.data.kinds import COMPRESSION, split_suffix
 from spectral_window.errors import UserError
 
 BLOCK = 1 << 18  # bytes read at a time
-MAX_RATIO = 1000  # decompressed bytes for each compressed byte; more is a bomb, not text
+MAX_RATIO = 1000  # decompressed bytes per compressed byte; more is a decompression bomb
 SHOWN = 5  # names that a line mentions
 BAD_CHARACTER = "\ufffd"
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to read: see `prepare` in text.py for the meaning of each."""
+    """Options of reading; see `prepare` in text.py."""
 
     txt_documents: str = "file"
     errors: str = "strict"
@@ -42,9 +42,18 @@ class ReadOptions:
 
 @dataclass
 class ReadReport:
-    """What reading forgave or left out: characters replaced, records skipped (of so many), records
-    whose text is empty or white space, files without a document, files that were damaged, training
-    documents that are held-out text too; and `notes`, a line for all else."""
+    """What was replaced or left out while reading.
+
+    Attributes:
+        replaced: characters that were replaced.
+        skipped: records that were skipped.
+        records: records in total.
+        blank: records whose text is empty or white space.
+        without: files without a document.
+        damaged: files that were damaged.
+        shared: training documents that are held-out text too.
+        notes: other messages.
+    """
 
     replaced: int = 0
     skipped: int = 0
@@ -56,7 +65,7 @@ class ReadReport:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """All of it in words."""
+        """Return the report as lines of text."""
         counted = (
             (self.replaced, "characters that are not UTF-8 were replaced"),
             (self.skipped, f"bad records of {self.records:,} were left out"),
@@ -75,21 +84,24 @@ class ReadReport:
 
 
 def some(names: list[str], count: int | None = None) -> str:
-    """How many, and the first few of them: `7 (a, b, c, d, e, ...)`."""
+    """Return the number of names and the first few of them: `7 (a, b, c, d, e, ...)`."""
     count = len(names) if count is None else count
     return f"{count:,} ({', '.join(names[:SHOWN])}{', ...' if count > SHOWN else ''})"
 
 
 class UnreadableFile(UserError):
-    """A file that is damaged or gone, so that nothing more can be read from it."""
+    """A file is damaged or gone: nothing more can be read from it."""
 
 
 # ---------------------------------------------------------------------------- plain text
 
 
 def utf8_blocks(path: str, options: ReadOptions, report: ReadReport) -> Iterator[str]:
-    """The text of a file, with CRLF as LF. A byte that is not UTF-8, or a NUL, is a UserError with
-    its offset in the (decompressed) file, or U+FFFD with errors="replace"."""
+    """Yield the text of a file, with CRLF as LF.
+
+    A byte that is not UTF-8, or a NUL, is a UserError with its offset in the (decompressed) file;
+    with errors="replace" it becomes U+FFFD.
+    """
     strict = options.errors == "strict"
     data, offset, begun = b"", 0, False  # `offset` is the place of data[0] in the file
     for block, final in _with_end(byte_blocks(path)):
@@ -128,7 +140,7 @@ def _decode_strict(data: bytes, offset: int, final: bool, path: str) -> tuple[st
 
 
 def _decode_anyhow(data: bytes, final: bool) -> tuple[str, int, int]:
-    """(text, bytes used, characters replaced)."""
+    """Decode with replacement; return the text, the bytes used and the characters replaced."""
     parts, start, replaced = [], 0, 0
     while True:
         try:
@@ -142,18 +154,18 @@ def _decode_anyhow(data: bytes, final: bool) -> tuple[str, int, int]:
 
 
 def _with_end(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Every block, and an empty one that is marked as the end."""
+    """Yield every block with False, then an empty one with True."""
     for block in blocks:
         yield block, False
     yield b"", True
 
 
 def byte_blocks(path: str) -> Generator[bytes]:
-    """The bytes of a regular file, decompressed if its name says so, at most BLOCK at a time."""
+    """Yield the bytes of a regular file, decompressed by its suffix, at most BLOCK at a time."""
     compression = COMPRESSION.get(split_suffix(path)[1])
     try:
         info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # never open a pipe: it would wait for ever
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe could wait for ever
             raise UserError(f"not a regular file ({path}): save the text to a file first")
         if compression is None:
             with open(path, "rb", buffering=0) as file:

@@ -1,15 +1,16 @@
-"""Which text is held out for evaluation.
+"""The choice of the text that is held out for evaluation.
 
-A document goes to one side whole, by a hash of its first piece (`sources.PIECE` characters) and a
-seed: to add documents moves no other, and equal documents never land on both sides. Two cases need
-more than chance:
+Each document belongs to one split as a whole, chosen by a hash of its first piece (`sources.PIECE`
+characters) and a seed. So adding documents moves no other document, and equal documents are never
+in both splits. Two cases need another rule:
 
-- chance held out none (or all) of a few documents: the one whose size is nearest to the wanted
-  share is held out;
-- there is only one document (or copies of one): its end is held out, from the start of a paragraph.
+- if none (or all) of a few documents would be held out, the one whose size is nearest to the wanted
+  fraction is held out;
+- if there is only one document (or copies of one), its end is held out, from the start of a
+  paragraph.
 
-Whoever names the held-out text (`valid_sources`) gets exactly that, and an error if a document is
-in both.
+If the held-out text is named (`valid_sources`), exactly that is held out, and a document in both is
+an error.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import NamedTuple
 from spectral_window.data.sources import Piece
 from spectral_window.errors import UserError
 
-FEW = 10_000  # documents whose size is remembered, to choose one of a few
+FEW = 10_000  # documents whose size is stored, to choose one of a few
 KEYS = 1 << 64
 
 
 class Part(NamedTuple):
-    """A piece on its side: `split` is "train" or "valid", `spec` its source's."""
+    """A piece of text with its split, "train" or "valid", and the `spec` of its source."""
 
     split: str
     text: str
@@ -37,14 +38,21 @@ class Part(NamedTuple):
 
 @dataclass
 class Survey:
-    """What a first reading of the training sources found. `complete` is False if it stopped early
-    (a hub data set)."""
+    """Statistics of the training sources, from the first reading.
+
+    Attributes:
+        documents: number of documents.
+        bytes: bytes of text.
+        below: documents that the hash holds out.
+        complete: False if the reading stopped early (a hub data set).
+        few: (key, bytes) of the first documents.
+    """
 
     documents: int = 0
     bytes: int = 0
-    below: int = 0  # documents that chance holds out
+    below: int = 0
     complete: bool = True
-    few: list[tuple[int, int]] = field(default_factory=list)  # (key, bytes) of the first documents
+    few: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, piece: Piece, size: int, key: int, threshold: int) -> None:
         if piece.first:
@@ -58,8 +66,11 @@ class Survey:
 
 
 class Split(NamedTuple):
-    """A rule that puts every document on one side. Documents below `threshold` or equal to `chosen`
-    are held out; with `cut_after` every document's text after so many bytes is."""
+    """The rule that assigns every document to a split.
+
+    Documents with a key below `threshold` or equal to `chosen` are held out; with `cut_after`, the
+    text of every document after that many bytes.
+    """
 
     seed: int
     threshold: int = 0
@@ -67,15 +78,17 @@ class Split(NamedTuple):
     cut_after: int = 0
 
     def side(self, first_piece: str) -> str:
-        """Where the document that begins with this piece begins."""
+        """Return the split of the start of a document with this first piece."""
         if self.cut_after:
             return "train"
         key = document_key(first_piece, self.seed)
         return "valid" if key < self.threshold or key == self.chosen else "train"
 
     def assign(self, pieces: Iterable[tuple[Piece, int]]) -> Iterator[Part]:
-        """Each piece (with its bytes) on its side; of a document that is cut, both parts begin as
-        documents."""
+        """Yield each piece (given with its bytes) with its split.
+
+        Of a document that is cut, both parts start as documents.
+        """
         split, done = "train", 0
         for (text, first, _, spec), size in pieces:
             if first:
@@ -90,7 +103,7 @@ class Split(NamedTuple):
 
 
 def document_key(first_piece: str, seed: int) -> int:
-    """A number below KEYS, the same for equal beginnings."""
+    """Return a number below KEYS that depends on the first piece and the seed."""
     content = f"{seed}\0{first_piece}".encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
@@ -98,8 +111,11 @@ def document_key(first_piece: str, seed: int) -> int:
 def take_survey(
     pieces: Iterable[tuple[Piece, int]], fraction: float, seed: int, stop: int | None = None
 ) -> Survey:
-    """Read the training pieces (with their bytes) once, up to `stop` bytes if given. Raises
-    UserError if there are none."""
+    """Read the training pieces (given with their bytes) once, up to `stop` bytes.
+
+    Raises:
+        UserError: there are no documents.
+    """
     survey, threshold = Survey(), int(fraction * KEYS)
     for piece, size in pieces:
         if stop is not None and survey.bytes >= stop:
@@ -112,7 +128,7 @@ def take_survey(
 
 
 def choose_split(survey: Survey, fraction: float, seed: int) -> Split:
-    """What is held out of the surveyed text: see the module's text."""
+    """Return the rule for the surveyed text (see the module's docstring)."""
     if 0 < survey.below < survey.documents or not survey.complete:
         return Split(seed, int(fraction * KEYS))
     if len({key for key, _ in survey.few}) > 1:
@@ -124,8 +140,11 @@ def choose_split(survey: Survey, fraction: float, seed: int) -> Split:
 
 
 def paragraph_near(text: str, at: int) -> int:
-    """The start of the paragraph nearest to character `at`, else of a line, else of a word, else
-    `at`; never a place with nothing to see on one side, if there is another."""
+    """Return the start of the paragraph nearest to character `at`.
+
+    If there is none, the start of a line, else of a word, else `at`. A place with only white space
+    on one side is avoided.
+    """
     at = min(max(at, 1), max(len(text) - 1, 1))
     for mark in ("\n\n", "\n", " "):
         places = [text.rfind(mark, 0, at), text.find(mark, at)]

@@ -1,8 +1,8 @@
-"""What a file is, by its name: text, records, or something that is refused with what to do.
+"""The kind of a file, by its name: text, records, or refused with advice.
 
-A structured file read as text would be one document of syntax, and nothing would say so. So every
-suffix that is known to hold something else than plain text is either read as records or refused;
-only what is left is read as text, and must then be text (UTF-8, no NUL).
+A structured file that is read as text would silently become one document of syntax. So every suffix
+of a format other than plain text is either read as records or refused. All other files are read as
+text, and must be UTF-8 without NUL.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import re
 from spectral_window.errors import UserError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-TEXT = ".txt"  # the kind of every file that is text and has no kind of its own
+TEXT = ".txt"  # the kind of text files without a kind of their own
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 KINDS = (".txt", ".md", ".py", *RECORDS)
-# A folder stands for its files of these kinds; others must be named. A single .json or .csv may be
-# anybody's settings or figures; compressed JSON is how data sets are published.
+# A folder stands for its files of these kinds; others must be named. A single .json or .csv often
+# holds settings or figures; data sets are often published as compressed JSON.
 IN_FOLDERS = (".txt", ".md", ".py", ".jsonl", ".ndjson", ".json.gz", ".json.zst", ".parquet")
 
 _REFUSED = {
@@ -40,7 +40,7 @@ _ARCHIVE = re.compile(r"\.(tar|tgz|zip|7z|rar|bz2|xz)(\.|$)")
 
 
 def split_suffix(path: str) -> tuple[str, str]:
-    """The suffix that says what is in `path`, and that of its compression, in small letters."""
+    """Return the suffix of a file's content and that of its compression, in lower case."""
     stem, suffix = os.path.splitext(os.path.basename(path).lower())
     if suffix in COMPRESSION:
         return os.path.splitext(stem)[1], suffix
@@ -48,7 +48,7 @@ def split_suffix(path: str) -> tuple[str, str]:
 
 
 def kind_of(path: str) -> str:
-    """How to read a file that was named. Raises UserError for a file that holds no text."""
+    """Return the kind of a file that was named; raise UserError for a format without text."""
     suffix, _ = split_suffix(path)
     if _ARCHIVE.search(os.path.basename(path).lower()):
         raise UserError(f"archives are not read ({path}): {_ADVICE['.tar']}")
@@ -58,7 +58,7 @@ def kind_of(path: str) -> str:
 
 
 def kind_in_folder(path: str) -> str:
-    """How to read a file that was found in a folder; "" if it is left out there."""
+    """Return the kind of a file in a folder; "" if it is left out there."""
     suffix, compression = split_suffix(path)
-    known = suffix in IN_FOLDERS or suffix + compression in IN_FOLDERS
-    return suffix if known else ""
+    included = suffix in IN_FOLDERS or suffix + compression in IN_FOLDERS
+    return suffix if included else ""

@@ -1,9 +1,9 @@
 """Records to text: JSON lines, JSON arrays, CSV, Parquet and the rows of a hub data set.
 
-Every reader is a generator of rows whose memory does not depend on the size of the file: a single
-record of a text file is at most `MAX_RECORD` bytes. A record's text is its `text`, of which there
-must be one. A fault within a record is a row without text, which `skip_bad` may leave out; a file
-that cannot be read on is a UserError.
+Every reader is a generator of rows whose memory does not depend on the size of the file: a record
+of a text file has at most `MAX_RECORD` bytes. The text of a record is its field `text`. An error
+inside a record gives a row without text, which `skip_bad` can leave out; an error that stops the
+reading of a file is a UserError.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from spectral_window.data.formats import (
 from spectral_window.data.kinds import split_suffix
 from spectral_window.errors import NetworkError, SpectralWindowError, UserError
 
-MAX_RECORD = 1 << 24  # bytes of a JSON line, characters of an array's: it has to fit in memory
-CSV_BYTES = 4  # that the csv module takes for a character: a CSV record may be so much shorter
+MAX_RECORD = 1 << 24  # bytes of a JSON line, or characters in an array: it must fit in memory
+CSV_BYTES = 4  # bytes per character in the csv module: the limit of a CSV record is lower by this
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
 STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)  # of JSON, as far as its end
 
 
 class Row(NamedTuple):
-    """A record's place and its text, or None and what is wrong with it."""
+    """A record: its place, and its text, or None and the error."""
 
     where: str
     text: str | None
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def rows_of(kind: str, name: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
-    """The rows of a source, by its kind."""
+    """Return the rows of a source, by its kind."""
     if kind == "hub":
         return hub_rows(name)
     if kind == ".parquet":
@@ -59,7 +59,7 @@ def rows_of(kind: str, name: str, options: ReadOptions, report: ReadReport) -> I
 def texts_of(
     rows: Iterable[Row], options: ReadOptions, report: ReadReport
 ) -> Iterator[tuple[str, str]]:
-    """(text, where) of every row. A bad row is a UserError, or counted with `skip_bad`."""
+    """Yield (text, where) of every row; a bad row is a UserError, or counted with `skip_bad`."""
     for where, text, fault in rows:
         report.records += 1
         if text is None:
@@ -81,7 +81,7 @@ def texts_of(
 
 
 def _row(where: str, record: Any) -> Row:
-    """The row of a dict-like record: its `text`, which must be a string."""
+    """Return the row of a dict-like record; its `text` must be a string."""
     if not isinstance(record, dict):
         return Row(where, None, "not an object with a 'text' field")
     if "text" not in record:
@@ -107,7 +107,7 @@ def _check_columns(columns: list[str], where: str) -> None:
 
 
 def json_rows(path: str) -> Iterator[Row]:
-    """A row for every line that is not blank."""
+    """Yield a row for every line that is not blank."""
     bad = "bad JSON"
     if split_suffix(path)[0] == ".json":
         bad = "a .json must be a record a line, or one array: bad JSON"
@@ -137,7 +137,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines; one longer than MAX_RECORD is an error, found without holding all of it."""
+    """Yield numbered lines; one longer than MAX_RECORD is an error before it is read whole."""
     number, size = 1, 0
     parts: list[bytes] = []
     for block in byte_blocks(path):
@@ -154,7 +154,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _first_byte(path: str) -> bytes:
-    """The first byte of a file that is not white space, nor of a byte order mark."""
+    """Return the first byte of a file that is not white space or of a byte order mark."""
     blocks, begun = byte_blocks(path), b""
     try:
         for block in blocks:
@@ -167,14 +167,14 @@ def _first_byte(path: str) -> bytes:
 
 
 def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
-    """A row for every element of a file that is one JSON array."""
+    """Yield a row for every element of a file that is one JSON array."""
     texts = utf8_blocks(path, options, report)
     decode = json.JSONDecoder(object_pairs_hook=_no_key_twice).raw_decode
-    # Of `text`, what is before `at` has been read; `number` elements are behind it.
+    # `text` has been parsed up to `at`; `number` elements were read.
     text, at, number, ended = "", 0, 0, False
 
     def more(wanted: int) -> None:
-        """Read on until `wanted` characters lie ahead, or the end."""
+        """Read until `wanted` characters are available, or to the end."""
         nonlocal text, at, ended
         parts, size, at = [text[at:]], len(text) - at, 0
         while size < wanted and not ended:
@@ -185,7 +185,7 @@ def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
         text = "".join(parts)
 
     def mark() -> str:
-        """The next character that is not white space, "" at the end; it is passed over."""
+        """Return the next character that is not white space, "" at the end, and skip it."""
         nonlocal at
         while True:
             at = SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
@@ -197,7 +197,7 @@ def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
     def fault(what: str) -> UserError:
         return UserError(f"bad JSON, {what} ({path}, record {number + 1}): repair the file")
 
-    mark()  # the bracket that says it is an array
+    mark()  # the opening bracket
     following = mark()
     while following != "]":
         at -= bool(following)
@@ -207,7 +207,7 @@ def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
             except RecursionError:
                 raise fault("nested too deeply") from None
             except json.JSONDecodeError as error:
-                # Where the text only ends too early, the fault is at its end or an open string.
+                # If the text only ends too early, the error is at its end or in an open string.
                 string_begins = text.startswith('"', error.pos)
                 is_open = string_begins and not STRING.match(text, error.pos)
                 late = error.pos >= len(text) - 16 or is_open
@@ -216,7 +216,7 @@ def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
             except ValueError as error:  # a key twice, a number of 5000 digits
                 raise fault(str(error).split(":")[0][:80]) from None
             else:
-                if end < len(text) or ended:  # else the next block may go on with it
+                if end < len(text) or ended:  # else it may continue in the next block
                     break
             if len(text) - at > MAX_RECORD:
                 raise fault(f"a record of more than {MAX_RECORD >> 20} MiB")
@@ -238,11 +238,11 @@ def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
 
 
 def csv_rows(path: str, delimiter: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
-    """A row for every record after the first, which names the columns, of which one is `text`."""
-    # The module's own limit is of the process, and smaller than a document may be.
+    """Yield a row for every record after the header, which must have one column `text`."""
+    # The csv module's limit is global, and smaller than a document can be.
     longest = MAX_RECORD // CSV_BYTES
     csv.field_size_limit(max(csv.field_size_limit(), longest))
-    size = 0  # characters of the record that is being read
+    size = 0  # characters of the current record
 
     def lines() -> Iterator[str]:
         nonlocal size
@@ -279,7 +279,7 @@ def csv_rows(path: str, delimiter: str, options: ReadOptions, report: ReadReport
 
 
 def parquet_rows(path: str) -> Iterator[Row]:
-    """A row for every row of the string column `text`; other columns are not read."""
+    """Yield a row for every row of the string column `text`; other columns are not read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -302,7 +302,7 @@ def parquet_rows(path: str) -> Iterator[Row]:
 
 
 def hub_rows(spec: str) -> Iterator[Row]:
-    """The rows of `hub:NAME[:CONFIG[:SPLIT]]`; NAME may be a local folder of data files too."""
+    """Yield the rows of `hub:NAME[:CONFIG[:SPLIT]]`; NAME can be a local folder of data files."""
     try:
         import datasets
     except ImportError:
@@ -329,8 +329,8 @@ def hub_rows(spec: str) -> Iterator[Row]:
         where = f"{spec}, row {number + 1}" if number else spec
         raise NetworkError(f"the hub did not answer ({where}): {_one_line(error)}") from None
     finally:
-        # Stopping early leaves Arrow's reader half-way, and it aborts the process if it is still
-        # there when Python ends (apache/arrow issue 45214): let it go now.
+        # Arrow's reader, if stopped early, aborts the process when Python ends (apache/arrow
+        # issue 45214): delete it now.
         del records
         gc.collect()
 

@@ -1,13 +1,11 @@
-"""The folder of tokens: how it is written, whole or not at all, and how it is read back.
+"""The folder of tokens: written atomically, and verified when it is read.
 
-    corpus.json        what was asked for, what came out, and the sha256 of every file and of itself
-    train.tokens       the tokens as raw little-endian uint16 (uint32 for a large vocabulary)
-    train.documents    where each document begins, as raw little-endian int64
-    valid.tokens       the same for the held-out text
-    valid.documents
-    tokenizer/         as `save_pretrained` writes it
-
-It is built beside its place and renamed into it; what a killed process left is removed by the next.
+corpus.json        the request, the results, and the SHA-256 of every file and of itself
+train.tokens       the tokens as raw little-endian uint16 (uint32 for a large vocabulary)
+train.documents    the start of each document, as raw little-endian int64
+valid.tokens       the same for the held-out text
+valid.documents
+tokenizer/         as `save_pretrained` writes it
 """
 
 from __future__ import annotations
@@ -23,14 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from spectral_window import files
 from spectral_window.data.arrays import FileArray, SortedFileArray, broken
 from spectral_window.data.blocks import TokenStream
 from spectral_window.data.formats import ReadReport
 from spectral_window.data.holdout import Part
 from spectral_window.data.tokenizers import HFTokenizer, plain_text, vocabulary_size
 from spectral_window.errors import IntegrityError, UserError
-from spectral_window.files import hash_file
+from spectral_window.files import cannot_write, hash_file, remove_leftovers, write_folder
 
 FORMAT, SCHEMA = "spectral-window tokens", 1
 INDEX = "corpus.json"
@@ -51,23 +48,25 @@ BATCH = 1 << 20  # characters tokenized at a time
 # ---------------------------------------------------------------------------- writing
 
 
-def write_folder(
+def write_corpus(
     folder: Path,
     parts: Iterable[Part],
     tokenizer: HFTokenizer,
     request: dict[str, Any],
     report: ReadReport,
 ) -> None:
-    """Tokenize `parts` into `folder`, replacing what is there once all is written.
+    """Tokenize `parts` into `folder`; an existing folder is replaced once all is written.
 
-    Raises UserError when a split stays empty, ResourceError when the disk refuses.
+    Raises:
+        UserError: a split is empty.
+        ResourceError: the folder cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise files.cannot_write(error, folder) from None
-    files.remove_leftovers(folder.parent, folder.name)
-    files.write_folder(folder, lambda part: _write(part, parts, tokenizer, request, report))
+        raise cannot_write(error, folder) from None
+    remove_leftovers(folder.parent, folder.name)
+    write_folder(folder, lambda building: _write(building, parts, tokenizer, request, report))
 
 
 def _write(
@@ -121,7 +120,7 @@ def _write(
 def _source_rows(
     writers: dict[str, _StreamWriter], request: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What each source gave to each split that it was to give to, or gave to."""
+    """Return the counts of each source in each split it belongs to."""
     specs = {"train": request["sources"], "valid": request["valid_sources"]}
     rows = []
     for split, writer in writers.items():
@@ -145,7 +144,7 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def _save_tokenizer(tokenizer: HFTokenizer, folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> size and sha256 of its files."""
+    """Save the tokenizer; return name -> size and SHA-256 of its files."""
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
         f"tokenizer/{path.name}": {"size": path.stat().st_size, "sha256": hash_file(path)}
@@ -154,7 +153,7 @@ def _save_tokenizer(tokenizer: HFTokenizer, folder: Path) -> dict[str, dict[str,
 
 
 class _StreamWriter:
-    """Writes the tokens and document starts of one split, and hashes them on the way."""
+    """Writes and hashes the tokens and the document starts of one split."""
 
     def __init__(self, folder: Path, split: str, dtype: str, separator: int):
         self.dtype, self.separator = DTYPES[dtype], separator
@@ -193,7 +192,7 @@ class _StreamWriter:
 
     def close(self) -> None:
         for file in self.files:
-            with contextlib.suppress(OSError):  # a full disk, reported already by `add` or `finish`
+            with contextlib.suppress(OSError):  # a full disk was reported by `add` or `finish`
                 file.close()
 
 
@@ -201,7 +200,7 @@ class _StreamWriter:
 
 
 def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream, list[str]]:
-    """(index, train, valid, lines worth telling), with every byte verified."""
+    """Verify every byte of a folder; return its index, train and valid streams, and notes."""
     index = _read_index(folder)
     if index is None:
         raise UserError(f"no prepared text ({folder}): prepare it first")
@@ -246,7 +245,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
 
 
 def _check_files(folder: Path, index: dict[str, Any]) -> dict[str, str | None]:
-    """Name -> sha256 (None where an old index has none) of the files, whose sizes are right."""
+    """Check the sizes of the files; return name -> SHA-256 (None where an old index has none)."""
     files: dict[str, str | None] = {}
     for name, entry in {**dict.fromkeys(CONTENT), **index["files"]}.items():
         if name not in CONTENT and not TOKENIZER_FILE.fullmatch(name):
@@ -262,19 +261,24 @@ def _check_files(folder: Path, index: dict[str, Any]) -> dict[str, str | None]:
 
 
 def verify(folder: Path, files: dict[str, str | None], names: Iterable[str]) -> None:
-    """Compare the named files with their sha256, which is filled in where `files` has None.
+    """Compare the named files with their SHA-256; where `files` has None, fill it in.
 
-    Raises IntegrityError at the first that differs.
+    Raises:
+        IntegrityError: the first file that differs.
     """
     for name in names:
-        found = hash_file(folder / name)
-        if found != (files[name] or found):
+        sha256 = hash_file(folder / name)
+        if sha256 != (files[name] or sha256):
             raise broken(folder / name, "its content changed (sha256)")
-        files[name] = found
+        files[name] = sha256
 
 
 def reusable(folder: Path, request: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `folder` answers `request`; UserError when something else is there."""
+    """Return whether `folder` was prepared by the same request.
+
+    Raises:
+        UserError: the folder contains something else.
+    """
     if not os.path.lexists(folder):
         return False
     if not folder.is_dir():
@@ -296,7 +300,7 @@ def reusable(folder: Path, request: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
-    """The index, and in it whether it is `signed`; None if there is none."""
+    """Return the index, with the key `signed` added; None if there is none."""
     path = folder / INDEX
     try:
         size = path.stat().st_size
@@ -313,23 +317,23 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     if index.get("schema") != SCHEMA:
         raise broken(path, f"schema {index.get('schema')!r}, this version reads {SCHEMA}")
     signed = index.pop("sha256", None) is not None
-    # The first version of this format did not sign its index, and knew these keys alone.
+    # The first version of this format did not sign its index, and had these keys only.
     if text != signed_text(index) if signed else not index.keys() <= FIRST_KEYS:
         raise broken(path, "it was changed (sha256)")
     return index | {"signed": signed}
 
 
 def signed_text(index: dict[str, Any]) -> str:
-    """What corpus.json holds: the index and the sha256 of it, spelled in one way only."""
+    """Return the content of corpus.json: the index and its SHA-256, in one fixed spelling."""
     return json.dumps(index | {"sha256": digest(index)}, indent=1)
 
 
 def tokenizer_identity(spec: str) -> str:
-    """The spec, and for a folder also the sha256 of what is in it."""
+    """Return the spec, and for a folder also the SHA-256 of its tokenizer."""
     path = Path(os.path.expanduser(spec)) / "tokenizer.json"
     return f"{spec} {hash_file(path)}" if path.is_file() else spec
 
 
 def digest(value: Any) -> str:
-    """The hexadecimal sha256 of a value that JSON can spell."""
+    """Return the hexadecimal SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

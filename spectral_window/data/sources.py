@@ -1,8 +1,8 @@
-"""Read a user's text, wherever it lies, as one stream of pieces in constant memory.
+"""Read text from files, folders and data sets as one stream of pieces, in constant memory.
 
 A source is a string: a file, a folder, a glob, `stdlib` (the sources and docstrings of the running
 Python's standard library) or `hub:NAME[:CONFIG[:SPLIT]]` (a data set streamed by the `datasets`
-library). What is a document:
+library). The documents of a source are:
 
     .py .md                   the file
     .txt and others           the file, or with `txt_documents="paragraph"` each block between blank
@@ -11,15 +11,15 @@ library). What is a document:
     .csv .tsv .parquet        each row's `text`
     hub:                      each row's `text`
 
-All but Parquet may be compressed (.gz, .zst). A file that is known to be something else, by its
-suffix (kinds.py), is refused. A document can be longer than memory, so it travels as pieces of at
-most `PIECE` characters. A piece ends just before white space that follows a visible character: a
-byte-level tokenizer splits there anyway, so the tokens of the pieces together are the tokens of the
-document. Only a run of more than `PIECE` characters without white space is cut inside. Where a
-document is cut depends on its text alone.
+All except Parquet may be compressed (.gz, .zst). A file of another format, by its suffix
+(kinds.py), is refused. A document can be larger than memory, so it is read in pieces of at most
+`PIECE` characters. A piece ends just before white space that follows a visible character. A
+byte-level tokenizer splits there too, so the tokens of the pieces together are the tokens of the
+document. Only a run of more than `PIECE` characters without white space is cut inside. The cuts of
+a document depend on its text only.
 
 Text is strict UTF-8. A byte order mark at the start of a file is dropped and CRLF is read as LF;
-nothing else changes.
+nothing else is changed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from spectral_window.data.kinds import IN_FOLDERS, RECORDS, kind_in_folder, kind
 from spectral_window.data.records import parquet_rows, rows_of, texts_of
 from spectral_window.errors import IntegrityError, UserError, UserTypeError
 
-PIECE = 1 << 16  # characters; a first piece also identifies its document when text is held out
+PIECE = 1 << 16  # characters; the first piece also identifies a document for the hold-out
 # Left out of `stdlib`: tests, tables of code points, old copies, packages of others.
 STDLIB_SKIP = {"test", "tests", "idle_test", "encodings", "lib2to3"}
 STDLIB_SKIP |= {"site-packages", "dist-packages"}
@@ -56,8 +56,8 @@ PARAGRAPH_END = re.compile(r"\n[ \t]*\n")
 
 
 class Source(NamedTuple):
-    """One thing to read: `kind` is one of kinds.KINDS or "hub", `name` the path or the hub
-    reference, `spec` what the user wrote."""
+    """A file or data set: its kind (of kinds.KINDS, or "hub"), its path or hub reference, and the
+    user's spec."""
 
     kind: str
     name: str
@@ -65,8 +65,7 @@ class Source(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some text of a document, whether it is the document's first, its place for messages, and the
-    `spec` of its source."""
+    """A part of a document: its text, whether it is the first, its place, its source's spec."""
 
     text: str
     first: bool
@@ -78,30 +77,36 @@ class Piece(NamedTuple):
 
 
 def find_sources(specs: Iterable[str], notes: list[str] | None = None) -> list[Source]:
-    """The files and data sets that `specs` name, in order, each once. Reads nothing but folders.
+    """Return the files and data sets that `specs` name, in order, each once.
 
-    A folder stands for its files of the kinds IN_FOLDERS, sorted, without hidden ones; links to
-    folders are not followed. A file that is named, or matched by a glob, is read as its suffix
-    says, and as text if that says nothing. To `notes` is added a line for everything that was left
-    out. Raises UserError for a source that is missing, empty, unreadable, of a kind that is not
-    read, or no regular file (a pipe, a device).
+    Only folders are read here. A folder stands for its files of the kinds IN_FOLDERS, sorted,
+    without hidden ones; links to folders are not followed. A file that is named, or matched by a
+    glob, is read by its suffix, and as text if the suffix is unknown.
+
+    Args:
+        specs: the sources.
+        notes: gets a line for everything that is left out.
+
+    Raises:
+        UserError: a source is missing, empty, unreadable, of a refused format, or not a regular
+            file (a pipe, a device).
     """
     if isinstance(specs, (str, os.PathLike)):
         raise UserTypeError(f"sources is {specs!r}: pass a list of strings")
     notes = [] if notes is None else notes
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     twice: list[str] = []
     for spec in map(os.fspath, specs):
         for kind, name, *_ in _find(spec, notes):
             place = name if kind == "hub" else os.path.realpath(name)
-            if place in found:
+            if place in sources:
                 twice.append(name)
-            found.setdefault(place, Source(kind, name, spec))
-    if not found:
+            sources.setdefault(place, Source(kind, name, spec))
+    if not sources:
         raise UserError("no data: name a file, a folder, a glob, 'stdlib' or 'hub:NAME'")
     if twice:
         notes.append(f"named more than once, read once: {some(twice)}")
-    return list(found.values())
+    return list(sources.values())
 
 
 def _find(spec: str, notes: list[str]) -> list[Source]:
@@ -122,7 +127,7 @@ def _find(spec: str, notes: list[str]) -> list[Source]:
         names = sorted(glob.glob(path, recursive=True))
         files = [Source(kind_of(name), name) for name in names if os.path.isfile(name)]
         others = [name for name in names if not os.path.isfile(name)]
-        if "**" not in path and others and files:  # ** matches every folder that it goes through
+        if "**" not in path and others and files:  # ** also matches every folder on its way
             notes.append(f"matched by {spec} but no files, left out: {some(others)}")
         if files:
             return files
@@ -136,7 +141,7 @@ def _find(spec: str, notes: list[str]) -> list[Source]:
 
 
 def _folder(path: str, spec: str, notes: list[str]) -> list[Source]:
-    """The files that a folder stands for; what else it holds is noted."""
+    """Return the files that a folder stands for; other content is added to `notes`."""
     files: list[Source] = []
     left_out: dict[str, list[str]] = {}  # why -> which
     for name in _walk(path):
@@ -160,7 +165,7 @@ def _folder(path: str, spec: str, notes: list[str]) -> list[Source]:
 
 
 def _mode(path: str) -> int:
-    """What `path` is, or what it links to; of a link to nothing, that it is a link."""
+    """Return the mode of `path` or of what it links to; for a broken link, that of the link."""
     try:
         return os.stat(path).st_mode
     except OSError:
@@ -168,8 +173,10 @@ def _mode(path: str) -> int:
 
 
 def _walk(folder: str, skip: Iterable[str] = ()) -> Iterator[str]:
-    """What lies below `folder`, sorted, but for folders; hidden files and folders are left out, and
-    a link to a folder is not entered. Raises UserError at a folder that cannot be read."""
+    """Yield the files below `folder`, sorted, and links to folders, which are not entered.
+
+    Hidden files and folders are left out. Raises UserError for a folder that cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         what = f"cannot read a folder, {error.strerror} ({error.filename})"
@@ -198,7 +205,7 @@ def _stdlib() -> list[Source]:
 
 
 def file_identity(sources: Iterable[Source]) -> list[list[str | int]]:
-    """Path, size and time of every file: equal as long as nothing changed."""
+    """Return path, size and time of every file; equal as long as no file changes."""
     rows: list[list[str | int]] = []
     for kind, name, _ in sources:
         if kind == "hub":
@@ -213,9 +220,9 @@ def file_identity(sources: Iterable[Source]) -> list[list[str | int]]:
 
 
 def without_damaged(sources: Iterable[Source], report: ReadReport) -> list[Source]:
-    """The sources whose files can be read to their end; the others are noted in `report`.
+    """Return the sources whose files can be read to the end; add the others to `report`.
 
-    Compressed files and Parquet are read to know it, all others opened.
+    Compressed files and Parquet are read for this test, other files only opened.
     """
     good = []
     for source in sources:
@@ -237,10 +244,16 @@ def without_damaged(sources: Iterable[Source], report: ReadReport) -> list[Sourc
 
 
 def read(sources: Iterable[Source], options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
-    """The documents of `sources` as pieces; a document without a visible character is left out.
+    """Yield the documents of `sources` as pieces, except those without a visible character.
 
-    Adds to `report` what was forgiven or left out. Raises UserError with the file and the byte,
-    line or row at fault, and IntegrityError when more than 1 % of the records had to be skipped.
+    Args:
+        sources: what to read.
+        options: how to read it.
+        report: gets what was replaced or left out.
+
+    Raises:
+        UserError: an error in a file, with its byte, line or row.
+        IntegrityError: more than 1 % of the records were skipped.
     """
     for source in sources:
         documents = 0
@@ -256,7 +269,7 @@ def read(sources: Iterable[Source], options: ReadOptions, report: ReadReport) ->
 
 
 def _texts(source: Source, options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
-    """Text as it comes, in lengths of any size; an empty first one only opens a document."""
+    """Yield text in parts of any size; an empty first part only starts a document."""
     kind, name, _ = source
     if kind == "hub" or kind in RECORDS:
         for text, where in texts_of(rows_of(kind, name, options, report), options, report):
@@ -271,7 +284,7 @@ def _texts(source: Source, options: ReadOptions, report: ReadReport) -> Iterator
 
 
 def _pieces(texts: Iterable[Piece]) -> Iterator[Piece]:
-    """The same text in pieces of at most PIECE characters."""
+    """Yield the same text in pieces of at most PIECE characters."""
     buffer, first, where = "", True, ""
     for text, begins, place, _ in texts:
         if begins:
@@ -293,7 +306,7 @@ def _last_piece(text: str, first: bool, where: str) -> Iterator[Piece]:
 
 
 def _cut(text: str, start: int) -> int:
-    """The last place within PIECE after `start` where white space follows a visible character."""
+    """Return the last place within PIECE where white space follows a visible character."""
     end = start + PIECE
     while (space := max(text.rfind(mark, start + 1, end) for mark in " \n\t")) > start:
         run = start + len(text[start:space].rstrip())  # where this white space begins
@@ -304,7 +317,7 @@ def _cut(text: str, start: int) -> int:
 
 
 def _paragraphs(blocks: Iterable[str], where: str) -> Iterator[Piece]:
-    """Every run of lines between blank lines as a document, without the line ends around it."""
+    """Yield every run of lines between blank lines as a document, without line ends around it."""
     buffer, first = "", True
     for block in blocks:
         *whole, buffer = PARAGRAPH_END.split(buffer + block)
@@ -312,16 +325,16 @@ def _paragraphs(blocks: Iterable[str], where: str) -> Iterator[Piece]:
             if not first or text:
                 yield Piece(_from_first_line(text) if first else text, first, where)
             first = True
-        if len(buffer) > PIECE:  # let a paragraph without end through, but not a blank line begun
-            keep = len(buffer.rstrip(" \t\n"))
-            if len(buffer) - keep > PIECE:
-                keep = len(buffer)
-            yield Piece(_from_first_line(buffer[:keep]) if first else buffer[:keep], first, where)
-            buffer, first = buffer[keep:], False
+        if len(buffer) > PIECE:  # pass on a long paragraph, except white space at its end
+            end = len(buffer.rstrip(" \t\n"))
+            if len(buffer) - end > PIECE:
+                end = len(buffer)
+            yield Piece(_from_first_line(buffer[:end]) if first else buffer[:end], first, where)
+            buffer, first = buffer[end:], False
     yield Piece((_from_first_line(buffer) if first else buffer).rstrip("\n"), first, where)
 
 
 def _from_first_line(text: str) -> str:
-    """Without blank lines in front, but with the indentation of the first line."""
+    """Return text without leading blank lines, but with the indentation of its first line."""
     blank = len(text) - len(text.lstrip(" \t\n"))
     return text[text.rfind("\n", 0, blank) + 1 :]

@@ -1,9 +1,9 @@
 """From text to tokens on disk, and back: `prepare` and `open_corpus`.
 
-`prepare` reads the sources (sources.py), decides what is held out (holdout.py), gets or trains the
-tokenizer (tokenizers.py) and writes a folder of tokens (shards.py). Every document in it is
-`<|endoftext|>` and its tokens, so a model also learns where documents end, and no token of the
-stream is without use as a label.
+`prepare` reads the sources (sources.py), selects the held-out text (holdout.py), loads or trains
+the tokenizer (tokenizers.py) and writes a folder of tokens (shards.py). Every document in it is
+`<|endoftext|>` followed by its tokens. So a model also learns where documents end, and every token
+of the stream serves as a label.
 """
 
 from __future__ import annotations
@@ -40,19 +40,23 @@ from spectral_window.errors import IntegrityError, UserError
 __all__ = ["Corpus", "PackedBlocks", "ShuffledBlocks", "TokenStream", "open_corpus", "prepare"]
 
 SAMPLE = 1 << 26  # bytes of text that train a bpe tokenizer, spread over the corpus
-LISTED = 10  # sources that the summary mentions
-TELL_EVERY = 1 << 20  # bytes of text between two calls of `progress`
+LISTED = 10  # sources that the summary lists
+PROGRESS_EVERY = 1 << 20  # bytes of text between two calls of `progress`
 
 Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared folder: the `train` and `valid` streams and the `tokenizer` that made them.
+    """A prepared folder: the `train` and `valid` streams, and their `tokenizer`.
 
-    `fingerprint` is the sha256 that names these tokens: equal on every machine and in every folder.
-    `index` is what corpus.json says, for example how many characters had to be replaced; `notes`
-    are lines worth telling.
+    Attributes:
+        folder: the folder.
+        train: the tokens to train on.
+        valid: the held-out tokens.
+        fingerprint: a SHA-256 that identifies these tokens, on every machine and in every folder.
+        index: the content of corpus.json, for example how many characters were replaced.
+        notes: messages for the user.
     """
 
     folder: Path
@@ -68,16 +72,16 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this number: a model needs at least so many embeddings."""
+        """The number of embeddings that a model needs: all token ids are below it."""
         return self.index["vocab_size"]
 
     def sizes(self) -> dict[str, Any]:
-        """Documents, bytes of text and tokens of each split, and of each source in it."""
+        """Return documents, bytes of text and tokens of each split, and of each source in it."""
         splits = {name: dict(self.index["splits"][name]) for name in shards.SPLITS}
         return {**splits, "sources": self.index.get("sources", [])}
 
     def summary(self) -> list[str]:
-        """The same and the notes as lines."""
+        """Return `sizes()` and the notes as lines of text."""
         rows = self.sizes()["sources"]
         lines = []
         for split in shards.SPLITS:
@@ -96,10 +100,12 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
-    """Open what `prepare` wrote, after every byte was compared with the sha256 of its file.
+    """Open a prepared folder, after checking every file against its SHA-256.
 
-    Raises UserError when nothing is there, IntegrityError naming the file that is not what was
-    written. The tokens raise it later too, when they change while they are in use.
+    Raises:
+        UserError: there is no prepared folder.
+        IntegrityError: a file has changed. The tokens raise it later too, if their file changes
+            while it is in use.
     """
     folder = Path(folder)
     index, train, valid, notes = shards.open_folder(folder)
@@ -122,29 +128,34 @@ def prepare(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Turn `sources` into a folder of tokens, and open it.
+    """Tokenize `sources` into a folder, and open it.
 
-    A second call with the same request and unchanged files opens what is there. Memory is constant
-    in the size of the text, which is read twice, and once more to train a tokenizer.
+    A second call with the same request and unchanged files opens the existing folder. The memory
+    does not depend on the size of the text, which is read twice, and once more to train a
+    tokenizer.
 
-    - `tokenizer_spec`: see `load_tokenizer`; `bpe:N` learns from the training split only, from at
-      most 64 MiB of it.
-    - `valid_fraction`: how much to hold out, above 0 and below 1. `valid_sources` names the
-      held-out text instead.
-    - `seed`: changes which documents are held out, nothing else.
-    - `txt_documents`: "file", or "paragraph" when .txt files are many texts between blank lines.
-    - `errors`: "strict", or "replace" to read U+FFFD where the bytes are not UTF-8. `skip_bad`
-      leaves out bad records, at most 1 %, and whole files that are damaged or gone. `drop_shared`
-      leaves out training documents that `valid_sources` hold too, else an error. The index counts
-      all of them.
-    - `max_bytes`: stop after the document that reaches so many bytes of text. Use it with `hub:`.
-    - `overwrite`: replace a folder that was prepared from another request, or is damaged.
-    - `progress(stage, done, total)`: bytes of text; the stages are "reading", "tokenizer" (bpe
-      only) and "tokens"; total is None while unknown.
+    Args:
+        sources: files, folders, globs, "stdlib" or "hub:NAME" (see sources.py).
+        tokenizer_spec: see `load_tokenizer`; `bpe:N` is trained on at most 64 MiB of the training
+            split.
+        folder: the destination.
+        valid_fraction: the fraction to hold out, above 0 and below 1.
+        valid_sources: the held-out text, instead of a fraction.
+        seed: changes which documents are held out, and nothing else.
+        txt_documents: "file", or "paragraph" if .txt files hold many texts between blank lines.
+        errors: "strict", or "replace" to read U+FFFD for bytes that are not UTF-8.
+        skip_bad: leave out bad records, at most 1 %, and whole files that are damaged or gone.
+        drop_shared: leave out training documents that are in `valid_sources` too; without it they
+            are an error. The index counts all that is replaced or left out.
+        max_bytes: stop after the document that reaches this many bytes of text, for `hub:`.
+        overwrite: replace a folder that was prepared by another request, or is damaged.
+        progress: called as `progress(stage, done, total)` in bytes of text; the stages are
+            "reading", "tokenizer" (for bpe) and "tokens"; total is None while unknown.
 
-    Raises UserError (bad input, a split without text, the folder holds something else),
-    NetworkError, or ResourceError (disk full). After any of them, and after Ctrl-C, the folder is
-    as it was.
+    Raises:
+        UserError: bad input, a split without text, or a folder with other content.
+        NetworkError: the hub did not answer.
+        ResourceError: the disk is full. After any error, and after Ctrl-C, the folder is as it was.
     """
     folder = Path(folder)
     options = ReadOptions(txt_documents, errors, skip_bad)
@@ -184,12 +195,12 @@ def prepare(
     if tokenizer is None:
         tokenizer = load_tokenizer(tokenizer_spec, train_texts=texts.sample(split, survey))
     report = ReadReport(notes=notes, damaged=texts.damaged)
-    shards.write_folder(folder, texts.parts(split, survey, report), tokenizer, request, report)
+    shards.write_corpus(folder, texts.parts(split, survey, report), tokenizer, request, report)
     return open_corpus(folder)
 
 
 class _Texts:
-    """The text of both splits, to be read as often as needed."""
+    """The text of both splits; it can be read several times."""
 
     def __init__(
         self,
@@ -215,27 +226,27 @@ class _Texts:
     def training(
         self, stage: str, total: int | None, report: ReadReport | None = None
     ) -> Iterator[tuple[Piece, int]]:
-        """The training sources' pieces with their bytes, as far as `max_bytes`."""
-        done = told = documents = 0
-        shared: list[str] = []  # where documents of the held-out text are met
-        kept = True
+        """Yield the pieces of the training sources with their bytes, up to `max_bytes`."""
+        done = reported = documents = 0
+        shared: list[str] = []  # places of documents that are held-out text
+        include = True
         report = report or ReadReport()
         for piece in read(self.train, self.options, report):
             if piece.first:
                 if self.max_bytes is not None and done >= self.max_bytes:
                     break
                 documents += 1
-                kept = document_key(piece.text, 0) not in self.held_out_keys
-                if not kept:
+                include = document_key(piece.text, 0) not in self.held_out_keys
+                if not include:
                     report.shared += 1
                     shared += [piece.where][: SHOWN - len(shared)]
-            if not kept:
+            if not include:
                 continue
             size = len(piece.text.encode())
             yield piece, size
             done += size
-            if self.progress and done - told >= TELL_EVERY:
-                told = done
+            if self.progress and done - reported >= PROGRESS_EVERY:
+                reported = done
                 self.progress(stage, done, total)
         if report.shared and (not self.drop_shared or report.shared == documents):
             what = f"held-out text is training text too, documents: {some(shared, report.shared)}"
@@ -247,13 +258,13 @@ class _Texts:
             self.progress(stage, done, done)
 
     def survey(self, fraction: float, seed: int) -> Survey:
-        """A first reading, that also finds most faults before anything is written."""
+        """Read the text for the first time; finds most faults before anything is written."""
         remote = any(source.kind == "hub" for source in self.train)
         pieces = self.training("reading", self.max_bytes)
         return take_survey(pieces, fraction, seed, stop=SAMPLE if remote else None)
 
     def sample(self, split: Split, survey: Survey) -> Iterator[str]:
-        """At most SAMPLE bytes of the training split, spread over the text that was surveyed."""
+        """Yield at most SAMPLE bytes of the training split, spread over the surveyed text."""
         share = min(1.0, SAMPLE / survey.bytes)
         pieces = self.training("tokenizer", survey.bytes)
         if not survey.complete:
@@ -263,20 +274,20 @@ class _Texts:
                 yield part.text
 
     def parts(self, split: Split, survey: Survey, report: ReadReport) -> Iterator[Part]:
-        """All text, piece by piece, on its side."""
+        """Yield all text in pieces, each with its split."""
         total = survey.bytes if survey.complete else self.max_bytes
         yield from split.assign(self.training("tokens", total, report))
         for piece in read(self.valid, self.options, report):
             yield Part("valid", piece.text, piece.first, piece.spec)
-        known = set(map(tuple, self.identity))
+        before = set(map(tuple, self.identity))
         now = file_identity([*self.train, *self.valid])
-        changed = [row[0] for row in now if tuple(row) not in known]
+        changed = [row[0] for row in now if tuple(row) not in before]
         if changed:
             raise UserError(f"changed while it was read ({changed[0]}): prepare the text again")
 
 
 def _first(pieces: Iterator[tuple[Piece, int]], stop: int) -> Iterator[tuple[Piece, int]]:
-    """The pieces up to `stop` bytes."""
+    """Yield the pieces up to `stop` bytes."""
     done = 0
     for piece, size in pieces:
         yield piece, size

