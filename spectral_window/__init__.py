@@ -1,12 +1,12 @@
-"""Spectral-Window Hybrid sequence models: linear time, constant state, at home in transformers.
+"""Spectral-Window Hybrid sequence models: linear time, constant state, for transformers.
 
     from spectral_window import SWHConfig, SWHForCausalLM
 
-    model = SWHForCausalLM(SWHConfig.preset("paper", size="tiny"))
+    model = SWHForCausalLM(SWHConfig.preset("memory", size="tiny"))
     model = AutoModelForCausalLM.from_pretrained("runs/mine/model")  # from transformers
 
-Importing this package makes "swh" known to transformers' Auto classes, and does no work: names
-load when first used, and the registration waits for transformers.
+Importing this package registers "swh" with transformers' Auto classes and is fast: names are
+imported when first used, and transformers is not imported (`hf/registration.py`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Errors that a user can act on: one line, what (where): what to do.
+"""Errors that a user can act on. A message is one line: what (where): what to do.
 
-All are `SpectralWindowError`s and stand beside one another, each with the exit code that the
-command line returns for it: what to do about an error follows from its class alone. What Python
-users expect for bad arguments is kept: a `UserError` is a `ValueError`, and a `UserTypeError` a
-`TypeError` too. Any other exception is a bug of ours.
+All are subclasses of `SpectralWindowError`, each with the exit code of the command line, so the
+class of an error decides how it is handled. As Python users expect for bad arguments, a `UserError`
+is a `ValueError`, and a `UserTypeError` also a `TypeError`. Any other exception is a bug in this
+package.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Iterable
 
 
 class SpectralWindowError(Exception):
-    """What all errors of this package have in common; raised are its kinds. Itself it stands for a
-    failure of unknown kind in another process (exit code 1)."""
+    """Base class of all errors of this package.
+
+    It is raised itself only for an unknown failure of a child process (exit code 1).
+    """
 
     exit_code = 1
 
@@ -27,29 +29,33 @@ class UserError(SpectralWindowError, ValueError):
 
 
 class UserTypeError(UserError, TypeError):
-    """Bad input, of a type or dtype that cannot be taken (exit code 2)."""
+    """Bad input of a wrong type or dtype (exit code 2)."""
 
 
 class IntegrityError(SpectralWindowError, ValueError):
-    """A file is missing, corrupt or belongs to something else (exit code 3). A ValueError, as
-    other libraries' errors for a damaged file are."""
+    """A file is missing, corrupt or belongs to something else (exit code 3).
+
+    A ValueError, like the errors of other libraries for a damaged file.
+    """
 
     exit_code = 3
 
 
 class DivergedError(SpectralWindowError, ArithmeticError):
-    """Numbers that are not finite, so nothing computed from them means anything (exit code 4)."""
+    """Numbers are not finite, so all results computed from them are meaningless (exit code 4)."""
 
     exit_code = 4
 
 
 class NotFiniteError(DivergedError, ValueError):
-    """An operator was given parameters or inputs that are not finite (exit code 4). A ValueError,
-    as it is for any other argument an operator cannot take."""
+    """An operator got parameters or inputs that are not finite (exit code 4).
+
+    A ValueError, like every error for a bad argument of an operator.
+    """
 
 
 class ResourceError(SpectralWindowError):
-    """Disk, memory or device ran out (exit code 5)."""
+    """Disk space, memory or device memory is exhausted (exit code 5)."""
 
     exit_code = 5
 
@@ -77,16 +83,16 @@ KINDS = (
 
 
 def from_exit_code(code: int, message: str) -> SpectralWindowError:
-    """The error of a child process that ended with exit code `code`."""
+    """Return the error for a child process that ended with exit code `code`."""
     kind = next((kind for kind in KINDS if kind.exit_code == code), SpectralWindowError)
     return kind(message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, Python's, NumPy's or torch's, on the CPU or a GPU.
+    """Return whether an error means that memory is exhausted, on the CPU or a GPU.
 
-    The one place that reads an exception's text: torch's allocator of CPU memory raises a plain
-    RuntimeError. Asking does not import torch.
+    This is the only place that reads the text of an exception: torch's allocator of CPU memory
+    raises a plain RuntimeError. It does not import torch.
     """
     if isinstance(error, MemoryError):
         return True
@@ -96,10 +102,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in `known`, with the nearest one: `unknown window 'windw':
-    did you mean 'window'?`"""
-    names = sorted(known)
+def unknown(what: str, name: str, choices: Iterable[str]) -> UserError:
+    """Return the error for a name that is not one of `choices`; it suggests the nearest one.
+
+    Example:
+        >>> print(unknown("option", "windw", ["window", "kernel"]))
+        unknown option 'windw': did you mean 'window'?
+    """
+    names = sorted(choices)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(names)}"
     return UserError(f"unknown {what} '{name}': {hint}")

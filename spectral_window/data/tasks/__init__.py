@@ -1,20 +1,23 @@
-"""Diagnostic tasks: small worlds made from a seed, in which one ability can be measured alone.
+"""Diagnostic tasks: synthetic sequences that measure a single ability.
 
-A task draws sequences and says what must be predicted where. Each knows the best that any solver
-can do on it, because a score means nothing without its ceiling: the paper's associative recall
-cannot be solved better than 86 %, and a model at 86 % has solved it.
+A task draws sequences and the labels to predict. It also has the best possible solver, because a
+score has no meaning without its ceiling: no model can solve more than 86 % of the paper's
+associative recall.
 
-    published-*   the paper's own tasks (section 2 of the experiments), flaws included
+    published-*   the paper's tasks (section 2 of its experiments), including their flaws
     recall, needle, induction, sorting, mqar
-                  the same questions so asked that an answer exists (ceiling 1)
+                  the same questions, posed so that each has one answer (ceiling 1)
     gap, value-first, two-token-keys, overwriting, two-hops, parity
-                  recall that is more than "what followed this token", and a state (ceiling 1)
+                  recall beyond "what followed this token", and state tracking (ceiling 1)
 
-    task = make("recall", pairs=4)
-    batch = task.batch(generator(seed=0, split="train"), rows=64, length=32)
+To add one, subclass `Task` and decorate it with `@register("name")`; the contract suite
+(tests/data/test_tasks.py) then checks its labels, its solver and ceiling, and its seeds.
 
-To add one: subclass `Task`, decorate it with `@register("name")`; the contract suite
-(tests/data/test_tasks.py) then checks its labels, its solver against its ceiling, and its seeds.
+Example:
+    >>> task = make("recall", pairs=4)
+    >>> batch = task.batch(generator(seed=0, split="train"), rows=64, length=32)
+    >>> batch.inputs.shape, int((batch.labels != IGNORED).sum())
+    ((64, 32), 256)
 """
 
 from spectral_window.data.tasks import published, recall, well_posed

@@ -1,9 +1,9 @@
-"""The paper's diagnostic tasks as its code draws them (PAPER.md section 2), flaws included.
+"""The paper's diagnostic tasks as its code draws them (PAPER.md section 2), including their flaws.
 
-Keys, values and noise share the tokens 1 ... 49, so the queried key also occurs by chance, followed
-by something else: no solver can know which occurrence is meant. "Sorting" asks for the largest of
-the tokens, one of which has been overwritten. The solvers here are the best possible (Bayes), and
-their scores are the tasks' ceilings.
+Keys, values and noise share the tokens 1 ... 49. So the queried key also occurs by chance, followed
+by another token, and no solver can know which occurrence is the right one. "Sorting" asks for the
+largest of the tokens, of which one has been overwritten. The solvers here are the best possible
+(Bayes); their scores are the ceilings of the tasks.
 
     associative, T = 8       37  5 21 | 9 44 30 12  5 -> 21      5 = key, 21 = value, key again
     sorting, T = 8           37  5 21   9 44 30 12  0 -> 44      44 = the largest
@@ -17,11 +17,11 @@ import numpy as np
 
 from spectral_window.data.tasks.task import IGNORED, Batch, Task, register
 
-VOCABULARY = 50  # tokens 1 ... 49 are drawn; 0 stands for what is missing
+VOCABULARY = 50  # tokens 1 ... 49 are drawn; 0 stands for an overwritten token
 
 
 def _last(inputs: np.ndarray, answer: np.ndarray, distance: np.ndarray) -> Batch:
-    """A batch that asks at the last position alone."""
+    """Return a batch with a question at the last position only."""
     labels = np.full_like(inputs, IGNORED)
     labels[:, -1] = answer
     far = np.zeros_like(inputs)
@@ -31,12 +31,12 @@ def _last(inputs: np.ndarray, answer: np.ndarray, distance: np.ndarray) -> Batch
 
 @dataclass(frozen=True)
 class _Lookup(Task):
-    """Random tokens; the last one repeats the token at a random place; asked is its successor."""
+    """The last token repeats one at a random place; the question is the token after that place."""
 
     vocab_size: int = VOCABULARY
 
     def places(self, length: int) -> int:
-        """The key stands at a position below this."""
+        """Return a bound: the key is at a position below it."""
         raise NotImplementedError
 
     def draw(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
@@ -47,12 +47,11 @@ class _Lookup(Task):
         return _last(inputs, inputs[row, place + 1], length - 1 - place)
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:
-        """All places where the key stands are equally likely the meant one, so the best guess is
-        the token that most often follows it there."""
+        """Return the token that most often follows the key: all its places are equally likely."""
         places = self.places(inputs.shape[1])
-        meant = inputs[:, :places] == inputs[:, -1:]
+        is_key = inputs[:, :places] == inputs[:, -1:]
         votes = np.zeros((len(inputs), self.vocab_size), dtype=np.int64)
-        rows, at = np.nonzero(meant)
+        rows, at = np.nonzero(is_key)
         np.add.at(votes, (rows, inputs[rows, at + 1]), 1)
         guesses = np.zeros_like(inputs)
         guesses[:, -1] = votes.argmax(1)
@@ -62,7 +61,7 @@ class _Lookup(Task):
 @register("published-associative")
 @dataclass(frozen=True)
 class Associative(_Lookup):
-    """The key stands in the first half. At T = 128 it is the paper's length generalisation."""
+    """The key is in the first half. At T = 128 it is the paper's test of length generalisation."""
 
     def places(self, length: int) -> int:
         return length // 2
@@ -71,7 +70,7 @@ class Associative(_Lookup):
 @register("published-induction")
 @dataclass(frozen=True)
 class Induction(_Lookup):
-    """The key stands anywhere up to 10 tokens before the end."""
+    """The key is anywhere up to 10 tokens before the end."""
 
     shortest = 12
 
@@ -82,7 +81,7 @@ class Induction(_Lookup):
 @register("published-needle")
 @dataclass(frozen=True)
 class Needle(_Lookup):
-    """The key stands in the first 80 %; the paper asks it of the associative model at T = 256."""
+    """The key is in the first 80 %; the paper tests the associative model with it at T = 256."""
 
     def places(self, length: int) -> int:
         return int(0.8 * length)
@@ -91,7 +90,7 @@ class Needle(_Lookup):
 @register("published-sorting")
 @dataclass(frozen=True)
 class Sorting(Task):
-    """Asked is the largest token, after the last one has been overwritten by 0."""
+    """The question is the largest token, after the last one has been overwritten by 0."""
 
     vocab_size: int = VOCABULARY
 
@@ -102,7 +101,7 @@ class Sorting(Task):
         return _last(inputs, largest, np.zeros(rows, dtype=np.int64))
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:
-        """The largest token in sight: likelier than each larger one that may be hidden."""
+        """Return the largest visible token: more likely than any larger one that may be hidden."""
         guesses = np.zeros_like(inputs)
         guesses[:, -1] = inputs.max(1)
         return guesses

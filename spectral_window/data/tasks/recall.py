@@ -1,4 +1,4 @@
-"""Recall where the value does not simply follow its key, and what else a state can do.
+"""Recall where the value does not simply follow its key, and state tracking.
 
 A memory whose keys come from the previous token (`nn/memory.py`) fits the order "K V"; these tasks
 have another one. As in `well_posed.py` the vocabularies are disjoint, every ceiling is 1, and at
@@ -24,8 +24,10 @@ from spectral_window.data.tasks.well_posed import distinct, follower, spaced
 
 @dataclass(frozen=True)
 class _Pairs(Task):
-    """Keys and values in noise, then a separator and every key again. Tokens: the separator, keys,
-    values, noise."""
+    """Keys and values in noise, then a separator and every key again.
+
+    The token ranges are, in order: the separator, keys, values, noise.
+    """
 
     pairs: int = 4
     keys: int = 16
@@ -56,9 +58,15 @@ def _ask(
     value: np.ndarray,
     place: np.ndarray,
 ) -> Batch:
-    """Put the separator and the keys [rows, count, tokens] in another order at the end of `inputs`
-    (in place): at the last token of each its `value` [rows, count] is asked. place [rows, count]:
-    where that token stands in the context."""
+    """Write the separator and the questions to the end of `inputs`, in place.
+
+    Args:
+        rng: the random generator.
+        inputs: [rows, length].
+        key: [rows, count, tokens]; repeated in another order, with a question at the last token.
+        value: [rows, count], the answers.
+        place: [rows, count], the place of the last token of each key in the context.
+    """
     rows, count, width = key.shape
     row, begin = np.arange(rows)[:, None], inputs.shape[1] - count * width
     order = distinct(rng, rows, count, count)
@@ -73,8 +81,10 @@ def _ask(
 @register("gap")
 @dataclass(frozen=True)
 class Gap(_Pairs):
-    """Between a key and its value stand 1 to `gap` tokens of noise, as many as chance will have
-    it. No other pair begins before the value."""
+    """Between a key and its value are 1 to `gap` tokens of noise, a random number.
+
+    No other pair starts before the value.
+    """
 
     gap: int = 4
 
@@ -107,7 +117,7 @@ class Gap(_Pairs):
 @register("value-first")
 @dataclass(frozen=True)
 class ValueFirst(_Pairs):
-    """The value stands right before its key."""
+    """The value is right before its key."""
 
     @property
     def shortest(self) -> int:  # type: ignore[override]
@@ -131,8 +141,11 @@ class ValueFirst(_Pairs):
 @register("two-token-keys")
 @dataclass(frozen=True)
 class TwoTokenKeys(_Pairs):
-    """A key is two tokens, and neither tells it alone: every one of `side` first tokens stands
-    before every one of `side` second ones, side^2 keys (`pairs` is not used)."""
+    """A key is two tokens, and neither determines it alone.
+
+    Each of `side` first tokens is combined with each of `side` second tokens: side^2 keys (`pairs`
+    is not used).
+    """
 
     side: int = 2
 
@@ -144,7 +157,7 @@ class TwoTokenKeys(_Pairs):
         count = self.side**2
         row, context = np.arange(rows)[:, None], length - 2 * count - 1
         inputs = self._noise(rng, rows, length)
-        # places of three tokens each: among the free ones and one for each, spread by two more
+        # places of three tokens each: distinct places, spread by two tokens each
         place = np.sort(distinct(rng, rows, count, context - 2 * count), 1) + 2 * np.arange(count)
         tokens = self._keys(rng, rows, 2 * self.side)
         which = distinct(rng, rows, count, count)
@@ -169,8 +182,10 @@ class TwoTokenKeys(_Pairs):
 @register("overwriting")
 @dataclass(frozen=True)
 class Overwriting(_Pairs):
-    """Keys are written again: `pairs` keys, each at least once, in twice as many pairs; the last
-    value of a key counts."""
+    """Keys are overwritten: `pairs` keys, each at least once, in twice as many pairs.
+
+    The answer is the last value of a key.
+    """
 
     @property
     def shortest(self) -> int:  # type: ignore[override]
@@ -203,8 +218,10 @@ class Overwriting(_Pairs):
 @register("two-hops")
 @dataclass(frozen=True)
 class TwoHops(_Pairs):
-    """What follows a key is another key, and what follows that is the answer. The two steps stand
-    anywhere, in either order."""
+    """A key is followed by another key, and that one, elsewhere, by the answer.
+
+    The two pairs can be anywhere, in either order.
+    """
 
     pairs: int = 2
 
@@ -237,7 +254,7 @@ class TwoHops(_Pairs):
 @register("parity")
 @dataclass(frozen=True)
 class Parity(Task):
-    """State tracking: random bits, and asked at each the parity of all bits up to it."""
+    """State tracking: random bits; the question at each is the parity of all bits up to it."""
 
     vocab_size: int = 2
 

@@ -1,4 +1,4 @@
-"""What a task is: `Task`, its `Batch`, the registry, and the ceiling by Monte Carlo."""
+"""The base class of tasks, their batches, their registry, and ceilings by Monte Carlo."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ register = TASKS.register
 
 
 class Batch(NamedTuple):
-    """Sequences and what is asked about them; int64 arrays of one shape [rows, length].
+    """Sequences with their labels; int64 arrays of one shape [rows, length].
 
-    inputs:   tokens, 0 ... vocab_size - 1.
-    labels:   at t, the token to predict after reading inputs up to and with t; -100 elsewhere.
-    distance: at t, how many tokens lie between the question at t and the place of its answer; 0
-              where nothing is asked or the answer has no single place.
+    Attributes:
+        inputs: tokens, 0 ... vocab_size - 1.
+        labels: at t, the token to predict from the inputs up to and including t; -100 if there is
+            no question.
+        distance: at t, the number of tokens from the place of the answer to the question at t; 0 if
+            there is no question, or no single place.
     """
 
     inputs: np.ndarray
@@ -30,14 +32,23 @@ class Batch(NamedTuple):
 
 
 class Task:
-    """One diagnostic task. Its fields are its options: `make(name, **options)`."""
+    """Base class of tasks. The fields of a task are its options: `make(name, **options)`."""
 
     name = ""
     vocab_size: int
-    shortest = 8  # sequences below this length have no room for the question
+    shortest = 8  # the least length of a sequence
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """`rows` sequences of `length` tokens. Raises UserError for a length without room."""
+        """Draw sequences.
+
+        Args:
+            rng: the random generator.
+            rows: number of sequences.
+            length: tokens per sequence.
+
+        Raises:
+            UserError: `length` is too short for the task.
+        """
         if length < self.shortest:
             raise UserError(
                 f"length {length} (task {self.name}): needs at least {self.shortest} tokens"
@@ -45,17 +56,23 @@ class Task:
         return self.draw(rng, rows, length)
 
     def draw(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """As `batch`, for a length that has room."""
+        """Draw sequences of a valid length; see `batch`."""
         raise NotImplementedError
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:
-        """The best prediction at every position where the task asks, from the inputs before and at
-        it; anything elsewhere. [rows, length]."""
+        """Return the best predictions [rows, length] from the inputs up to each position.
+
+        They are arbitrary where there is no question.
+        """
         raise NotImplementedError
 
 
 def make(name: str, **options: Any) -> Task:
-    """The task called `name`. Raises UserError for an unknown name or option."""
+    """Return the task called `name`.
+
+    Raises:
+        UserError: an unknown name or option.
+    """
     kind = TASKS.find(name)
     fields = getattr(kind, "__dataclass_fields__", {})
     for key in options:
@@ -65,16 +82,17 @@ def make(name: str, **options: Any) -> Task:
 
 
 def generator(seed: int, split: str) -> np.random.Generator:
-    """Random numbers for one split: the streams of "train" and "test" never meet, whatever the
-    seeds."""
+    """Return a random generator for "train" or "test"; their streams differ for all seeds."""
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     return np.random.default_rng([SPLITS.index(split), seed])
 
 
 def ceiling(task: Task, length: int, *, rows: int = 20_000, seed: int = 0) -> float:
-    """Share of the questions that the best solver answers, by Monte Carlo (standard error at most
-    0.5 / sqrt(rows), 0.0035 by default)."""
+    """Return the fraction of questions that the best solver answers correctly, by Monte Carlo.
+
+    The standard error is at most 0.5 / sqrt(rows), 0.0035 by default.
+    """
     right = asked = 0
     rng = generator(seed, "test")
     for _ in range(-(-rows // 1000)):

@@ -1,8 +1,8 @@
-"""The paper's questions asked so that each has one answer: every ceiling is 1.
+"""The paper's tasks, posed so that each question has one answer: every ceiling is 1.
 
-Keys, values and noise come from disjoint vocabularies and a key occurs once, so that nothing but
-the pair itself tells the answer, and any length can be asked: what is between is noise that a model
-must leave aside. Token ranges follow one another: a few special tokens, keys, values, noise.
+Keys, values and noise are drawn from disjoint vocabularies and a key occurs once, so only the pair
+itself determines the answer. Any length is possible: the rest is noise, which a model must ignore.
+The token ranges are, in order: a few special tokens, keys, values, noise.
 
     recall, pairs = 2, T = 12      . K3 V7 . . K1 V2 . . ? K1 K3 -> V2 at K1, V7 at K3
     needle, T = 8                  . . ! V4 . . . ! -> V4
@@ -21,19 +21,18 @@ from spectral_window.data.tasks.task import IGNORED, Batch, Task, register
 
 
 def distinct(rng: np.random.Generator, rows: int, count: int, below: int) -> np.ndarray:
-    """[rows, count] different integers below `below` in each row, in random order."""
+    """Draw [rows, count] integers below `below`, different in each row, in random order."""
     return rng.random((rows, below)).argsort(1)[:, :count]
 
 
 def spaced(rng: np.random.Generator, rows: int, count: int, below: int) -> np.ndarray:
-    """[rows, count] places below `below`, ascending, of which no two are neighbours: room for two
-    tokens at each."""
+    """Draw [rows, count] ascending places below `below`, no two adjacent: each has two tokens."""
     free = np.sort(distinct(rng, rows, count, below - count), 1)
     return free + np.arange(count)
 
 
 def follower(inputs: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """[rows]: the token after the first place where `key` [rows] stands."""
+    """Return the token after the first occurrence of `key` [rows]: [rows]."""
     place = (inputs == key[:, None]).argmax(1)
     return inputs[np.arange(len(inputs)), place + 1]
 
@@ -41,8 +40,10 @@ def follower(inputs: np.ndarray, key: np.ndarray) -> np.ndarray:
 @register("recall")
 @dataclass(frozen=True)
 class Recall(Task):
-    """Associative recall: `pairs` keys with their values anywhere in noise; at the end all keys
-    again, in another order, each asking for its value."""
+    """Associative recall: `pairs` keys with their values anywhere in noise.
+
+    At the end all keys are repeated in another order, each asking for its value.
+    """
 
     pairs: int = 4
     keys: int = 16
@@ -82,7 +83,7 @@ class Recall(Task):
 @register("needle")
 @dataclass(frozen=True)
 class Needle(Task):
-    """Needle in a haystack: one marked value anywhere in noise; at the end the mark again."""
+    """Needle in a haystack: one marked value anywhere in noise; at the end the mark is repeated."""
 
     values: int = 16
     noise: int = 16
@@ -106,8 +107,10 @@ class Needle(Task):
 @register("induction")
 @dataclass(frozen=True)
 class Induction(Task):
-    """Induction: a trigger that occurs once; at the end the trigger again. What followed it is a
-    token like all others, so it cannot be told from noise but by its place."""
+    """Induction: a trigger that occurs once, and is repeated at the end.
+
+    The token after it is drawn like all others, so only its place distinguishes it from noise.
+    """
 
     tokens: int = 32
 
@@ -129,8 +132,10 @@ class Induction(Task):
 @register("sorting")
 @dataclass(frozen=True)
 class Sorting(Task):
-    """Sorting: n = length // 2 tokens, a separator, and the same tokens in ascending order, each to
-    be predicted from those before it. A token may occur several times."""
+    """Sorting: n = length // 2 tokens, a separator, and the same tokens in ascending order.
+
+    Each sorted token is predicted from all tokens before it. A token can occur several times.
+    """
 
     tokens: int = 32
 
@@ -158,9 +163,11 @@ class Sorting(Task):
 @register("mqar")
 @dataclass(frozen=True)
 class MultiQuery(Task):
-    """Multi-query associative recall as the field defines it (Zoology, arXiv 2312.04927): the pairs
-    stand first, then every key is asked once, after gaps that follow a power law (near ones are
-    likelier). Between the questions stands noise."""
+    """Multi-query associative recall (Zoology, arXiv 2312.04927).
+
+    The pairs come first, then every key is asked once, after gaps that follow a power law (small
+    gaps are more likely). Between the questions is noise.
+    """
 
     pairs: int = 8
     keys: int = 64
@@ -196,10 +203,10 @@ class MultiQuery(Task):
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:
         context = 2 * self.pairs
-        known = np.zeros((len(inputs), self.vocab_size), dtype=np.int64)
+        value_of = np.zeros((len(inputs), self.vocab_size), dtype=np.int64)
         row = np.arange(len(inputs))[:, None]
-        known[row, inputs[:, 0:context:2]] = inputs[:, 1:context:2]
-        return known[row, inputs]
+        value_of[row, inputs[:, 0:context:2]] = inputs[:, 1:context:2]
+        return value_of[row, inputs]
 
 
 def _at_end(inputs: np.ndarray, answer: np.ndarray, distance: np.ndarray) -> Batch:
