@@ -2,26 +2,28 @@
 
     h_t = z h_{t-1} + u_t,   y_t = sum_m gain_m Re h_t
 
-Forwards, three passes: `ends` runs every chunk from zero and keeps what it leaves behind; `carry`
-makes of those the state before each chunk, h_n = z^C h_{n-1} + left_n; `outputs` runs every chunk
-again from there and writes y. Memory is read twice and written once, and nothing is kept per token.
+The forward pass has three kernels. `ends` runs every chunk from a zero state and stores its final
+state. `carry` computes from these the state before each chunk, h_n = z^C h_{n-1} + left_n.
+`outputs` runs every chunk again from there and writes y. Memory is read twice and written once, and
+nothing is stored per token.
 
-Backwards, the same passes from the end, l_t = conj(z) (l_{t+1} + gain g_t), give what reaches each
-chunk from later ones. Inside a chunk the gradient of z needs no l but the sensitivity s = dh/dz,
-which runs forwards beside h (see `compiled.scan` for the derivation); then l runs backwards and
-writes du. The sums of all chunks are added in a fixed order: the same bits in every call.
+The backward pass runs the same kernels from the end, l_t = conj(z) (l_{t+1} + gain g_t), to get the
+gradient that reaches each chunk from later ones. Inside a chunk the gradient of z does not need l
+but the sensitivity s = dh/dz, which runs forwards together with h (see `compiled.scan` for the
+derivation); then l runs backwards and writes du. The sums of all chunks are added in a fixed order,
+so every call gives the same bits.
 
-Precision. States at chunk borders, z and its powers are float64, so no error grows with T. What a
-chunk leaves behind is float64 too, hence the final state; that is 4 float64 operations a token, on
-an H100 (half the float32 rate) less than the time to read the token. The second run, and all runs
-backwards, compute in the type of `_PLANS`. Worst of 4,096 channels in a block of 64, at |z| = 1:
+Precision. States between chunks, z and its powers are float64, so the error does not grow with T.
+`ends` computes in float64 too, and with it the final state: 4 float64 operations per token take
+less time on an H100 (half the float32 rate) than reading the token. `outputs` and the backward pass
+compute in the dtype of `PLANS`. Largest errors of 4,096 channels in a block of 64, at |z| = 1:
 
     C = 128, z in float32                     6e-6
-    C = 128, z as a sum of two float32        1.3e-6    for float32: the bar is 2e-6
+    C = 128, z as a sum of two float32        1.3e-6    for float32: the limit is 2e-6
     C = 256, z in float32                     2e-5      for 16-bit inputs, which round to 2e-3
 
 float64 inputs are computed in float64 throughout. Where float64 is slow (consumer GPUs: 1/64),
-the first pass costs about 1.3 times the reading of u, and nothing else is touched.
+`ends` takes about 1.3 times as long as reading u; the other kernels are not affected.
 """
 
 from __future__ import annotations
@@ -43,19 +45,21 @@ from spectral_window.ops.tracing import may_bypass
 LANES = 32
 ENOUGH = 768  # programs that fill a large GPU: 6 for each of 132 multiprocessors
 SHORTEST = 16  # tokens of a chunk
-CARRIED = 16  # chunks whose states are asked for together
-SUMMED = (128, 8)  # parts and channels a step of the last sum
+CARRIED = 16  # chunks whose states are loaded together
+SUMMED = (128, 8)  # parts and channels per step of the last sum
 
 
 class Plan(NamedTuple):
-    """How a dtype is computed.
+    """How inputs of a dtype are computed.
 
-    lanes:  channels a lane: 16 bytes of a row.
-    chunk:  the most tokens of a chunk.
-    rows:   rows of time asked for together, forwards and (rows_back) in the gradients' kernel.
-    stages: how many such groups are on their way.
-    dtype:  of the state inside `outputs` and backwards.
-    pair:   whether z is a sum of two numbers there.
+    Attributes:
+        lanes: channels per lane: 16 bytes of a row.
+        chunk: largest number of tokens per chunk.
+        rows: rows of time that are loaded together in the forward pass.
+        rows_back: the same in the kernel of the gradients.
+        stages: number of such groups in flight.
+        dtype: of the state in `outputs` and in the backward pass.
+        pair: whether z is a sum of two numbers there.
     """
 
     lanes: int
@@ -76,7 +80,7 @@ PLANS = {
 
 
 class Layout(NamedTuple):
-    """How inputs are cut: the kernels' constants, and programs per chunk and row."""
+    """How inputs are divided: the kernels' constants, and programs per chunk and row."""
 
     modes: int
     padded: int  # modes, a power of two
@@ -87,16 +91,18 @@ class Layout(NamedTuple):
 
 
 def _power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
+    """Return the smallest power of two that is at least n."""
     power = 1
-    while power < n:  # and not bits of n, which has none while torch.compile leaves it open
+    while power < n:  # n.bit_length() does not exist for a symbolic size under torch.compile
         power *= 2
     return power
 
 
 def layout(batch: int, time: int, channels: int, modes: int, dtype: torch.dtype) -> Layout:
-    """A function of shapes alone, so that every GPU computes the same bits: chunks as long as the
-    plan allows, but enough of them to fill a large GPU."""
+    """Divide inputs: chunks as long as the plan allows, but enough of them to fill a large GPU.
+
+    A function of shapes only, so that every GPU computes the same bits.
+    """
     plan = PLANS[dtype]
     padded = _power_of_two(modes)
     block = max(LANES, LANES * plan.lanes // padded)
@@ -109,12 +115,12 @@ def layout(batch: int, time: int, channels: int, modes: int, dtype: torch.dtype)
 
 
 def _in_memory(x: Tensor) -> Tensor:
-    """x as it stands in memory, which kernels read: contiguous, no sign put off."""
+    """Return x as kernels read memory: contiguous, without a lazy negation."""
     return x.resolve_neg().contiguous()
 
 
 def constants(plan: Plan, cut: Layout, channels: int, dtype: Any, rows: int) -> dict[str, Any]:
-    """What the streaming kernels are compiled for, beside what they are to do."""
+    """Return the compile-time constants that the streaming kernels share."""
     return {
         "MODES": cut.modes,
         "PADDED": cut.padded,
@@ -235,11 +241,19 @@ def scan(
     state: Tensor | None,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """u [B, T, D] not empty, modes [D, M], state [B, D, M, 2] float64 or None for zeros, positions
-    [B, T] or None.
+    """Run the recurrence.
 
-    Returns (y [B, T, D], final state [B, D, M, 2], the states before all chunks [B, chunks, 2, M,
-    D]).
+    Args:
+        u: [B, T, D], not empty.
+        decay: [D, M].
+        frequency: [D, M].
+        gain: [D, M], or None for 1.
+        state: [B, D, M, 2] float64, or None for zeros.
+        positions: [B, T], or None.
+
+    Returns:
+        y [B, T, D], the final state [B, D, M, 2], and the states before all chunks
+        [B, chunks, 2, M, D].
     """
     return run(u, decay, frequency, gain, state, positions)
 
@@ -265,8 +279,10 @@ def scan_backward(
     grad: Tensor,
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of u, decay, frequency, gain and the initial state, given those of y and the
-    final state."""
+    """Return the gradients of u, decay, frequency, gain and the initial state.
+
+    grad and grad_state are the gradients of y and of the final state.
+    """
     x, g = _in_memory(u), _in_memory(grad.to(u.dtype))
     du = torch.empty_like(x)
     end = None if grad_state is None else _in_memory(grad_state)

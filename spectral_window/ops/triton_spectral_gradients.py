@@ -1,10 +1,10 @@
-"""The Triton kernels of the convolution backwards (see `triton_spectral` for the maths).
+"""The Triton kernels of the convolution's backward pass (see `triton_spectral` for the maths).
 
     gradients  h and s = dh/dz forwards, then l backwards, inside each chunk: writes du and sums
-    finish     adds up the sums, and makes of dL/dz the gradients of decay and frequency
+    finish     adds the sums, and computes the gradients of decay and frequency from dL/dz
 
-The notation is that of `triton_spectral_kernels`, which also has what runs before: `ends` and
-`carry` with REVERSE give conj(z) l behind each chunk.
+The notation is that of `triton_spectral_kernels`, whose `ends` and `carry` run before these: with
+REVERSE they give conj(z) l after each chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spectral_window.ops.triton_spectral_kernels import (
 
 @triton.jit
 def _follow(h, s, q, gg, z, x, g, position, PAIR: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """One token of h and s, and what they give to q = sum g s and gg = sum g Re h."""
+    """One token of h and s, and of the sums q = sum g s and gg = sum g Re h."""
     x, g = x.to(z[0].dtype), g.to(z[0].dtype)
     before, slope = h, s
     if DOCUMENTS:
@@ -134,8 +134,8 @@ def finish(
     sums, z, d_decay, d_frequency, d_gain, parts, channels,
     MODES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Add up `sums` [parts, 3, modes, channels], always in the same order. dz/d(decay) = -z and
-    dz/d(frequency) = i z give the gradients, [channels, modes]."""
+    """Add `sums` [parts, 3, modes, channels], always in the same order. The gradients
+    [channels, modes] follow from dz/d(decay) = -z and dz/d(frequency) = i z."""
     size = MODES * channels
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)

@@ -1,14 +1,14 @@
 """The Triton kernels of the convolution forwards (see `triton_spectral` for the maths).
 
     dynamics   z = exp(-decay + i frequency), once per call
-    ends       what each chunk of time leaves behind, starting from zero
-    carry      the state at each chunk's start, a recurrence over chunks
+    ends       the final state of each chunk of time, from a zero state
+    carry      the state at the start of each chunk, by a recurrence over chunks
     outputs    the recurrence again, from the right start: writes y
 
-A program owns one row of the batch, one chunk of time and one block of channels. Its warp covers
-the channels, a few neighbouring ones per lane, so that a row of time is one wide load or store per
-lane. The loop over time keeps the state in registers and asks for ROWS rows before it uses the
-first of them; STAGES such groups are on their way at a time, copied to shared memory.
+A program computes one row of the batch, one chunk of time and one block of channels. Its warp
+covers the channels, a few adjacent ones per lane, so that a row of time is one wide load or store
+per lane. The loop over time keeps the state in registers and loads ROWS rows before it uses the
+first of them; STAGES such groups are in flight at a time, copied to shared memory.
 
 Modes are the first dimension of every tile ([modes, channels], padded to a power of two). States at
 chunk borders are planes [batch, chunks, (re, im), modes, channels] of float64. A kernel with
@@ -54,7 +54,7 @@ def select(condition, h, other):
 
 @triton.jit
 def load_z(z, place, mask, DTYPE: tl.constexpr, REVERSE: tl.constexpr):
-    """z (conj(z) for REVERSE) in DTYPE, and what rounding took from it."""
+    """z (conj(z) for REVERSE) in DTYPE, and its rounding error."""
     re = tl.load(z + 2 * place, mask, 0.0)
     im = tl.load(z + 2 * place + 1, mask, 0.0)
     if REVERSE:
@@ -89,8 +89,8 @@ def power(z, n, BITS: tl.constexpr):
 
 @triton.jit
 def tile(pid, chunks, channels, MODES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Where program `pid` works: row b, chunk n, channels [1, BLOCK] and their mask, modes [PADDED,
-    1] and the mask of the whole tile."""
+    """The tile of program `pid`: row b, chunk n, channels [1, BLOCK] and their mask, modes
+    [PADDED, 1] and the mask of the whole tile."""
     blocks = tl.cdiv(channels, BLOCK)
     d = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     m = tl.arange(0, PADDED)[:, None]
@@ -101,7 +101,7 @@ def tile(pid, chunks, channels, MODES: tl.constexpr, PADDED: tl.constexpr, BLOCK
 
 @triton.jit
 def load_rows(x, at, i, ROWS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr):
-    """Rows i, i + STEP, ... of time, asked for together: a tuple of ROWS tiles [1, BLOCK]."""
+    """Load rows i, i + STEP, ... of time together: a tuple of ROWS tiles [1, BLOCK]."""
     offset = (at[0] + i) * at[3] + at[1]
     rows = ()
     for k in tl.static_range(ROWS):
@@ -123,7 +123,7 @@ def store_row(y, at, i, value, MASKED: tl.constexpr):
 
 @triton.jit
 def load_position(positions, token, DOCUMENTS: tl.constexpr):
-    """The token's position in its document; without documents 1, which changes nothing."""
+    """The token's position in its document; without documents 1, which has no effect."""
     if DOCUMENTS:
         return tl.load(positions + token).to(tl.int32)
     else:  # noqa: RET505
@@ -140,7 +140,7 @@ def sum_modes(value, PADDED: tl.constexpr):
 
 @triton.jit
 def step_state(h, z, x, position, PAIR: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """h <- z h + x; a document's first token finds no state, padding changes none."""
+    """h <- z h + x; the first token of a document resets the state, padding keeps it."""
     new = h
     if DOCUMENTS:
         new = select(position == 0, (0.0, 0.0), new)
@@ -152,8 +152,7 @@ def step_state(h, z, x, position, PAIR: tl.constexpr, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def step_back(l, z, w, g, position, PAIR: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """l <- conj(z) (l + w g), z being conjugate already; nothing goes back past a document's first
-    token."""
+    """l <- conj(z) (l + w g), with z conjugate already; the first token of a document stops it."""
     new = advance((l[0] + w * g.to(z[0].dtype), l[1]), z, 0.0, PAIR)
     if DOCUMENTS:
         new = select(position == 0, (0.0, 0.0), new)
@@ -178,8 +177,8 @@ def _leave(
     ROWS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr,
     PAIR: tl.constexpr, DOCUMENTS: tl.constexpr
 ):  # fmt: skip
-    """Tokens begin ... stop of a chunk of `ends`, ROWS at a time. `count`: tokens, and beginnings
-    of documents."""
+    """Tokens begin ... stop of a chunk of `ends`, ROWS at a time; `count` is the number of tokens,
+    and of document starts."""
     STEP: tl.constexpr = -1 if REVERSE else 1
     for i in tl.range(begin, stop, ROWS, num_stages=STAGES):
         rows = load_rows(x, at, i * STEP, ROWS, STEP, MASKED)
@@ -205,10 +204,10 @@ def ends(
     REVERSE: tl.constexpr, GAIN: tl.constexpr, PAIR: tl.constexpr, DOCUMENTS: tl.constexpr,
     DTYPE: tl.constexpr
 ):  # fmt: skip
-    """What each chunk of x [batch, time, channels] leaves behind, from zero, into `states`.
+    """Write the final state of each chunk of x [batch, time, channels], from zero, to `states`.
 
-    REVERSE: x is the gradient of y. With DOCUMENTS, `steps` (planes too) gets the power of z with
-    which the state before the chunk reaches its end: 0 where a document begins inside.
+    REVERSE: x is the gradient of y. With DOCUMENTS, `steps` (planes too) gets the power of z by
+    which the state before the chunk is multiplied at its end: 0 if a document starts inside.
     """
     b, n, d, inside, m, mask = tile(tl.program_id(0), chunks, channels, MODES, PADDED, BLOCK)
     place = d * MODES + m
@@ -244,8 +243,8 @@ def carry(
     MODES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
     ROWS: tl.constexpr, REVERSE: tl.constexpr, DOCUMENTS: tl.constexpr, GIVEN: tl.constexpr
 ):  # fmt: skip
-    """Replace what each chunk leaves behind by the state before it (REVERSE: behind it), beginning
-    with `first` (GIVEN; zero otherwise). `last` gets the state after all chunks.
+    """Replace the final state of each chunk by the state before it (REVERSE: after it), starting
+    from `first` (GIVEN; zero otherwise). `last` gets the state after all chunks.
 
     first, last: [batch, channels, modes, (re, im)] float64.
     """

@@ -1,8 +1,8 @@
-"""Window attention on a GPU: what documents and states mean to the kernels.
+"""Window attention on a GPU: convert documents and states to streams of keys.
 
 `triton_window_stream` attends to a stream of keys in which every query sees one interval. Here
-positions and the ring of the state become such a stream, by tensor operations of fixed shapes: the
-host never waits for the device.
+positions and the ring buffer of the state are converted to such a stream, by tensor operations of
+fixed shapes, so the CPU never waits for the device.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from spectral_window.ops.triton_window_stream import (
 
 
 class _Stream(NamedTuple):
-    """Tokens in the stream's order, padding last.
+    """Tokens in the order of the stream, padding last.
 
-    order: [B, T] int64 column of each; low: [B, T] the first place that each sees.
-    tokens: [B] how many are not padding; last: [B] position of the last of them, -1 for none.
+    Attributes:
+        order: [B, T] int64, the column of each token.
+        low: [B, T], the first place that each token sees.
+        tokens: [B], the number of tokens that are not padding.
+        last: [B], the position of the last of them, -1 for none.
     """
 
     order: Tensor
@@ -48,15 +51,24 @@ def attention(
     begin: Tensor | None,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k [B, T, H, K], v [B, T, H, V], not turned yet, T >= 1.
+    """`window_attention` for checked inputs.
 
-    ring: keys and values of the state [B, 2W, H, *]; begin [B] int64: the position of its next
-    token. positions: [B, T] int64, or None: rows go on where the state stopped, or are one document
-    from position 0.
+    Positions are not checked: reading them would make the CPU wait.
 
-    Returns (out [B, T, H, V], key, value [B, 2W, H, *], position [B]): the last three are the state
-    after each row's last token. Positions are taken as they are: to look at them would make the
-    host wait.
+    Args:
+        q: [B, T, H, K], not rotated yet, T >= 1.
+        k: [B, T, H, K], not rotated yet.
+        v: [B, T, H, V].
+        window: W.
+        theta: base of the rotary embedding, or None.
+        ring: keys and values of the state [B, 2W, H, *], or None.
+        begin: [B] int64, the position of the next token of the state, or None.
+        positions: [B, T] int64; None if rows continue the state, or are one document from
+            position 0.
+
+    Returns:
+        out [B, T, H, V], and the state after the last token of each row: key, value
+        [B, 2W, H, *], position [B].
     """
     batch, time = q.shape[:2]
     if positions is None and begin is None:
@@ -72,10 +84,10 @@ def attention(
     if ring is not None:
         before = begin[:, None] + torch.arange(-2 * window, 0, dtype=torch.int64, device=device)
         slot = before.remainder(2 * window)[..., None, None]
-        remembered = ring[0].take_along_dim(slot, 1)
-        if theta is not None:  # the kernel turns all keys alike
-            remembered = rotate(remembered, -before, theta)
-        keys = torch.cat((remembered, k), 1)
+        earlier = ring[0].take_along_dim(slot, 1)
+        if theta is not None:  # the kernel rotates all keys
+            earlier = rotate(earlier, -before, theta)
+        keys = torch.cat((earlier, k), 1)
         values = torch.cat((ring[1].take_along_dim(slot, 1), v), 1)
     prefix = keys.shape[1] - time
     stream = _find_stream(positions, window, prefix)
@@ -102,8 +114,10 @@ def _find_stream(positions: Tensor, window: int, prefix: int) -> _Stream:
 def last_two_chunks(
     k: Tensor, v: Tensor, window: int, theta: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of the state [B, 2W, H, *] after rows that are one document from position 0,
-    without padding."""
+    """Return keys and values of the state [B, 2W, H, *] after rows without padding.
+
+    Each row is one document from position 0.
+    """
     k, v = rows_of(k), rows_of(v)
     batch, time, heads, size = k.shape
     slots, oldest = 2 * window, _oldest(time, window)
@@ -147,15 +161,15 @@ def _keep_shapes(ctx, inputs, output):
 
 
 def _forget(ctx, d_key, d_value):
-    """Gradients of the tokens that the ring holds; zeros for all others."""
+    """Return the gradients of the tokens in the ring buffer; zeros for all others."""
     time, slots = ctx.times, 2 * ctx.window
     oldest = _oldest(time, ctx.window)
 
-    def tokens(d: Tensor | None, turned: bool) -> Tensor | None:
+    def tokens(d: Tensor | None, rotated: bool) -> Tensor | None:
         if d is None:
             return None
         d = d.roll(-(oldest % slots), 1)[:, : time - oldest]
-        if turned:
+        if rotated:
             d = rotate(
                 d, -torch.arange(oldest, time, dtype=torch.int64, device=ctx.device), ctx.theta
             )
@@ -168,7 +182,7 @@ last_two_chunks.register_autograd(_forget, setup_context=_keep_shapes)
 
 
 def _oldest(time: int, window: int) -> int:
-    """The first position that the token at position `time` would see."""
+    """Return the first position that the token at position `time` would see."""
     return max(time // window - 1, 0) * window
 
 
@@ -181,7 +195,7 @@ def _next_state(
     begin: Tensor,
     stream: _Stream,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The state after each row's last token; rows without a token keep theirs."""
+    """Return the state after the last token of each row; rows without tokens keep theirs."""
     slots = 2 * window
     alive = stream.tokens > 0
     position = torch.where(alive, stream.last + 1, begin)

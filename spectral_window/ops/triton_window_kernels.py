@@ -1,14 +1,14 @@
 """The GPU kernels of window attention (Triton): tiles of queries against tiles of keys.
 
-A row is a *stream* of S = P + T keys: P remembered ones, then the T tokens, documents one after
-another, padding last. What the query at place i sees is then one interval of the stream, `low[i]`
-to i, so documents, padding and states are a table `low` and nothing else. The table `order` says
-where in memory the tokens lie, so nothing is moved. Without documents (DOCS false) both are known:
+A row is a *stream* of S = P + T keys: P keys of the state, then the T tokens, documents one after
+another, padding last. The query at place i then sees one interval of the stream, `low[i]` to i, so
+documents, padding and states are described by the table `low`. The table `order` has the places of
+the tokens in memory, so nothing is moved. Without documents (DOCS false) no tables are needed:
 low[i] = max(i // W - 1, 0) W, and the order is that in memory.
 
-RoPE depends on distances alone, so a place in the stream serves as position. Its angle is the sum
-of two: of the tile's first place and of the place within the tile. Both come from a small table
-that `find_turns` builds in float64, so angles are as exact at place 10^6 as at 0.
+RoPE depends on distances only, so a place in the stream serves as position. Its angle is the sum of
+two: of the tile's first place and of the place within the tile. Both come from a small table that
+`find_turns` computes in float64, so angles are as exact at place 10^6 as at 0.
 
     attend           S = Q K^T, weights by a running softmax, O = P V; saves lse = log2 of the sum
     attend_queries   dQ, and delta = sum of O dO, which the next kernel needs
@@ -30,7 +30,7 @@ triton_interpreter.repair()
 
 # mypy: ignore-errors
 
-# do_not_specialize: no kernel is compiled anew for lengths that 16 divides, or that are 1.
+# do_not_specialize: no kernel is compiled again for lengths that are divisible by 16, or are 1.
 
 
 @triton.jit(do_not_specialize=["rows", "near", "step", "start"])
@@ -52,7 +52,7 @@ def find_turns(
 
 @triton.jit
 def find_part(stream, prefix, heads, tiles, SIZE: tl.constexpr):
-    """(row, head, first place) of this program: neighbours in memory, the heads, run together."""
+    """(row, head, first place) of this program; heads, adjacent in memory, run together."""
     part = tl.program_id(0)
     head = part % heads
     rest = part // heads
@@ -96,7 +96,7 @@ def turn(
     x, cos, sin, turns, rows, near, step, first, back: tl.constexpr, R: tl.constexpr,
     KP: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """x [R, KP] turned to the places first ... first + R - 1; turned back with `back`."""
+    """x [R, KP] rotated to the places first ... first + R - 1; rotated back with `back`."""
     if ROPE:
         pair = tl.arange(0, KP // 2)
         far = turns + (near + first // step) * (KP // 2) + pair
@@ -140,7 +140,7 @@ def find_keys(order, place, prefix, stream, DOCS: tl.constexpr):
 
 @triton.jit
 def clean(x, GUARD: tl.constexpr):
-    """(x [R, C] without what is not finite, [R]: NaN for the rows that had any, else 0)."""
+    """(finite values of x [R, C], zeros elsewhere; [R]: NaN for rows with other values, else 0)."""
     poison = tl.zeros([x.shape[0]], tl.float32)
     if GUARD:
         doubt = x.to(tl.float32) - x.to(tl.float32)
@@ -317,7 +317,7 @@ def remember(
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     R: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """key [B, 2W, H, K], turned, and value [B, 2W, H, V]: the places oldest ... time - 1, each in
+    """key [B, 2W, H, K], rotated, and value [B, 2W, H, V]: the places oldest ... time - 1, each in
     slot place mod 2W, zeros elsewhere. turns: angles of those places."""
     b, h, first = find_part(slots, 0, heads, tiles, R)
     slot = first + tl.arange(0, R)

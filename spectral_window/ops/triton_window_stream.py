@@ -1,5 +1,6 @@
-"""Attention to a stream of keys on a GPU, where every query sees one interval: the operators that
-launch the kernels of `triton_window_kernels`, forward and backward.
+"""Attention to a stream of keys on a GPU, where every query sees one interval.
+
+These operators launch the kernels of `triton_window_kernels`, forward and backward.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from torch import Tensor
 from spectral_window.ops import triton_window_kernels as kernels
 from spectral_window.ops.rotary import rotate
 
-FLOAT32_PRODUCTS = "ieee"  # of tl.dot; "tf32" would miss the bar of 2e-6 by far
+FLOAT32_PRODUCTS = "ieee"  # of tl.dot; "tf32" would exceed the limit of 2e-6 by far
 
 
 class Tiles(NamedTuple):
-    """How a kernel cuts its work: a program's own rows, the rows that it meets at once, warps and
-    loads in flight."""
+    """How a kernel divides its work.
+
+    Attributes:
+        own: rows of a program.
+        met: rows that it processes against them at a time.
+        warps: warps per program.
+        stages: loads in flight.
+    """
 
     own: int
     met: int
@@ -31,11 +38,19 @@ class Tiles(NamedTuple):
 def tiles(
     kernel: str, window: int, key_dim: int, value_dim: int, dtype: torch.dtype, groups: bool
 ) -> Tiles:
-    """For "attend", "attend_queries" or "attend_keys"; the head sizes padded to powers of two.
+    """Return the tiles of a kernel.
 
-    groups: does the card multiply by whole warp groups (64 rows at once), from NVIDIA's Hopper on?
-    Others hold the operands in registers, where less fits. Small windows want small tiles: what
-    a tile holds beyond the window is computed in vain. The tests hold all of it to no spilling.
+    For small windows tiles are small: the part of a tile beyond the window is computed in vain.
+    Tests check that no choice spills registers.
+
+    Args:
+        kernel: "attend", "attend_queries" or "attend_keys".
+        window: W.
+        key_dim: K, padded to a power of two.
+        value_dim: V, padded to a power of two.
+        dtype: of the inputs.
+        groups: whether the GPU multiplies by whole warp groups (64 rows at once, from NVIDIA's
+            Hopper on). Others hold the operands in registers, where less fits.
     """
     wide = max(key_dim, value_dim)
     if dtype == torch.float32:
@@ -66,14 +81,21 @@ def stream_attention(
     low: Tensor | None,
     order: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of T queries to a stream of S = P + T keys, of which they are the last T.
+    """Attend from T queries to a stream of S = P + T keys, of which they are the last T.
 
-    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V], not turned; T >= 1; float32, bfloat16, float16.
-    low, order: [B, T] int32: query number i of a row is the token in column order[i], and sees the
-        places low[i] ... P + i; more than 2W - 1 places back are never seen. Places P ... S - 1 of
-        the stream are the tokens in this order, too. Both None: P = 0, one document from place 0.
+    Args:
+        q: [B, T, H, K], not rotated, T >= 1; float32, bfloat16 or float16.
+        k: [B, S, H, K], not rotated.
+        v: [B, S, H, V].
+        window: W; a query sees at most 2W - 1 places back.
+        theta: base of the rotary embedding, or None.
+        low: [B, T] int32; query number i of a row sees the places low[i] ... P + i.
+        order: [B, T] int32; query number i, and place P + i, is the token in column order[i].
+            low and order are None if P = 0 and each row is one document from place 0.
 
-    Returns (out [B, T, H, V], 0 where nothing is seen; [B, H, T], log2 of the softmax's sums).
+    Returns:
+        out [B, T, H, V], 0 for queries that see nothing, and log2 of the sums of the softmax
+        [B, H, T].
     """
     q, k, v = map(rows_of, (q, k, v))
     out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -97,7 +119,7 @@ def stream_attention_backward(
     lse: Tensor,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, given that of `out`."""
+    """Return the gradients of q, k and v; `grad` is that of `out`."""
     q, k, v, grad = map(rows_of, (q, k, v, grad))
     out = out.contiguous()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -113,15 +135,17 @@ def stream_attention_backward(
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device."""
+    """Return a context that makes x's device the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def find_turns(
     x: Tensor, theta: float, key_dim: int, rows: int, near: int, step: int, start: int = 0
 ) -> Tensor:
-    """cos and sin, [2, rows, half the padded head size] float32, of the angles that the kernel of
-    this name tells, on x's device."""
+    """Return cos and sin of the angles that the kernel of this name describes, on x's device.
+
+    [2, rows, half of the padded head size] float32.
+    """
     half = padded(key_dim) // 2
     turns = x.new_empty(2, rows, half, dtype=torch.float32)
     sizes = {"LOG_THETA": math.log(theta), "K": key_dim, "KH": half, "R": 8}
@@ -131,12 +155,12 @@ def find_turns(
 
 
 def padded(size: int) -> int:
-    """The head size of a tile: a power of two that tl.dot takes."""
+    """Return the head size of a tile: a power of two that tl.dot supports."""
     return max(16, triton.next_power_of_2(size))
 
 
 class _Call:
-    """What the kernels of one call share."""
+    """The arguments that the kernels of one call share."""
 
     def __init__(self, q, k, v, window, theta, low, order, lse):
         self.q, self.k, self.v, self.window, self.theta = q, k, v, window, theta
@@ -186,7 +210,7 @@ class _Call:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x itself where the elements of a row lie side by side."""
+    """Return x, or a copy in which the elements of a row are adjacent in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -216,8 +240,8 @@ def _differentiate(ctx, grad, _):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         leaves = [x for x in (q, k, v) if x.requires_grad]
         with torch.enable_grad():
-            found = torch.autograd.grad(stream_products(*call), leaves, grad, create_graph=True)
-        by_id = {id(x): d for x, d in zip(leaves, found, strict=True)}
+            grads = torch.autograd.grad(stream_products(*call), leaves, grad, create_graph=True)
+        by_id = {id(x): d for x, d in zip(leaves, grads, strict=True)}
         return *(by_id.get(id(x)) for x in (q, k, v)), None, None, None, None
     return *stream_attention_backward(*call, out, lse, grad), None, None, None, None
 
@@ -235,8 +259,11 @@ def stream_products(
     order: Tensor | None,
     block: int = 128,
 ) -> Tensor:
-    """`stream_attention` in plain torch, differentiable any number of times: for second
-    derivatives. In at least float32; a block of queries against the keys in reach at a time."""
+    """`stream_attention` in plain torch, for second derivatives.
+
+    Differentiable any number of times, in at least float32. It computes a block of queries against
+    the keys they can see at a time.
+    """
     time, prefix = q.shape[1], k.shape[1] - q.shape[1]
     exact = torch.promote_types(q.dtype, torch.float32)
     place = torch.arange(k.shape[1], dtype=torch.int64, device=q.device)
