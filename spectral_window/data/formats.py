@@ -103,13 +103,13 @@ def utf8_blocks(path: str, options: ReadOptions, report: ReadReport) -> Iterator
     with errors="replace" it becomes U+FFFD.
     """
     strict = options.errors == "strict"
-    data, offset, begun = b"", 0, False  # `offset` is the place of data[0] in the file
+    data, offset, started = b"", 0, False  # `offset` is the place of data[0] in the file
     for block, final in _with_end(byte_blocks(path)):
         data += block
-        if not begun:
+        if not started:
             if len(data) < 3 and not final:
                 continue
-            begun = True
+            started = True
             if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise UserError(f"UTF-16 text ({path}, byte 0): convert it to UTF-8 (iconv does)")
             if data.startswith(codecs.BOM_UTF8):

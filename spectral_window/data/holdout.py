@@ -4,7 +4,7 @@ Each document belongs to one split as a whole, chosen by a hash of its first pie
 characters) and a seed. So adding documents moves no other document, and equal documents are never
 in both splits. Two cases need another rule:
 
-- if none (or all) of a few documents would be held out, the one whose size is nearest to the wanted
+- if none (or all) of a few documents would be held out, the one whose size is nearest to the target
   fraction is held out;
 - if there is only one document (or copies of one), its end is held out, from the start of a
   paragraph.
@@ -132,8 +132,8 @@ def choose_split(survey: Survey, fraction: float, seed: int) -> Split:
     if 0 < survey.below < survey.documents or not survey.complete:
         return Split(seed, int(fraction * KEYS))
     if len({key for key, _ in survey.few}) > 1:
-        wanted = fraction * survey.bytes
-        key, _ = min(survey.few, key=lambda document: (abs(document[1] - wanted), document))
+        target = fraction * survey.bytes
+        key, _ = min(survey.few, key=lambda document: (abs(document[1] - target), document))
         return Split(seed, chosen=key)
     size = survey.few[0][1]
     return Split(seed, cut_after=max(1, min(round((1 - fraction) * size), size - 1)))

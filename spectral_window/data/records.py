@@ -155,15 +155,15 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 def _first_byte(path: str) -> bytes:
     """Return the first byte of a file that is not white space or of a byte order mark."""
-    blocks, begun = byte_blocks(path), b""
+    blocks, start = byte_blocks(path), b""
     try:
         for block in blocks:
-            begun = (begun[-3:] + block).removeprefix(codecs.BOM_UTF8).lstrip()
-            if begun:
+            start = (start[-3:] + block).removeprefix(codecs.BOM_UTF8).lstrip()
+            if start:
                 break
     finally:
         blocks.close()
-    return begun[:1]
+    return start[:1]
 
 
 def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:

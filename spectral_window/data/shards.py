@@ -292,9 +292,9 @@ def reusable(folder: Path, request: dict[str, Any], overwrite: bool) -> bool:
         return True
     if overwrite:
         return False
-    made = index.get("request")
-    made = made if isinstance(made, dict) else {}
-    changed = ", ".join(key for key in request if made.get(key) != request[key])
+    previous = index.get("request")
+    previous = previous if isinstance(previous, dict) else {}
+    changed = ", ".join(key for key in request if previous.get(key) != request[key])
     place = f"{folder}; differs: {changed}"
     raise UserError(f"prepared from another request ({place}): choose a new folder, or overwrite")
 

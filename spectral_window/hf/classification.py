@@ -61,12 +61,12 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
             UserError: a bad argument (a ValueError); raised before any work.
         """
         check_keywords(kwargs, SWHForSequenceClassification.forward)
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is not None and given.dim() > 1:
-            if not given.shape[1]:
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is not None and inputs.dim() > 1:
+            if not inputs.shape[1]:
                 raise UserError("a text without tokens has no class (model): give at least one")
             if labels is not None:
-                self._check_labels(labels, given.shape[0])
+                self._check_labels(labels, inputs.shape[0])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -348,8 +348,8 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         scored = labels if shift_labels is None else shift_labels
         if scored is not None:
             scored = as_indices(scored)
-            given = inputs_embeds if input_ids is None else input_ids
-            shape = None if given is None else tuple(given.shape[:2])
+            inputs = inputs_embeds if input_ids is None else input_ids
+            shape = None if inputs is None else tuple(inputs.shape[:2])
             name = "labels" if shift_labels is None else "shift_labels"
             check_ids(scored, self.config.vocab_size, name, shape)
             if isinstance(logits_to_keep, Tensor) or logits_to_keep:

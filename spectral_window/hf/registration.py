@@ -3,8 +3,8 @@
 Importing `spectral_window` makes `AutoConfig` and `AutoModelForCausalLM` load our models. To call
 their `register` at once, the package would have to import transformers and torch: @MEASURED@
 That is too long for `spectral-window --help` and for a script that uses a single operator. So an
-import hook waits for four modules and completes each of them right after it has been imported, by
-whoever imports it:
+import hook waits for four modules and completes each of them right after its import, wherever that
+happens:
 
     transformers' registry of configs     learns SWHConfig
     spectral_window.hf.config             registers the model classes when the first config is

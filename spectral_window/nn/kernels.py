@@ -317,7 +317,7 @@ class ImplicitMLP(Filter):
     no effect.
 
     Computed in float64, so that neither autocast nor the precision setting of float32 products
-    changes the kernel. It is computed anew at every call: for a single token that is most of the
+    changes the kernel. It is computed again at every call: for a single token that is most of the
     work.
     """
 

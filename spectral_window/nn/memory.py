@@ -174,12 +174,12 @@ class MemoryMixer(SpectralWindowMixer):
         own = self.memory
         if state is not None:
             past = state.memory, state.queries
-            given = q, v, attended, gates
+            inputs = q, v, attended, gates
             parameters = Parameters(
                 own.lag, own.write_bias, own.read_bias, own.scale, SHORTEST, self.closes
             )
-            if memory_step.serves(self.methods, given, past, parameters):
-                y, *after = memory_step.step(given, past, parameters, documents)
+            if memory_step.serves(self.methods, inputs, past, parameters):
+                y, *after = memory_step.step(inputs, past, parameters, documents)
                 return y, (*states, *after)
         write, read = gates.to(state_dtype(q.dtype)).chunk(2, -1)
         lagged, queries = own.convolve(

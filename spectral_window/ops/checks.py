@@ -50,16 +50,16 @@ def check_out(
         raise UserError(f"out is not contiguous ({op}): pass contiguous memory")
     at = positions.positions if isinstance(positions, Documents) else positions
     others = {"u": u, "positions": at, **others}
-    given = {name: x for name, x in others.items() if x is not None}
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *given.values())):
+    present = {name: x for name, x in others.items() if x is not None}
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *present.values())):
         raise UserError(
             f"out with a gradient to record ({op}): leave it away, or use torch.no_grad()"
         )
-    if not readable(out, *given.values()) or not out.numel():
+    if not readable(out, *present.values()) or not out.numel():
         return
     if out.is_neg():
         raise UserError(f"out has its negative bit set ({op}): pass other memory")
-    for name, x in given.items():
+    for name, x in present.items():
         distance = out.data_ptr() - x.data_ptr()
         span = sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) + 1
         if x.numel() and -out.nbytes < distance < span * x.element_size():

@@ -181,17 +181,17 @@ def _recorded(inputs: Sequence[Tensor], state: Tensor, positions: Tensor) -> tup
         query, key, value, write = (x[:, :, c] for x in (q, k, v, beta))
         since = -decay[0][:, :, c].cumsum(2) if decay else torch.zeros_like(write)
         between = torch.where(same, (since - since.transpose(2, 3)).exp(), 0.0)
-        seen = torch.where(enters, since.exp(), 0.0)
+        entry_decay = torch.where(enters, since.exp(), 0.0)  # of the state before the chunk
         overlap = write * (key @ key.transpose(2, 3)) * between
-        asked = value - torch.where(enters, seen * (key @ memory), 0.0)
+        targets = value - torch.where(enters, entry_decay * (key @ memory), 0.0)
         own_writes = torch.linalg.solve_triangular(
-            overlap.tril(-1), write * asked, upper=False, unitriangular=True
+            overlap.tril(-1), write * targets, upper=False, unitriangular=True
         )
-        read = torch.where(enters, seen * (query @ memory), 0.0)
+        read = torch.where(enters, entry_decay * (query @ memory), 0.0)
         outs.append(read + ((query @ key.transpose(2, 3)) * between) @ own_writes)
         last = between[:, :, -1, :, None]  # decay from each write to the end of the chunk
-        kept = torch.where(enters[:, :, -1:], seen[:, :, -1:] * memory, 0.0)
-        memory = kept + (key * last).transpose(2, 3) @ own_writes
+        carried = torch.where(enters[:, :, -1:], entry_decay[:, :, -1:] * memory, 0.0)
+        memory = carried + (key * last).transpose(2, 3) @ own_writes
     out = torch.cat(outs, 2)[:, :, :time].transpose(1, 2)
     final = torch.where(spoilt[:, -1, None, None, None], torch.nan, memory)
     final = torch.where((rows.tokens > 0)[:, None, None, None], final, state)
@@ -218,17 +218,17 @@ def _over_chunks(
     heads = state.shape[0] // counts[0]
     written_keys = k * beta
     overlap = torch.bmm(written_keys, k.transpose(1, 2))
-    seen = torch.bmm(q, k.transpose(1, 2)).tril()
-    kept: Sequence[Tensor] = ()
+    scores = torch.bmm(q, k.transpose(1, 2)).tril()
+    chunk_decays: Sequence[Tensor] = ()
     rows = [count * heads for count in counts]
     if len(inputs) > 4:
         since = -inputs[4].cumsum(1)  # G_t
         later = torch.ones_like(overlap, dtype=torch.bool, device="cpu").triu(1)
         between = (since - since.transpose(1, 2)).masked_fill(later, -torch.inf).exp()
-        overlap, seen = overlap * between, seen * between
+        overlap, scores = overlap * between, scores * between
         written_keys, q = written_keys * since.exp(), q * since.exp()
         k = k * (since[:, -1:] - since).exp()
-        kept = since[:, -1:].exp().split(rows)
+        chunk_decays = since[:, -1:].exp().split(rows)
     solved = torch.linalg.solve_triangular(
         overlap.tril(-1), torch.cat((v * beta, written_keys), -1), upper=False, unitriangular=True
     )
@@ -240,11 +240,11 @@ def _over_chunks(
         outs.append(torch.bmm(query, state))
         written = torch.baddbmm(value, erase, state, alpha=-1)
         writes.append(written)
-        if kept:
-            state = state * kept[n]
+        if chunk_decays:
+            state = state * chunk_decays[n]
         state = torch.baddbmm(state, key.transpose(1, 2), written)
         more = rows[n + 1] if n + 1 < len(rows) else 0
         if more < rows[n]:
             state, end = state.split((more, rows[n] - more))
             ended.append(end)
-    return torch.baddbmm(torch.cat(outs), seen, torch.cat(writes)), torch.cat(ended)
+    return torch.baddbmm(torch.cat(outs), scores, torch.cat(writes)), torch.cat(ended)

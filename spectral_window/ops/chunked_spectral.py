@@ -136,15 +136,15 @@ def differentiate_again(
         The gradients of u, decay, frequency, gain and state.
     """
     inputs = (u, *modes, state)
-    asked = [x for x in inputs if x is not None and x.requires_grad]
+    leaves = [x for x in inputs if x is not None and x.requires_grad]
     documents = None if positions is None else Documents(positions, checked=True)
     with torch.enable_grad():
         y, final = chunked(u, modes, state, documents)
         grads = (grad, torch.zeros_like(final) if grad_state is None else grad_state)
         results = torch.autograd.grad(
-            (y, final), asked, grads, create_graph=True, allow_unused=True
+            (y, final), leaves, grads, create_graph=True, allow_unused=True
         )
-    by_id = {id(x): d for x, d in zip(asked, results, strict=True)}
+    by_id = {id(x): d for x, d in zip(leaves, results, strict=True)}
     return tuple(None if x is None else by_id.get(id(x)) for x in inputs)
 
 
@@ -204,19 +204,21 @@ def _convolve_chunks(
     )
 
     # the effect of the state before a chunk: y_t += Re(sum gain z^(t+1) h)
-    seen = torch.stack((weighted[:, :, 1:, 0], -weighted[:, :, 1:, 1]), 2).reshape(
+    from_state = torch.stack((weighted[:, :, 1:, 0], -weighted[:, :, 1:, 1]), 2).reshape(
         channels, -1, CHUNK
     )
-    y = torch.baddbmm(y, before.reshape(channels, -1, modes_each * 2), seen)
+    y = torch.baddbmm(y, before.reshape(channels, -1, modes_each * 2), from_state)
 
     # the state after the last token of each row, which may be inside a chunk:
     # z^r h + sum_{s < r} z^(r-1-s) x_s
     lag = filled[:, None] - 1 - torch.arange(CHUNK, dtype=torch.int64, device=x.device)
     weights = table[:, :, lag.clamp(min=0)] * (lag >= 0)[..., None]  # [D, M, B, C, 2]
     own = torch.einsum("dbc,dmbcr->bdmr", x.index_select(1, last_chunk), weights)
-    kept = times(table.index_select(2, filled), before.index_select(1, last_chunk).transpose(1, 2))
+    carried = times(
+        table.index_select(2, filled), before.index_select(1, last_chunk).transpose(1, 2)
+    )
     own = own + spoilt.index_select(1, last_chunk).sum(2).T[..., None, None]
-    return y, own + kept.permute(2, 0, 1, 3)
+    return y, own + carried.permute(2, 0, 1, 3)
 
 
 def _scan(left: Tensor, step: Tensor, first: Tensor) -> Tensor:

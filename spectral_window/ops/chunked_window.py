@@ -15,7 +15,7 @@ from spectral_window.ops import recorded, reference
 from spectral_window.ops.documents import Documents, Tokens, chunk_grid, split_finite
 from spectral_window.ops.rotary import rotate
 from spectral_window.ops.tracing import is_exported, is_recorded
-from spectral_window.ops.window_state import WindowState, empty_state, held_positions
+from spectral_window.ops.window_state import WindowState, empty_state, slot_positions
 
 
 def chunked(
@@ -153,10 +153,12 @@ class _Grid(NamedTuple):
 def _cut(tokens: Tokens, window: int) -> _Grid:
     heads = tokens.head[tokens.goes_on]
     # a row continues where its state stopped, so its position tells what is in the ring buffer
-    held = held_positions(tokens.position[heads], window)  # [continued, 2W], -1: an unused slot
-    which, slot = (held >= 0).nonzero(as_tuple=True)
+    slot_position = slot_positions(
+        tokens.position[heads], window
+    )  # [continued, 2W], -1: an unused slot
+    which, slot = (slot_position >= 0).nonzero(as_tuple=True)
     document = torch.cat((tokens.document[heads][which], tokens.document))
-    position = torch.cat((held[which, slot], tokens.position))
+    position = torch.cat((slot_position[which, slot], tokens.position))
     place, first = chunk_grid(document, position, window)
     return _Grid(tokens.row[heads][which], slot, tokens.token, place, first)
 
@@ -203,9 +205,9 @@ def last_two_chunks(k: Tensor, v: Tensor, window: int) -> WindowState:
     """Return the state of rows that are one document from position 0, without padding."""
     batch, time = k.shape[:2]
     position = torch.full((batch,), time, dtype=torch.int64, device=k.device)
-    held = held_positions(position[:1], window)[0]
-    live = (held >= 0)[:, None, None]
-    at = held.clamp(min=0)
+    slot_position = slot_positions(position[:1], window)[0]
+    live = (slot_position >= 0)[:, None, None]
+    at = slot_position.clamp(min=0)
     key = torch.where(live, k.index_select(1, at), 0.0)
     return WindowState(key, torch.where(live, v.index_select(1, at), 0.0), position)
 
@@ -232,13 +234,13 @@ def _ring(tokens: Tokens, window: int) -> _Ring:
     alive = tokens.last >= 0
     last = tokens.last.clamp(min=0)
     position = torch.where(alive, tokens.position[last] + 1, 0)
-    held = held_positions(position, window)  # [B, 2W]
+    slot_position = slot_positions(position, window)  # [B, 2W]
     # the start of this call's part of the last document
     begin = tokens.position[tokens.head[tokens.document[last]]]
-    recent = alive[:, None] & (held >= begin[:, None])
-    index = (last[:, None] - (position[:, None] - 1 - held)).clamp(min=0)
+    recent = alive[:, None] & (slot_position >= begin[:, None])
+    index = (last[:, None] - (position[:, None] - 1 - slot_position)).clamp(min=0)
     token = tokens.token[torch.where(recent, index, 0)]
-    return _Ring(position, alive, token, recent, held >= 0)
+    return _Ring(position, alive, token, recent, slot_position >= 0)
 
 
 def next_state(
@@ -252,8 +254,8 @@ def next_state(
 
     def ring(new: Tensor, old: Tensor) -> Tensor:
         live, fresh = plan.live[..., None, None], plan.recent[..., None, None]
-        kept = torch.where(alive, torch.where(live, old, 0.0), old)
-        return torch.where(fresh, new.flatten(0, 1)[plan.token], kept)
+        remaining = torch.where(alive, torch.where(live, old, 0.0), old)
+        return torch.where(fresh, new.flatten(0, 1)[plan.token], remaining)
 
     position = torch.where(plan.alive, plan.position, state.position)
     return WindowState(ring(k, state.key), ring(v, state.value), position)

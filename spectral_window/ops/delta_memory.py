@@ -92,14 +92,16 @@ def delta_memory(
     _check(q, k, v, beta, decay, state)
     chosen = resolve("delta", method, q, k, v, beta, decay, state)
     documents = documents_after(state, positions, cu_seqlens, q)
-    kept = state_dtype(q.dtype)
+    final_dtype = state_dtype(q.dtype)
     if not q.numel() or not v.numel():
         shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-        return v.clone(), q.new_zeros(shape, dtype=kept) if state is None else state.to(kept)
+        return v.clone(), q.new_zeros(shape, dtype=final_dtype) if state is None else state.to(
+            final_dtype
+        )
     inputs = [q, k, v, beta[..., None], *([] if decay is None else [decay[..., None]])]
     with _without_autocast(q.device):
         out, final = chosen.function(inputs, state, documents)
-    return out.to(v.dtype), final.to(kept)
+    return out.to(v.dtype), final.to(final_dtype)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -207,8 +209,8 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     exact, before = [x.double() for x in inputs], _initial_state(inputs, state, torch.float64)
 
-    def run(*given: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.delta(*given[:-1], state=given[-1])
+    def run(*args: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.delta(*args[:-1], state=args[-1])
 
     if documents is None:
         return run(*exact, before)

@@ -103,10 +103,10 @@ class Documents:
         the positions' device.
         """
         if key not in self._plans:
-            made = make(self.tokens)
+            plan = make(self.tokens)
             home = self.positions.device
-            moved = (x.to(home) if isinstance(x, Tensor) else x for x in made)
-            self._plans[key] = type(made)(*moved)
+            moved = (x.to(home) if isinstance(x, Tensor) else x for x in plan)
+            self._plans[key] = type(plan)(*moved)
         return self._plans[key]
 
     def check(self, continued: Tensor | None, *, wait: bool = False) -> None:
@@ -329,26 +329,26 @@ def given_documents(
     if positions is None and cu_seqlens is None:
         return None
     batch, time = x.shape[:2]
-    given = positions.positions if isinstance(positions, Documents) else positions
-    for name, value in (("positions", given), ("cu_seqlens", cu_seqlens)):
+    tensor = positions.positions if isinstance(positions, Documents) else positions
+    for name, value in (("positions", tensor), ("cu_seqlens", cu_seqlens)):
         if value is not None and value.device != x.device:
             raise UserError(f"{name} is on {value.device}, the input on {x.device}: move it there")
-    if given is None:
+    if tensor is None:
         assert cu_seqlens is not None
         return Documents(positions_from_cu_seqlens(cu_seqlens, batch, time, begin))
-    if given.dtype not in (torch.int32, torch.int64):
-        raise UserTypeError(f"positions are {given.dtype}: pass int64")
-    if given.shape != (batch, time):
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise UserTypeError(f"positions are {tensor.dtype}: pass int64")
+    if tensor.shape != (batch, time):
         raise UserError(
-            f"positions are {tuple(given.shape)}: expected {(batch, time)}, like the input"
+            f"positions are {tuple(tensor.shape)}: expected {(batch, time)}, like the input"
         )
     if isinstance(positions, Documents):
         documents = positions
     else:
-        documents = Documents(given.to(torch.int64))
+        documents = Documents(tensor.to(torch.int64))
     if cu_seqlens is not None:
         expected = positions_from_cu_seqlens(cu_seqlens, batch, time, begin)
-        if readable(given, expected) and not torch.equal(documents.positions, expected):
+        if readable(tensor, expected) and not torch.equal(documents.positions, expected):
             raise UserError("positions and cu_seqlens disagree: pass one of them")
     return documents
 

@@ -143,8 +143,8 @@ def fir_conv(
         before = None if state is None else state.to(u.dtype)
         y, final = chosen.function(u, weights, before, documents)
     else:
-        kept = u.new_zeros(taps.state_shape(u.shape[0]))
-        y, final = u.clone(), kept if state is None else state.to(u.dtype)
+        past = u.new_zeros(taps.state_shape(u.shape[0]))
+        y, final = u.clone(), past if state is None else state.to(u.dtype)
     return y if out is None else out.copy_(y), final
 
 
@@ -159,29 +159,29 @@ def _by(convolve: Convolve) -> Callable[..., tuple[Tensor, Tensor]]:
         u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         batch, time, channels = u.shape
-        kept = weights.shape[1] - 1
+        past = weights.shape[1] - 1
         if documents is not None and is_recorded():
-            earlier = u.new_zeros(batch, kept, channels) if before is None else before
+            earlier = u.new_zeros(batch, past, channels) if before is None else before
             return recorded.convolve_taps(u, weights, earlier, documents.positions)
         if documents is not None:
             documents.check(None if before is None else anywhere(batch), wait=True)
             return _each_document(u, weights, before, documents, convolve)
         if before is None:  # for a text shorter than the filter only the first T taps matter
-            before = u.new_zeros(batch, min(kept, time - 1), channels)
+            before = u.new_zeros(batch, min(past, time - 1), channels)
         x = torch.cat((before, u), 1)
-        return convolve(x, weights[:, : before.shape[1] + 1]), _last(x, kept)
+        return convolve(x, weights[:, : before.shape[1] + 1]), _last(x, past)
 
     return method
 
 
-def _last(x: Tensor, kept: int) -> Tensor:
-    """Return the last `kept` inputs of x [B, N, D], padded with zeros in front.
+def _last(x: Tensor, past: int) -> Tensor:
+    """Return the last `past` inputs of x [B, N, D], padded with zeros in front.
 
     A copy: a view would keep all of x in memory.
     """
-    if x.shape[1] < kept:
-        return F.pad(x, (0, 0, kept - x.shape[1], 0))
-    return x[:, x.shape[1] - kept :].clone()
+    if x.shape[1] < past:
+        return F.pad(x, (0, 0, past - x.shape[1], 0))
+    return x[:, x.shape[1] - past :].clone()
 
 
 class _Group(NamedTuple):
@@ -225,9 +225,9 @@ def _each_document(
     most four times as many tokens.
     """
     batch, time, channels = u.shape
-    kept = weights.shape[1] - 1
-    before = u.new_zeros(batch, kept, channels) if state is None else state
-    plan = documents.plan(("fir", kept), lambda tokens: _pool(tokens, kept))
+    past = weights.shape[1] - 1
+    before = u.new_zeros(batch, past, channels) if state is None else state
+    plan = documents.plan(("fir", past), lambda tokens: _pool(tokens, past))
     if not len(plan.token):
         return torch.zeros_like(u), before
     tokens = u.reshape(-1, channels).index_select(0, plan.token)
@@ -238,7 +238,7 @@ def _each_document(
 
     places, parts = [], []
     for n in range(plan.groups):
-        group = documents.plan(("fir", kept, n), partial(_group, kept=kept, n=n))
+        group = documents.plan(("fir", past, n), partial(_group, past=past, n=n))
         y = convolve(inputs(group.inputs), weights[:, : group.reach + 1])
         places.append(group.place)
         parts.append(y.reshape(-1, channels).index_select(0, group.filled))
@@ -247,14 +247,14 @@ def _each_document(
     return out.reshape(u.shape), torch.where(plan.alive[:, None, None], final, before)
 
 
-def _pool(tokens: Tokens, kept: int) -> _Pool:
+def _pool(tokens: Tokens, past: int) -> _Pool:
     last = tokens.last.clamp(min=0)
     alive = tokens.last >= 0
     if not len(tokens.token):
-        return _Pool(tokens.token, 0, last[:, None].expand(-1, kept), alive)
+        return _Pool(tokens.token, 0, last[:, None].expand(-1, past), alive)
     document = tokens.document[last]
-    back = torch.arange(1 - kept, 1, dtype=torch.int64, device="cpu")
-    index = _places(tokens, kept, document, (last - tokens.head[document])[:, None] + back)
+    back = torch.arange(1 - past, 1, dtype=torch.int64, device="cpu")
+    index = _places(tokens, past, document, (last - tokens.head[document])[:, None] + back)
     return _Pool(tokens.token, len(_kinds(tokens).unique()), index, alive)
 
 
@@ -263,31 +263,31 @@ def _kinds(tokens: Tokens) -> Tensor:
     return 2 * torch.frexp((tokens.length - 1).double()).exponent + tokens.goes_on
 
 
-def _group(tokens: Tokens, kept: int, n: int) -> _Group:
+def _group(tokens: Tokens, past: int, n: int) -> _Group:
     kinds = _kinds(tokens)
     kind = int(kinds.unique()[n])
     document = torch.nonzero(kinds == kind).squeeze(1)
     length = tokens.length[document]
     longest = int(length.max())
-    reach = kept if kind % 2 else min(kept, longest - 1)
+    reach = past if kind % 2 else min(past, longest - 1)
     offset = torch.arange(-reach, longest, dtype=torch.int64, device="cpu").expand(
         len(document), -1
     )
     filled = offset[:, reach:] < length[:, None]
     place = tokens.token[(tokens.head[document, None] + offset[:, reach:])[filled]]
-    index = _places(tokens, kept, document, offset)
+    index = _places(tokens, past, document, offset)
     return _Group(index, reach, torch.nonzero(filled.reshape(-1)).squeeze(1), place)
 
 
-def _places(tokens: Tokens, kept: int, document: Tensor, offset: Tensor) -> Tensor:
+def _places(tokens: Tokens, past: int, document: Tensor, offset: Tensor) -> Tensor:
     """Return pool indices of the inputs at `offset` [n, N] from the start of `document` [n]."""
     document = document[:, None]
     count, rows = len(tokens.token), len(tokens.last)
     token = tokens.head[document] + offset
-    earlier = count + tokens.row[tokens.head][document] * kept + kept + offset  # in the state
-    remembered = tokens.goes_on[document] & (offset < 0) & (offset >= -kept)
+    earlier = count + tokens.row[tokens.head][document] * past + past + offset  # in the state
+    remembered = tokens.goes_on[document] & (offset < 0) & (offset >= -past)
     inside = (offset >= 0) & (offset < tokens.length[document])
-    nothing = count + rows * kept
+    nothing = count + rows * past
     return torch.where(inside, token, torch.where(remembered, earlier, nothing))
 
 
@@ -303,17 +303,17 @@ class _Sources(NamedTuple):
     last: Tensor
 
 
-def _sources(tokens: Tokens, kept: int, nothing: int) -> _Sources:
-    pool = _pool(tokens, kept)
+def _sources(tokens: Tokens, past: int, nothing: int) -> _Sources:
+    pool = _pool(tokens, past)
     rows = len(tokens.last)
-    before = torch.arange(-1, -1 - rows * kept, -1, dtype=torch.int64, device="cpu")
+    before = torch.arange(-1, -1 - rows * past, -1, dtype=torch.int64, device="cpu")
     place = torch.cat((tokens.token, before, before.new_tensor([nothing])))
     index = torch.arange(len(tokens.token), dtype=torch.int64, device="cpu")
-    back = torch.arange(0, -1 - kept, -1, dtype=torch.int64, device="cpu")
+    back = torch.arange(0, -1 - past, -1, dtype=torch.int64, device="cpu")
     offset = (index - tokens.head[tokens.document])[:, None] + back
-    taps = place[_places(tokens, kept, tokens.document, offset)]
+    taps = place[_places(tokens, past, tokens.document, offset)]
     # a row without tokens keeps its state
-    last = torch.where(pool.alive[:, None], place[pool.last], before.view(rows, kept))
+    last = torch.where(pool.alive[:, None], place[pool.last], before.view(rows, past))
     return _Sources(taps, last)
 
 
@@ -322,8 +322,8 @@ def _table(documents: Documents | None, weights: Tensor) -> _Sources | None:
         return None
     from spectral_window.ops.compiled.fir import NOTHING
 
-    kept = weights.shape[1] - 1
-    return documents.plan(("fir", kept, "sources"), lambda tokens: _sources(tokens, kept, NOTHING))
+    past = weights.shape[1] - 1
+    return documents.plan(("fir", past, "sources"), lambda tokens: _sources(tokens, past, NOTHING))
 
 
 def _in_one_pass(
@@ -352,12 +352,12 @@ class _InOnePass(torch.autograd.Function):
         u, weights, before = ctx.saved_tensors
         again = torch.is_grad_enabled()
         if again or ctx.needs_input_grad[2]:
-            asked = [x for x in (u, weights, before) if x is not None and x.requires_grad]
+            leaves = [x for x in (u, weights, before) if x is not None and x.requires_grad]
             with torch.enable_grad():
                 y, _ = _by(_in_float32(_shifts))(u, weights, before, ctx.documents)
                 if not y.requires_grad:  # there is padding alone
                     return None, None, None, None
-                gradients = iter(torch.autograd.grad(y, asked, grad, create_graph=again))
+                gradients = iter(torch.autograd.grad(y, leaves, grad, create_graph=again))
             needed = ctx.needs_input_grad[:3]
             return *(next(gradients) if needs else None for needs in needed), None
         table = _table(ctx.documents, weights)
@@ -368,7 +368,7 @@ class _InOnePass(torch.autograd.Function):
 def _compiled(
     u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    kept = weights.shape[1] - 1
+    past = weights.shape[1] - 1
     if documents is not None:
         documents.check(None if before is None else anywhere(len(u)), wait=True)
     run = _InOnePass.apply if torch.is_grad_enabled() else _in_one_pass
@@ -377,9 +377,9 @@ def _compiled(
     if table is not None:
         return y, _inputs_at(table, u, before)
     time = u.shape[1]
-    if before is not None and time < kept:
+    if before is not None and time < past:
         return y, torch.cat((before[:, time:], u), 1)
-    return y, _last(u, kept)
+    return y, _last(u, past)
 
 
 def _inputs_at(table: _Sources, u: Tensor, before: Tensor | None) -> Tensor:

@@ -70,8 +70,8 @@ def serves(
     one_dtype = all(x.dtype == q.dtype for x in (*inputs, queries))
     if not one_dtype or any(x.dtype != torch.float32 for x in (memory, *parameters)):
         return False
-    asked = methods.get("delta", "auto")
-    chosen = resolve("delta", asked, *inputs, *state, *parameters)
+    method = methods.get("delta", "auto")
+    chosen = resolve("delta", method, *inputs, *state, *parameters)
     return chosen.name == "step_compiled"
 
 

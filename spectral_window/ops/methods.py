@@ -138,8 +138,8 @@ def resolve(op: str, method: str, x: Tensor, *others: Any) -> Choice:
     chosen = table[method]
     why = None if chosen.runs_on is None else chosen.runs_on(x, *others)
     if why is not None:
-        given = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
-        raise UserError(f"method '{method}' ({op}): {why}, not {given}: use 'auto'")
+        tensor = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        raise UserError(f"method '{method}' ({op}): {why}, not {tensor}: use 'auto'")
     return Choice(method, "asked for by name", (), chosen.function)
 
 

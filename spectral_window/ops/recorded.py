@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.ops.modes import Modes, powers, times
-from spectral_window.ops.window_state import WindowState, held_positions
+from spectral_window.ops.window_state import WindowState, slot_positions
 
 CHUNK = 32
 ROUNDS = 20
@@ -162,21 +162,21 @@ def convolve_taps(
     u: Tensor, weights: Tensor, state: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`fir_conv` for documents: u [B, T, D], weights [D, L], state [B, L - 1, D]."""
-    kept = weights.shape[1] - 1
+    past = weights.shape[1] - 1
     rows = tokens_first(positions)
     inputs = torch.cat((state, rows.gather(u)), 1)
     # a document that continues sees the inputs of the state, others only their own
-    oldest = torch.where((rows.head == 0) & rows.continues[:, None], -kept, rows.head)
+    oldest = torch.where((rows.head == 0) & rows.continues[:, None], -past, rows.head)
     index = _count(u.shape[1], u)
-    back = _count(kept + 1, u)
+    back = _count(past + 1, u)
     seen = index[:, None] - back >= oldest[..., None]  # [B, T, L]
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    windows = inputs.to(dtype).unfold(1, kept + 1, 1).flip(3)  # [B, T, D, L], newest first
+    windows = inputs.to(dtype).unfold(1, past + 1, 1).flip(3)  # [B, T, D, L], newest first
     windows = torch.where(seen[:, :, None], windows, 0.0)
     y = (windows * weights.to(dtype)).sum(-1).to(u.dtype)
     last = (rows.tokens - 1).clamp(min=0)[:, None]
-    before = last - _count(kept, u).flip(0)  # the tokens that a state holds, oldest first
-    final = _pick(inputs, before + kept)
+    before = last - _count(past, u).flip(0)  # the tokens that a state holds, oldest first
+    final = _pick(inputs, before + past)
     final = torch.where((before >= oldest.gather(1, last))[..., None], final, 0.0)
     return rows.scatter(y), torch.where((rows.tokens > 0)[:, None, None], final, state)
 
@@ -272,11 +272,11 @@ def next_state(context: Context, window: int, state: WindowState) -> WindowState
     tokens = context.rows.tokens
     last = _pick(context.rows.position, (tokens - 1).clamp(min=0)[:, None])[:, 0]
     after = torch.where(tokens > 0, last + 1, state.position)
-    held = held_positions(after, window)  # [B, 2W]
-    index = (tokens[:, None] + 2 * window - (after[:, None] - held)).clamp(min=0)
+    slot_position = slot_positions(after, window)  # [B, 2W]
+    index = (tokens[:, None] + 2 * window - (after[:, None] - slot_position)).clamp(min=0)
 
     def renewed(x: Tensor, old: Tensor) -> Tensor:
-        new = torch.where(_like(held, x) >= 0, _pick(x, index), 0.0)
+        new = torch.where(_like(slot_position, x) >= 0, _pick(x, index), 0.0)
         return torch.where((tokens > 0)[:, None, None, None], new, old)
 
     return WindowState(renewed(context.key, state.key), renewed(context.value, state.value), after)

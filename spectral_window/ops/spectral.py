@@ -228,9 +228,13 @@ def _fft(u: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
     size = 2 * time
     y = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(K, size), size)[..., :time]
     table = powers(modes, torch.arange(time + 1, dtype=torch.int64, device=u.device))
-    seen = times(table[:, :, 1:], state[:, :, :, None])[..., 0]
-    seen = seen if modes.gain is None else seen * modes.gain.to(seen.dtype)[..., None]
-    y = y.to(seen.dtype) + seen.sum(2)
+    from_state = times(table[:, :, 1:], state[:, :, :, None])[..., 0]
+    from_state = (
+        from_state
+        if modes.gain is None
+        else from_state * modes.gain.to(from_state.dtype)[..., None]
+    )
+    y = y.to(from_state.dtype) + from_state.sum(2)
     own = torch.einsum("btd,dmtc->bdmc", u.to(table.dtype), table[:, :, :time].flip(2))
     return y.transpose(1, 2).to(u.dtype), own + times(table[:, :, time], state)
 

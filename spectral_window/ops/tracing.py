@@ -60,7 +60,7 @@ def readable(*tensors: Tensor | None) -> bool:
     """
     if is_recorded():
         return False
-    given = [x for x in tensors if x is not None]
-    if any(type(x) not in PLAIN or x.device.type == "meta" for x in given):
+    present = [x for x in tensors if x is not None]
+    if any(type(x) not in PLAIN or x.device.type == "meta" for x in present):
         return False
-    return not (any(x.is_cuda for x in given) and torch.cuda.is_current_stream_capturing())
+    return not (any(x.is_cuda for x in present) and torch.cuda.is_current_stream_capturing())

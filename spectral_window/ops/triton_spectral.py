@@ -286,7 +286,7 @@ def scan_backward(
     x, g = _in_memory(u), _in_memory(grad.to(u.dtype))
     du = torch.empty_like(x)
     end = None if grad_state is None else _in_memory(grad_state)
-    found = [
+    grads = [
         torch.empty_like(p, memory_format=torch.contiguous_format)
         for p in (decay, frequency, decay if gain is None else gain)
     ]
@@ -302,12 +302,12 @@ def scan_backward(
         )
         parts, block = SUMMED
         backwards.finish[(triton.cdiv(decay.numel(), block),)](
-            *(sums, call.z, *found, call.batch * call.cut.chunks, call.channels),
+            *(sums, call.z, *grads, call.batch * call.cut.chunks, call.channels),
             MODES=call.cut.modes,
             BLOCK=block,
             ROWS=parts,
         )
-    return du, *found, begin  # type: ignore[return-value]
+    return du, *grads, begin  # type: ignore[return-value]
 
 
 @scan_backward.register_fake

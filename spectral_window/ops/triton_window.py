@@ -200,18 +200,18 @@ def _next_state(
     alive = stream.tokens > 0
     position = torch.where(alive, stream.last + 1, begin)
     slot = torch.arange(slots, dtype=torch.int64, device=k.device)
-    held = position[:, None] - 1 - (position[:, None] - 1 - slot) % slots
-    live = held >= (position // window - 1).clamp(min=0)[:, None] * window
-    index = stream.tokens[:, None] - (position[:, None] - held)  # among this call's tokens
+    slot_position = position[:, None] - 1 - (position[:, None] - 1 - slot) % slots
+    live = slot_position >= (position // window - 1).clamp(min=0)[:, None] * window
+    index = stream.tokens[:, None] - (position[:, None] - slot_position)  # among this call's tokens
     fresh = (alive[:, None] & live & (index >= 0))[..., None, None]
     column = stream.order.gather(1, index.clamp(min=0))[..., None, None]
     key, value = k.take_along_dim(column, 1), v.take_along_dim(column, 1)
     if theta is not None:
-        key = rotate(key, held, theta)
-    kept = (live | ~alive[:, None])[..., None, None]
+        key = rotate(key, slot_position, theta)
+    keeps_old = (live | ~alive[:, None])[..., None, None]
 
     def after(new: Tensor, old: Tensor | None) -> Tensor:
-        before = 0.0 if old is None else torch.where(kept, old, 0.0)
+        before = 0.0 if old is None else torch.where(keeps_old, old, 0.0)
         return torch.where(fresh, new, before)
 
     old_key, old_value = ring or (None, None)

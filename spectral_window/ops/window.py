@@ -38,7 +38,7 @@ from spectral_window.ops.methods import (
 )
 from spectral_window.ops.rotary import check_theta, rotate
 from spectral_window.ops.tracing import readable
-from spectral_window.ops.window_state import WindowState, held_positions
+from spectral_window.ops.window_state import WindowState, slot_positions
 
 
 def window_attention(
@@ -133,12 +133,12 @@ def _check(
                 f"state holds keys {tuple(state.key.shape)} (window_attention): expected {want}; "
                 "it belongs to another batch, window or head size"
             )
-        for name, held, dtype in zip(
+        for name, tensor, dtype in zip(
             state._fields, state, (k.dtype, k.dtype, torch.int64), strict=True
         ):
-            if held.dtype != dtype or held.device != k.device:
+            if tensor.dtype != dtype or tensor.device != k.device:
                 raise UserError(
-                    f"{name} of the state is {held.dtype} on {held.device} (window_attention): "
+                    f"{name} of the state is {tensor.dtype} on {tensor.device} (window_attention): "
                     f"expected {dtype} on {k.device}"
                 )
         if state.position.shape != want[:1]:
@@ -158,18 +158,18 @@ def _tiled(q, k, v, window, theta, state, documents):
 
     checked = documents is None or documents.checked or readable(documents.positions)
     positions = _positions(documents)
-    out, *after = attention(q, k, v, window, theta, *_held(state), positions, checked)
+    out, *after = attention(q, k, v, window, theta, *_state_parts(state), positions, checked)
     return out, WindowState(*after)
 
 
 def _triton(q, k, v, window, theta, state, documents):
     from spectral_window.ops.triton_window import attention
 
-    out, *after = attention(q, k, v, window, theta, *_held(state), _positions(documents))
+    out, *after = attention(q, k, v, window, theta, *_state_parts(state), _positions(documents))
     return out, WindowState(*after)
 
 
-def _held(state: WindowState | None) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+def _state_parts(state: WindowState | None) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
     """Return (keys and values, position) of a state."""
     return (None, None) if state is None else (state[:2], state.position)
 
@@ -209,19 +209,19 @@ def _step(
     slot = torch.arange(2 * window, dtype=torch.int64, device=q.device)
     here = (slot == (at % (2 * window))[:, None])[..., None, None]
     # a slot is visible if it holds one of the last positions of the current document
-    held = held_positions(at, window)
-    live = held >= 0
+    slot_position = slot_positions(at, window)
+    live = slot_position >= 0
     key = torch.where(here, k, torch.where(live[..., None, None], state.key, 0.0))
     value = torch.where(here, v, torch.where(live[..., None, None], state.value, 0.0))
     mask = live | here[..., 0, 0]
     out = attend(q, key, value, mask[:, None])
     out = torch.where(token[:, None, None, None], out, 0.0)
     # clear the slots that the next query cannot see
-    after = held_positions(at + 1, window)[..., None, None] >= 0
-    kept = token[:, None, None, None]
+    after = slot_positions(at + 1, window)[..., None, None] >= 0
+    is_token = token[:, None, None, None]
     return out, WindowState(
-        torch.where(kept, torch.where(after, key, 0.0), state.key),
-        torch.where(kept, torch.where(after, value, 0.0), state.value),
+        torch.where(is_token, torch.where(after, key, 0.0), state.key),
+        torch.where(is_token, torch.where(after, value, 0.0), state.value),
         torch.where(token, at + 1, state.position),
     )
 
@@ -251,10 +251,10 @@ def _reference(
         query, key, value = (x[place.to(q.device)] for x in flat)
         if first:
             at = torch.tensor([first], dtype=torch.int64, device="cpu")
-            (held,) = held_positions(at, window)
-            slots = held.argsort()
-            slots = slots[held[slots] >= 0]
-            first = int(held[slots[0]])
+            (slot_position,) = slot_positions(at, window)
+            slots = slot_position.argsort()
+            slots = slots[slot_position[slots] >= 0]
+            first = int(slot_position[slots[0]])
             key = torch.cat((state.key[row, slots], key))
             value = torch.cat((state.value[row, slots], value))
         query, key, value = (x[None].double() for x in (query, key, value))

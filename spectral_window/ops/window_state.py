@@ -43,7 +43,7 @@ def empty_state(
     )
 
 
-def held_positions(position: Tensor, window: int) -> Tensor:
+def slot_positions(position: Tensor, window: int) -> Tensor:
     """Return the position in each of the 2W slots when `position` [R] comes next: [R, 2W].
 
     -1 marks a slot that no later query can see.
@@ -51,6 +51,6 @@ def held_positions(position: Tensor, window: int) -> Tensor:
     slots = 2 * window
     slot = torch.arange(slots, dtype=torch.int64, device=position.device)
     latest = position[:, None] - 1
-    held = latest - (latest - slot) % slots
+    position_of_slot = latest - (latest - slot) % slots
     oldest = (position // window - 1)[:, None] * window
-    return torch.where(held >= oldest.clamp(min=0), held, -1)
+    return torch.where(position_of_slot >= oldest.clamp(min=0), position_of_slot, -1)

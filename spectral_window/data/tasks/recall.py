@@ -243,7 +243,7 @@ class TwoHops(_Pairs):
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:
         guesses, row = np.zeros_like(inputs), np.arange(len(inputs))
-        values = np.roll(self._is_value(inputs), -1, 1)  # before a value stands its own key
+        values = np.roll(self._is_value(inputs), -1, 1)  # before a value is its own key
         for at in range(inputs.shape[1] - self.pairs, inputs.shape[1]):
             middle = follower(inputs, inputs[:, at])
             place = ((inputs == middle[:, None]) & values).argmax(1)
