@@ -44,6 +44,7 @@ autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # fields of a NamedTuple are described once, by "Attributes:"
 napoleon_custom_sections = [("Shapes", "params_style")]
 default_role = "code"  # `x` in a docstring is code, as in Markdown
 highlight_language = "text"
