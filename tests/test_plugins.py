@@ -32,7 +32,7 @@ from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS, Filter, Kernel
 from spectral_window.nn.layers import MLPS, SwiGLU
 from spectral_window.nn.mixers import MIXERS, Mixer
-from spectral_window.nn.options import Option, known, recorded
+from spectral_window.nn.options import Option, all_options, recorded
 from spectral_window.nn.spectral_window import SpectralWindowMixer
 from spectral_window.ops import METHODS, Method, Modes, Taps, enrol
 from spectral_window.ops import resolve as resolve_method
@@ -410,7 +410,7 @@ def test_a_part_may_be_given_one_option_more(
 def test_what_counts_follows_the_parts_that_are_chosen() -> None:
     inner = Option("inner", int, 1, help="")
     outer = Option("outer", str, "toy_kernel", choices=KERNELS, help="")
-    assert set(known([outer, inner])) == {"outer", "inner", "toy_reach"}
+    assert set(all_options([outer, inner])) == {"outer", "inner", "toy_reach"}
     names = [option.name for option in recorded([outer], {})]
     assert names == ["outer", "toy_reach"]
     assert [o.name for o in recorded([outer], {"outer": "pure_decay"})] == ["outer"]
