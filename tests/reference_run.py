@@ -92,7 +92,7 @@ def one(name: str, text: Path, folder: Path) -> tuple[dict[str, str], dict[str, 
     session.save(folder / "s.session")
     again = Session.load(folder / "s.session", model, loaded.tokenizer)
     more = "".join(again.stream(24, temperature=0.8))
-    hashes["session"] = sha([written, more, [layer.state for layer in again.layers]])
+    hashes["session"] = sha([written, more, list(again.row.states)])
 
     ids = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

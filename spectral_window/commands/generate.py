@@ -10,7 +10,7 @@ from typing import Any
 from spectral_window.commands.show import tell
 from spectral_window.errors import UserError
 from spectral_window.generation.decoding import Sampling, check_stops
-from spectral_window.generation.session import Session, check_length, reseed
+from spectral_window.generation.session import Session, check_length
 from spectral_window.generation.session_file import check_place
 from spectral_window.training.loading import load
 
@@ -42,21 +42,21 @@ def run(
     loaded = load(model, device=device)
     tell(loaded.notes)
     if session is None:
-        talk = Session(loaded.model, loaded.tokenizer, seed=seed)
+        conversation = Session(loaded.model, loaded.tokenizer, seed=seed)
     else:
-        talk = Session.load(session, loaded.model, loaded.tokenizer)
+        conversation = Session.load(session, loaded.model, loaded.tokenizer)
         if seed is not None:
-            talk.seed = reseed(talk.generator, seed)
-    Sampling(**sampling).check_vocabulary(talk.vocab_size)
+            conversation.reseed(seed)
+    Sampling(**sampling).check_vocabulary(conversation.vocab_size)
     write = _writer()
     if text is not None:
-        talk.feed(text)
+        conversation.feed(text)
         if echo:
             write(text)
     elif unconditional:
-        talk.feed([loaded.tokenizer.bos_token_id])
+        conversation.feed([loaded.tokenizer.bos_token_id])
     try:
-        for piece in talk.stream(
+        for piece in conversation.stream(
             max_new_tokens,
             stop=stops,
             ignore_eos=ignore_eos,
@@ -67,12 +67,12 @@ def run(
     except KeyboardInterrupt:
         # The session is whole at any moment, and what was said so far is worth keeping.
         if save_session is not None:
-            talk.save(save_session)
+            conversation.save(save_session)
         raise
     if sys.stdout.isatty():
         write("\n")
     if save_session is not None:
-        talk.save(save_session)
+        conversation.save(save_session)
 
 
 def _prompt(

@@ -1,5 +1,7 @@
-"""Writing text.
+"""Generation, from token ids to text.
 
-`session.py` goes on token by token in constant memory, `decoding.py` draws tokens and turns them
-into characters, `session_file.py` keeps a conversation for later.
+engine        rows of token ids and their states: prefill, step, sample, copy, drop
+decoding      from logits to text: sampling, a stream of characters, stop strings
+session       one conversation: text around one row of an engine
+session_file  its file
 """

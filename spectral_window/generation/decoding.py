@@ -1,8 +1,7 @@
 """From logits to text: draw a token, turn tokens into characters, stop at a text.
 
-Each part keeps a bounded memory of what it has seen, so it may run for ever: the drawing keeps a
-random generator, the decoding a window of the last tokens, the stopping the end of the text that
-could still become a stop string.
+Each part has a bounded memory, so it may run for ever: drawing has a random generator, decoding a
+window of the last tokens, stopping the end of the text that can still become a stop string.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 class Sampling:
     """How the next token is drawn from the logits.
 
-    temperature: 0 takes the likeliest (greedy), 1 the model's own odds; between, the likely becomes
-                 likelier.
+    temperature: divides the logits; 0 takes the likeliest token (greedy), 1 the model's own
+                 distribution.
     top_k:       only the k likeliest tokens; 0 keeps all.
-    top_p:       only the likeliest tokens that together hold this probability; 1 keeps all.
+    top_p:       only the likeliest tokens that together have this probability; 1 keeps all.
 
     Raises UserError for a value outside its range.
     """
@@ -44,14 +43,14 @@ class Sampling:
         require_int("top_k", self.top_k, "a whole number >= 0; 0 keeps all", lambda x: x >= 0)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """top_k cannot exceed the vocabulary."""
+        """Raise UserError where top_k exceeds the vocabulary."""
         if self.top_k > vocab_size:
             raise UserError(
                 f"top_k is {self.top_k} (sampling): there are {vocab_size} tokens; 0 keeps all"
             )
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """One token id from float logits `[V]`, with one number of `generator` (greedy: none).
+        """Draw a token id from float logits `[V]`, with one number of `generator` (greedy: none).
 
         The distribution is built in float64 and inverted at one uniform number, so a seed gives the
         same text whatever the vocabulary's size or the device.
@@ -69,14 +68,14 @@ class Sampling:
         mass = probability.cumsum(-1)
         if self.top_p < 1:
             # The likeliest token always stays; the one that crosses top_p is the last to stay.
-            keep = int((mass < self.top_p).sum()) + 1
-            mass = mass[:keep]
+            mass = mass[: int((mass < self.top_p).sum()) + 1]
         uniform = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
         index = int(torch.searchsorted(mass, uniform * mass[-1], right=True))
         return int(token[min(index, int((probability[: mass.numel()] > 0).sum()) - 1)])
 
 
 def require_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
+    """Raise UserError, which states `rule`, unless `value` is a finite number that `holds`."""
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
@@ -87,12 +86,13 @@ def require_number(name: str, value: Any, rule: str, holds: Callable[[float], bo
 
 
 def require_int(name: str, value: Any, rule: str, holds: Callable[[int], bool]) -> None:
+    """Raise UserError, which states `rule`, unless `value` is a whole number that `holds`."""
     if isinstance(value, bool) or not isinstance(value, int) or not holds(value):
         raise UserError(f"{name} is {value!r} (sampling): it must be {rule}")
 
 
 class TextStream:
-    """Turns tokens into text as they come, showing only what no later token can change.
+    """Turns tokens into text as they come, and shows only what no later token can change.
 
     A token may hold half a character, so tokens cannot be decoded one by one; decoding everything
     again each time would need all of it. Only the end of a text can change: an unfinished UTF-8
@@ -101,8 +101,8 @@ class TextStream:
     tokens (byte-level tokenizers: exactly, also for bytes that are no UTF-8).
     """
 
-    # An unfinished character spans at most 3 bytes and each token has at least one; 3 held back
-    # U+FFFD may be whole invalid sequences of 3 bytes each. 16 tokens cover both with room.
+    # An unfinished character spans at most 3 bytes and each token has at least one; the 3 U+FFFD
+    # held back may be whole invalid sequences of 3 bytes each. 16 tokens are more than enough.
     WINDOW = 16
 
     def __init__(self, tokenizer: Any, window: Iterable[int] = (), shown: int = 0) -> None:
@@ -112,16 +112,16 @@ class TextStream:
         self.shown = shown  # how many characters of the window's text are already out
 
     def _decode(self) -> tuple[str, int]:
-        """The window's text and how many of its first characters are final."""
+        """Return the window's text, and how many of its first characters are final."""
         text = self.tokenizer.decode(self.window, clean_up_tokenization_spaces=False)
         return text, len(text) - min(len(text) - len(text.rstrip("\ufffd")), 3)
 
     def peek(self) -> str:
-        """The window's text, shown or not."""
+        """Return the window's text, shown or not."""
         return self._decode()[0]
 
     def push(self, token: int) -> str:
-        """The text that `token` makes final; sometimes "" (special tokens have no text)."""
+        """Return the text that `token` makes final, "" for special tokens."""
         if token in self.special:
             return ""
         self.window.append(token)
@@ -129,9 +129,9 @@ class TextStream:
         piece = text[self.shown : final]
         self.shown = max(self.shown, final)
         if len(self.window) > 2 * self.WINDOW:
-            held = len(text) - self.shown
+            hidden = len(text) - self.shown
             self.window = self.window[-self.WINDOW :]
-            self.shown = len(self._decode()[0]) - held
+            self.shown = len(self._decode()[0]) - hidden
         return piece
 
     def skip(self, tokens: Sequence[int]) -> None:
@@ -140,7 +140,7 @@ class TextStream:
         self.shown = self._decode()[1]
 
     def finish(self) -> str:
-        """What is still held back, shown as it is (an unfinished character becomes U+FFFD)."""
+        """Return the text held back, as it is: an unfinished character becomes U+FFFD."""
         text, _ = self._decode()
         piece = text[self.shown :]
         self.shown = len(text)
@@ -150,39 +150,43 @@ class TextStream:
 class StopFilter:
     """Lets text through up to the first of some stop strings, however the text is cut into pieces.
 
-    Held back is only the longest end of the text that could still become a stop string.
+    stops: the stop strings.
+    tail:  the text held back: the longest end that can still become a stop string.
+    stop:  the stop string that ended the text, or None.
     """
 
-    def __init__(self, stops: Sequence[str], held: str = "") -> None:
+    def __init__(self, stops: Sequence[str], tail: str = "") -> None:
         self.stops = tuple(stops)
-        self.held = held
-        self.found: str | None = None
+        self.tail = tail
+        self.stop: str | None = None
 
     def push(self, piece: str) -> str:
-        """The text that is free to go; then `found` is the stop string that ended it, if any."""
-        text = self.held + piece
+        """Return the text that is free to go; nothing after `stop` is set."""
+        text = self.tail + piece
         # The stop string that is complete first wins (of two that end together the longer): so the
         # answer does not depend on how the text was cut.
         ends = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if ends:
-            _, at, self.found = min(ends)
-            self.held = ""
+            _, at, self.stop = min(ends)
+            self.tail = ""
             return text[:at]
-        keep = max(
+        length = max(
             (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,
         )
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        free = len(text) - length
+        self.tail = text[free:]
+        return text[:free]
 
     def finish(self) -> str:
-        """The held back text, when nothing more comes."""
-        held, self.held = self.held, ""
-        return held
+        """Return the text held back, when nothing more comes."""
+        tail, self.tail = self.tail, ""
+        return tail
 
 
 def check_stops(stop: Sequence[str] | str) -> tuple[str, ...]:
-    """Stop strings as a tuple; UserError for an empty one, too long a one or too many."""
+    """Return the stop strings as a tuple. Raises UserError for one that is empty or too long, and
+    for too many."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS:
         raise UserError(f"{len(stops)} stop strings (stop): give at most {MAX_STOPS}")

@@ -1,5 +1,5 @@
-"""The file that holds a session: safetensors for its tensors, JSON in their header for the rest, a
-SHA-256 over both.
+"""The file of a session: safetensors for its tensors, JSON in their header for the rest (the
+summary), a SHA-256 over both.
 
 Nothing is pickled. The hash finds damage (safetensors alone does not see a flipped bit); the
 fingerprints of model and tokenizer tie the file to the model that made it, because a state means
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spectral_window.errors import IntegrityError, UserError
 from spectral_window.files import check_name, remove_leftovers, write_bytes
+from spectral_window.nn.mixers import map_state
 
 SCHEMA, HEADER = 1, "spectral-window session"
 # What transformers adds to a config and no function depends on.
@@ -46,9 +47,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest(tokenizer.get_vocab(), {})
 
 
-def digest(facts: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+def digest(summary: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """SHA-256 (hex) of JSON values and of every tensor's name, dtype, shape and bytes."""
-    sha = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    sha = hashlib.sha256(json.dumps(summary, sort_keys=True, default=str).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -56,8 +57,39 @@ def digest(facts: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def states(model: Any, tensors: dict[str, Tensor], seen: int) -> list[Any]:
+    """Return the state of each layer's mixer after `seen` tokens, batch 1, from a file's tensors.
+
+    Raises KeyError for one that is missing, IntegrityError for one of another shape or dtype, that
+    is not finite, or whose position is not that of `seen` tokens of one text without padding.
+    """
+
+    def read_state(index: int, block: Any) -> Any:
+        empty = block.mixer.init_state(1, dtype=model.dtype, device=model.device)
+        names = iter([name for name, _ in leaves(f"layers.{index}", empty)])
+        growing = 0 if block.mixer.constant_state else seen  # the size that is 0 in `empty`
+
+        def read_tensor(like: Tensor) -> Tensor:
+            name = next(names)
+            tensor = tensors[name]
+            shape = [size or growing for size in like.shape]
+            if list(tensor.shape) != shape or tensor.dtype != like.dtype:
+                raise IntegrityError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+            if name.endswith(".position"):
+                counting = torch.arange(seen, dtype=torch.int64, device=tensor.device)
+                if not bool((tensor == (counting if tensor.dim() == 2 else seen)).all()):
+                    raise IntegrityError(f"{name} is not what {seen} tokens leave")
+            elif not bool(tensor.isfinite().all()):
+                raise IntegrityError(f"{name} is not finite")
+            return tensor.to(like.device)
+
+        return map_state(empty, read_tensor)
+
+    return [read_state(index, block) for index, block in enumerate(model.model.layers)]
+
+
 def leaves(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a mixer's state with its dotted name, in the order of `map_state`."""
+    """Yield every tensor of a mixer's state with its dotted name, in the order of `map_state`."""
     if isinstance(state, Tensor):
         yield name, state
     elif state is not None:
@@ -65,7 +97,7 @@ def leaves(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
             yield from leaves(f"{name}.{field}", part)
 
 
-_FACTS: dict[str, Any] = {
+_FIELDS: dict[str, Any] = {
     "schema": int, "model": str, "tokenizer": str, "seed": int, "tokens_seen": int,
     "state_seen": int, "waiting": (int, type(None)), "ended": bool, "window": list, "shown": int,
     "held": str,
@@ -73,8 +105,10 @@ _FACTS: dict[str, Any] = {
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(facts, tensors) of a session file. UserError when there is none, IntegrityError when it is
-    not intact."""
+    """Return the summary and the tensors of a session file.
+
+    Raises UserError when there is none, IntegrityError when it is not intact.
+    """
     check_name(path, "the session file")
     if not path.is_file():
         raise UserError(f"no session file ({path}): make one with save (--save-session)")
@@ -82,8 +116,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
         size = int.from_bytes(content[:8], "little")
-        facts = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][HEADER])
-        schema = facts["schema"]
+        summary = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][HEADER])
+        schema = summary["schema"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise IntegrityError(
             f"not a session, or damaged ({path}): use a file that --save-session wrote"
@@ -92,22 +126,22 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise IntegrityError(
             f"session schema {schema} is newer than {SCHEMA} ({path}): upgrade spectral-window"
         )
-    stated = facts.pop("sha256", None)
-    right = facts.keys() == _FACTS.keys() and all(
-        isinstance(facts[key], kind) and (kind is not int or not isinstance(facts[key], bool))
-        for key, kind in _FACTS.items()
+    stated = summary.pop("sha256", None)
+    right = summary.keys() == _FIELDS.keys() and all(
+        isinstance(summary[key], kind) and (kind is not int or not isinstance(summary[key], bool))
+        for key, kind in _FIELDS.items()
     )
-    if not right or stated != digest(facts, tensors):
+    if not right or stated != digest(summary, tensors):
         raise IntegrityError(
             f"the session does not match its own SHA-256 ({path}): it was damaged; begin a new one"
         )
-    return facts, tensors
+    return summary, tensors
 
 
 def check_place(path: Path) -> None:
-    """UserError unless a file can stand at `path`: a device or a folder is not replaced by one.
+    """Raise UserError unless `path` can be a file: a device or a folder is not replaced by one.
 
-    What a killed process left beside it is removed.
+    Removes what a killed process left beside it.
     """
     check_name(path, "the session file")
     if path.exists() and not path.is_file():
@@ -117,9 +151,12 @@ def check_place(path: Path) -> None:
     remove_leftovers(path.parent, path.name)
 
 
-def write(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the file whole or not at all. UserError for a bad place, ResourceError for no room."""
+def write(path: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write the file whole or not at all.
+
+    Raises UserError for a bad place, ResourceError where memory or disk is full.
+    """
     check_place(path)
-    facts = {"schema": SCHEMA, **facts}
-    header = {HEADER: json.dumps({**facts, "sha256": digest(facts, tensors)})}
+    summary = {"schema": SCHEMA, **summary}
+    header = {HEADER: json.dumps({**summary, "sha256": digest(summary, tensors)})}
     write_bytes(path, safetensors.torch.save(tensors, header))

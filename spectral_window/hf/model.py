@@ -132,6 +132,17 @@ class SWHPreTrainedModel(PreTrainedModel):
         left_out = set() if embeddings else {id(t.weight) for t in tables if t is not None}
         return sum(p.numel() for p in self.parameters() if id(p) not in left_out)
 
+    @property
+    def constant_state(self) -> bool:
+        """Whether the state has the same size after any number of tokens."""
+        return all(mixer.constant_state for mixer in self._parts(Mixer))
+
+    @property
+    def segment(self) -> int:
+        """Tokens of a prompt to read at once. A state that grows is copied whole by each segment,
+        so there they are longer."""
+        return SEGMENT if self.constant_state else 4 * SEGMENT
+
     def state_bytes(self, context: int, batch_size: int = 1) -> int:
         """Return the bytes of the cache after `context` tokens, in the model's dtype."""
         return sum(
@@ -276,7 +287,7 @@ class SWHModel(SWHPreTrainedModel):
             or length <= SEGMENT
             or torch.is_grad_enabled()
             or bool(hidden_states)  # they are collected layer by layer
-            or not all(cast(SWHLayer, layer).mixer.constant_state for layer in self.layers)
+            or not self.constant_state
         )
         return None if whole else SEGMENT
 

@@ -213,7 +213,7 @@ def test_stop_strings_are_exact_however_the_text_is_cut(pieces, stops):
     stream, shown = StopFilter(stops), ""
     for piece in pieces:
         shown += stream.push(piece)
-        if stream.found is not None:
+        if stream.stop is not None:
             break
     else:
         shown += stream.finish()
@@ -226,7 +226,7 @@ def test_only_what_may_become_a_stop_string_is_held_back():
     assert stream.push("x") == "</ex"
     assert stream.push("</end") == ""
     assert stream.push("> more") == ""
-    assert stream.found == "</end>"
+    assert stream.stop == "</end>"
 
 
 def test_one_stop_string_may_be_given_without_a_list():
@@ -329,7 +329,7 @@ def test_end_of_text_ends_it_and_more_input_goes_on(model, tokenizer):
     assert not session.ended
     assert session.tokens_seen == before + 4
     # The state has seen all but the newest token, and never the end-of-text.
-    assert session.layers[0].seen == session.tokens_seen - 1
+    assert session.row.state_seen == session.tokens_seen - 1
 
 
 def test_ignore_eos_goes_on(model, tokenizer):
@@ -464,7 +464,7 @@ def test_memory_does_not_grow_with_the_text(model, tokenizer):
     before = session.state_bytes
     for _ in session.stream(2000, ignore_eos=True, temperature=1.5):
         assert len(session.text.window) <= 2 * TextStream.WINDOW
-        assert len(session.held) == 0
+        assert len(session.tail) == 0
     assert session.state_bytes == before
     assert session.tokens_seen > 2000
     # What the model promises, besides the logits' and the generator's own bytes:
@@ -618,21 +618,21 @@ def test_what_is_no_session_is_refused_and_never_unpickled(content, model, token
 
 
 def test_a_newer_schema_is_refused_by_name(saved, model, tokenizer):
-    facts, tensors = session_file.read(saved)
-    header = {session_file.HEADER: json.dumps({**facts, "schema": 99})}
+    summary, tensors = session_file.read(saved)
+    header = {session_file.HEADER: json.dumps({**summary, "schema": 99})}
     saved.write_bytes(safetensors.torch.save(tensors, header))
     with pytest.raises(IntegrityError, match="newer"):
         Session.load(saved, model, tokenizer)
 
 
 def test_a_state_of_the_wrong_shape_is_refused_even_when_its_hash_is_right(saved, model, tokenizer):
-    facts, tensors = session_file.read(saved)
+    summary, tensors = session_file.read(saved)
     name = "layers.0.spectral"
     for changed in (tensors[name][:, :1], tensors[name].float().half(), None):
         altered = {k: v for k, v in tensors.items() if k != name}
         if changed is not None:
             altered[name] = changed.contiguous()
-        session_file.write(saved, facts, altered)
+        session_file.write(saved, summary, altered)
         with pytest.raises(IntegrityError, match="does not fit"):
             Session.load(saved, model, tokenizer)
 
