@@ -41,11 +41,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from spectral_window.errors import DivergedError, UserError
 from spectral_window.generation.decoding import Sampling, require_int
-from spectral_window.hf.cache import SWHCacheLayer, state_identity
+from spectral_window.hf.cache import Cache, SWHCacheLayer, state_identity
 from spectral_window.nn.mixers import map_state
 
 
