@@ -64,8 +64,6 @@ def plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
     The docstrings hold formulas and drawings: `|a|`, `x**2` and `name_` are no markup, and lines
     that are indented outside a Google-style section are a drawing, shown as it stands.
     """
-    if lines and lines[0].startswith("Alias for field number"):  # a NamedTuple's own words
-        lines.clear()
     text: list[str] = []
     section = False
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
@@ -78,6 +76,11 @@ def plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
             text += map(_escape, block)
         text.append("")
     lines[:] = text
+
+
+def skip(app: Sphinx, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
+    """Leave out the fields of a NamedTuple, which its docstring describes."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 
 def _escape(line: str) -> str:
@@ -127,5 +130,6 @@ class Commands(SphinxDirective):
 
 def setup(app: Sphinx) -> None:
     app.add_directive("commands", Commands)
+    app.connect("autodoc-skip-member", skip)
     # before napoleon, which makes the sections of Google style
     app.connect("autodoc-process-docstring", plain_text, priority=400)
