@@ -34,7 +34,7 @@ lint: setup
 CORE := tests/test_house.py tests/test_setup.py tests/test_errors.py tests/nn/test_paper.py \
 	tests/nn/test_options.py tests/ops/test_fir.py tests/ops/test_linear.py tests/ops/test_pointwise.py \
 	tests/hf/test_config.py tests/hf/test_keywords.py tests/hf/test_inputs.py tests/data/test_kinds.py \
-	tests/data/test_blocks.py tests/data/test_text.py tests/training/test_optimizer.py tests/training/test_machine.py
+	tests/data/test_blocks.py tests/training/test_optimizer.py
 
 check: lint
 	$(PYTEST) $(CORE)
