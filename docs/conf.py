@@ -87,7 +87,9 @@ def _escape(line: str) -> str:
     if line.lstrip().startswith((">>>", "...")):
         return line
     parts = _MARKUP.split(line)
-    parts[::2] = [re.sub(r"([|*\\])|(?<=\w)_(?!\w)", r"\\\g<0>", text) for text in parts[::2]]
+    for index in range(0, len(parts), 2):  # between them; "D." at the start would be a numbering
+        text = re.sub(r"([|*\\])|(?<=\w)_(?!\w)", r"\\\g<0>", parts[index])
+        parts[index] = re.sub(r"\b([A-Za-z])\.(?=\s|$)", r"\1\\.", text)
     return "".join(parts)
 
 

@@ -10,17 +10,17 @@ or, from the folder of this file, in a training:
 import torch
 
 from spectral_window import SWHConfig, SWHForCausalLM
-from spectral_window.nn.kernels import Kernel, register
+from spectral_window.nn.kernels import Kernel, float32_parameter, register
 from spectral_window.ops import Modes
 
 
 @register("change")
 class Change(Kernel):
-    """A quick mean minus a slow one: what is new, against what lasts."""
+    """A fast mean minus a slow one: the recent change of a channel."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.decay = torch.nn.Parameter(torch.empty(channels, 2, dtype=torch.float32))
+        self.decay = float32_parameter(channels, 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
