@@ -202,15 +202,15 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _unit(x: Tensor, shortest: float) -> Tensor:
-    from spectral_window.ops.compiled import heads
+    from spectral_window.ops.compiled import pointwise
 
-    return heads.unit(x, shortest)
+    return pointwise.unit(x, shortest)
 
 
 def _added(base: Tensor, x: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
-    from spectral_window.ops.compiled import heads
+    from spectral_window.ops.compiled import pointwise
 
-    return heads.gated_add(base, x, gate, scale)
+    return pointwise.gated_add(base, x, gate, scale)
 
 
 class _Unit(torch.autograd.Function):
@@ -223,14 +223,14 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from spectral_window.ops.compiled import heads
+        from spectral_window.ops.compiled import pointwise
 
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 y = _unit_by_torch(x, ctx.shortest)
                 return *torch.autograd.grad(y, x, grad, create_graph=True), None
-        return heads.unit_backward(x, ctx.shortest, grad), None
+        return pointwise.unit_backward(x, ctx.shortest, grad), None
 
 
 class _GatedAdd(torch.autograd.Function):
@@ -242,7 +242,7 @@ class _GatedAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from spectral_window.ops.compiled import heads
+        from spectral_window.ops.compiled import pointwise
 
         x, gate, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -252,7 +252,7 @@ class _GatedAdd(torch.autograd.Function):
                 dx, d_gate = weighted * gate[..., None], (weighted * x).sum(-1)
                 d_scale = (g * gate[..., None] * x).flatten(0, -3).sum(0).flatten()
                 return grad, dx, d_gate, d_scale.to(scale.dtype)
-        return grad, *heads.gated_add_backward(grad, x, gate, scale)
+        return grad, *pointwise.gated_add_backward(grad, x, gate, scale)
 
 
 def _norm_in_one_pass(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -269,15 +269,15 @@ def misused_kernels() -> Iterator[str]:
         if name not in calls:
             yield f"{name}: no operator here calls it, add one that does"
             continue
-        parts, arguments = calls[name]
+        tiles, arguments = calls[name]
         for place, x in tensors_in(arguments):
             for what, change in NEVER.items():
                 try:
-                    kernel(parts, *replaced(arguments, place, change(x)))
+                    kernel(tiles, *replaced(arguments, place, change(x)))
                 except (*REFUSED, OverflowError):
                     continue
                 yield f"{name}, argument {place}: took {what}"
-        for count in (parts + 1, parts - 1):
+        for count in (tiles + 1, tiles - 1):
             with contextlib.suppress(*REFUSED):
                 kernel(count, *arguments)
 
@@ -287,9 +287,9 @@ def recorded_calls() -> dict[str, tuple[int, tuple[Any, ...]]]:
     calls: dict[str, tuple[int, tuple[Any, ...]]] = {}
     plain = Kernel.__call__
 
-    def recording(self: Kernel, parts: int, *arguments: Any) -> None:
-        calls.setdefault(self.name, (parts, arguments))
-        plain(self, parts, *arguments)
+    def recording(self: Kernel, tiles: int, *arguments: Any) -> None:
+        calls.setdefault(self.name, (tiles, arguments))
+        plain(self, tiles, *arguments)
 
     Kernel.__call__ = recording  # type: ignore[method-assign]
     try:

@@ -189,7 +189,7 @@ def test_documents_packed_together_are_each_document_alone(case, method, forget,
     memory = compiled_memory if method == "compiled" else steps
     rows, known = case
     time = 1 + max(sum(a + b for a, b in row) for row in rows)
-    *room, less = (torch.full_like(x, torch.nan) for x in draw_memory(len(rows), time))
+    *rows_of_nan, less = (torch.full_like(x, torch.nan) for x in draw_memory(len(rows), time))
     state = torch.randn(len(rows), 2, 6, 5) if known else None
     expected, positions = torch.zeros(len(rows), time, 2, 5), torch.full((len(rows), time), -1)
     ends = torch.zeros(len(rows), 2, 6, 5) if state is None else state.clone()
@@ -201,12 +201,14 @@ def test_documents_packed_together_are_each_document_alone(case, method, forget,
             *text, decay = draw_memory(1, size)
             before = state[b : b + 1] if goes_on else None
             alone, end = memory(*text, decay=decay if forget else None, state=before)
-            for place, x in zip((*room, less), (*text, decay), strict=True):
+            for place, x in zip((*rows_of_nan, less), (*text, decay), strict=True):
                 place[b, at : at + size] = x[0]
             expected[b, at : at + size], ends[b] = alone[0], end[0]
             positions[b, at : at + size] = torch.arange(size) + (5 if goes_on else 0)
             at += size
-    out, final = memory(*room, decay=less if forget else None, state=state, positions=positions)
+    out, final = memory(
+        *rows_of_nan, decay=less if forget else None, state=state, positions=positions
+    )
     assert torch.equal(out, expected)
     assert torch.equal(final, ends)
 

@@ -38,12 +38,12 @@ def test_every_compiled_entry_refuses_misuse_or_gives_the_right_numbers():
     assert done.stdout.splitlines() == ["done"], done.stdout
 
 
-@pytest.mark.parametrize("room", ["ops", "nn", "generation"])
-def test_buffers_are_made_with_dtype_and_device(room):
+@pytest.mark.parametrize("package", ["ops", "nn", "generation"])
+def test_buffers_are_made_with_dtype_and_device(package):
     # torch.set_default_dtype and set_default_device reach every factory that is not told; only
     # parameters of modules are meant to follow them
     untold = []
-    for path in sorted((PACKAGE / room).rglob("*.py")):
+    for path in sorted((PACKAGE / package).rglob("*.py")):
         tree = ast.parse(path.read_text())
         parameters = {
             id(argument)

@@ -1,9 +1,11 @@
-"""Kernels on torch's threads: every part runs once, on any number of threads, with or without a
-team; bfloat16 is rounded as torch rounds it."""
+"""Kernels on torch's threads: every tile runs once, on any number of threads, with or without a
+team; every argument arrives; bfloat16 is rounded as torch rounds it."""
 
 from __future__ import annotations
 
+import struct
 import threading
+from typing import Annotated, NamedTuple
 
 import pytest
 import torch
@@ -11,63 +13,117 @@ import torch
 pytest.importorskip("numba")
 
 from spectral_window.ops.compiled import threads as on_threads
-from spectral_window.ops.compiled.addresses import BFLOAT16, FLOAT32, FLOAT64, INT64, address
-from spectral_window.ops.compiled.threads import (
+from spectral_window.ops.compiled.addresses import (
+    BFLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT64,
+    Address,
+    address,
+)
+from spectral_window.ops.compiled.simd import (
     bfloat16s,
     float32s,
     float64s,
     int64s,
-    kernel,
     narrow,
-    take,
     widen,
 )
+from spectral_window.ops.compiled.threads import claim_tile, kernel
 
 
-@kernel(lambda parts, counts: (address(counts, INT64, parts),))
-def count_parts(job):
-    part = take(job)
-    while part >= 0:
-        int64s(job[2], job[1])[part] += 1
-        part = take(job)
+class Counts(NamedTuple):
+    counts: Address
 
 
-@kernel(lambda parts, x, y, n: (address(x, FLOAT32, parts * n), address(y, FLOAT64, parts), n))
-def add_up(job):
-    part = take(job)
-    while part >= 0:
-        n = job[4]
-        x, y = float32s(job[2], n * job[1]), float64s(job[3], job[1])
-        total = 0.0
-        for i in range(n):
-            total += x[part * n + i]
-        y[part] = total
-        part = take(job)
+@kernel(Counts, lambda tiles, counts: Counts(address(counts, INT64, tiles)))
+def count_tiles(args):
+    tile = claim_tile(args)
+    while tile >= 0:
+        int64s(args.counts, args.tiles)[tile] += 1
+        tile = claim_tile(args)
+
+
+class Sums(NamedTuple):
+    x: Address
+    y: Address
+    n: int
 
 
 @kernel(
-    lambda parts, x, half, y, n: (
-        address(x, FLOAT32, n),
-        address(half, BFLOAT16, n),
-        address(y, FLOAT32, n),
-        n,
-    )
+    Sums, lambda tiles, x, y, n: Sums(address(x, FLOAT32, tiles * n), address(y, FLOAT64, tiles), n)
 )
-def round_trip(job):
-    part = take(job)
-    while part >= 0:
-        n = job[5]
-        x, bits, y = float32s(job[2], n), bfloat16s(job[3], n), float32s(job[4], n)
+def add_up(args):
+    tile = claim_tile(args)
+    while tile >= 0:
+        n = args.n
+        x, y = float32s(args.x, n * args.tiles), float64s(args.y, args.tiles)
+        total = 0.0
+        for i in range(n):
+            total += x[tile * n + i]
+        y[tile] = total
+        tile = claim_tile(args)
+
+
+class Rounded(NamedTuple):
+    x: Address
+    half: Address
+    y: Address
+    n: int
+
+
+@kernel(
+    Rounded,
+    lambda tiles, x, half, y, n: Rounded(
+        address(x, FLOAT32, n), address(half, BFLOAT16, n), address(y, FLOAT32, n), n
+    ),
+)
+def round_trip(args):
+    tile = claim_tile(args)
+    while tile >= 0:
+        n = args.n
+        x, bits, y = float32s(args.x, n), bfloat16s(args.half, n), float32s(args.y, n)
         for i in range(n):
             bits[i] = narrow(x[i])
             y[i] = widen(bits[i])
-        part = take(job)
+        tile = claim_tile(args)
 
 
-@kernel(lambda parts, x: (address(x, INT64, 2),))
-def fail_at_once(job):
-    while take(job) >= 0:
-        int64s(job[2], 1)[:] = int64s(job[2], 2)
+@kernel(Counts, lambda tiles, x: Counts(address(x, INT64, 2)))
+def fail_at_once(args):
+    while claim_tile(args) >= 0:
+        int64s(args.counts, 1)[:] = int64s(args.counts, 2)
+
+
+class Entry(NamedTuple):
+    first: int
+    second: int
+
+
+class Mixed(NamedTuple):
+    """Fields of every kind, in an order that needs padding."""
+
+    flag: bool
+    scale: float
+    other: bool
+    count: int
+    table: Annotated[bytes, Entry, 3]
+    last: bool
+    y: Address
+
+
+def mixed(tiles, flag, scale, other, table, last, y):
+    entries = struct.pack(f"{len(table)}q", *table)
+    return Mixed(flag, scale, other, len(table) // 2, entries, last, address(y, FLOAT64, 8))
+
+
+@kernel(Mixed, mixed)
+def read_fields(args):
+    y = float64s(args.y, 8)
+    while claim_tile(args) >= 0:
+        y[0], y[1], y[2], y[3] = args.flag, args.scale, args.other, args.last
+        for i in range(args.count):
+            y[4 + 2 * i], y[5 + 2 * i] = args.table[i].first, args.table[i].second
 
 
 @pytest.fixture(params=["team", "no team"])
@@ -84,11 +140,11 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("parts", [0, 1, 2, 7, 1000])
-def test_every_part_runs_once(parts, team, threads):
-    counts = torch.zeros(max(parts, 1), dtype=torch.int64)
-    count_parts(parts, counts)
-    assert counts.tolist() == ([1] * parts if parts else [0])
+@pytest.mark.parametrize("tiles", [0, 1, 2, 7, 1000])
+def test_every_tile_runs_once(tiles, team, threads):
+    counts = torch.zeros(max(tiles, 1), dtype=torch.int64)
+    count_tiles(tiles, counts)
+    assert counts.tolist() == ([1] * tiles if tiles else [0])
 
 
 def test_kernels_called_from_several_threads_at_once_do_not_mix(team, threads):
@@ -127,3 +183,11 @@ def test_bfloat16_is_rounded_as_torch_rounds_it():
 def test_an_error_inside_is_not_taken_for_a_result(team, threads):
     with pytest.raises(RuntimeError, match="fail_at_once failed"):
         fail_at_once(1000, torch.zeros(2, dtype=torch.int64))
+
+
+def test_every_field_arrives(team, threads):
+    y = torch.zeros(8, dtype=torch.float64)
+    read_fields(1, True, 0.1, False, (3, -4, 1 << 40, 6), True, y)
+    assert y.tolist() == [1.0, float(torch.tensor(0.1)), 0.0, 1.0, 3.0, -4.0, 2.0**40, 6.0]
+    read_fields(1, False, -2.5, True, (), False, y)
+    assert y.tolist()[:4] == [0.0, -2.5, 1.0, 0.0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_window.ops.compiled import heads, pointwise
+from spectral_window.ops.compiled import pointwise
 from spectral_window.ops.pointwise import gated_add, rms_norm, swiglu, unit
 from tests.contracts.measure import relative
 
@@ -99,7 +99,7 @@ def test_what_scales_all_tokens_has_one_gradient_on_any_number_of_threads():
     before = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(heads.gated_add_backward(grad, x, gate, scale))
+        found.append(pointwise.gated_add_backward(grad, x, gate, scale))
     torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))

@@ -1,10 +1,13 @@
-"""Loops compiled by numba for a CPU, one file an idea; `threads` is where to begin.
+"""Loops compiled by numba for a CPU; `threads` is where to start reading.
 
-threads                       how a kernel is compiled, called, and shared among torch's threads
-addresses                     where a tensor becomes an address, and what is asked of it there
-cache                         compiled code on disk
-float64_lanes, float32_lanes  vectors as values, for kernels whose speed hangs on registers
-scan*, window*, delta*        the kernels themselves, each called by one operator of `ops`
-linear, pointwise             the same
-pages                         fresh memory for large outputs
+threads             how a kernel is declared, compiled, called, and shared among torch's threads
+addresses           where a tensor becomes an address, and what is checked there
+simd                what kernels compute with: arrays at addresses, bfloat16, vectors, products
+cache               compiled code on disk
+pages               fresh memory for large outputs
+
+pointwise, linear, fir                      an operator of `ops` each, with its kernels
+scan, window, delta                         the same, as they are called and registered with torch;
+scan_loops, window_loops, delta_loops       ... their kernels for many tokens;
+window_step, delta_step, memory_step        ... and for one token per row
 """

@@ -1,21 +1,21 @@
 """Where a tensor becomes an address: the one place, and what is asked of the tensor there.
 
-Compiled code believes what it is told. So a kernel (see `threads`) declares its arguments by a
-function that turns them into words, and that function can take an address from here alone:
+Compiled code trusts its arguments. So the function that makes a kernel's record (see `threads`) can
+take an address from here alone:
 
-    def words(parts, rows, size, x, weight, y):
+    def norm(tiles, rows, size, x, weight, y):
         count = rows * size
-        return (rows, size, address(x, FLOAT32, count), address(weight, FLOAT32, size), ...)
+        return Norm(rows, size, address(x, FLOAT32, count), address(weight, FLOAT32, size), ...)
 
 What passes is a plain tensor (no subclass, nothing fake or wrapped) in memory of the CPU, of the
-declared dtype, contiguous, with exactly as many numbers as the other words let the kernel touch,
-and without torch's negative bit, which says that the numbers in memory are not those of the tensor.
-(The conjugate bit is one of complex dtypes, and none is ever declared.)
+declared dtype, contiguous, with exactly as many numbers as the other arguments let the kernel
+touch, and without torch's negative bit, which says that the numbers in memory are not those of the
+tensor. (The conjugate bit is one of complex dtypes, and none is ever declared.)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NewType
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ from torch.nn import Parameter
 
 from spectral_window.errors import UserTypeError
 
+Address = NewType("Address", int)  # of the first number in memory; 0 for no tensor
+
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 INT64 = torch.int64
+NOWHERE = Address(0)
 
 
-def address(x: Tensor, dtype: torch.dtype, count: int) -> int:
+def address(x: Tensor, dtype: torch.dtype, count: int) -> Address:
     """Where the `count` numbers of x lie. Raises TypeError for another kind of tensor or number,
     ValueError for another size, device or layout."""
     kind = x.__class__
@@ -40,18 +43,18 @@ def address(x: Tensor, dtype: torch.dtype, count: int) -> int:
         and not x.is_neg()
         and ((place := x.data_ptr()) or not count)
     ):
-        return place
+        return Address(place)
     raise _refusal(x, dtype, f"{count} numbers, contiguous")
 
 
-def optional(x: Tensor | None, dtype: torch.dtype, count: int) -> int:
+def optional(x: Tensor | None, dtype: torch.dtype, count: int) -> Address:
     """The same; 0 for None."""
-    return 0 if x is None else address(x, dtype, count)
+    return NOWHERE if x is None else address(x, dtype, count)
 
 
-def strided(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(address, bytes from one index to the next in every dimension but the last) of x [*shape],
-    whose last dimension alone lies densely. Raises as `address` does."""
+def strided(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Address, int, int, int]:
+    """(address, bytes from one index to the next in the first three dimensions) of x [*shape], of
+    four dimensions, the last of which lies densely. Raises as `address` does."""
     kind = x.__class__
     if (
         (kind is Tensor or kind is Parameter)
@@ -63,8 +66,8 @@ def strided(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int,
         and not x.is_neg()
         and ((place := x.data_ptr()) or not x.numel())
     ):
-        size = x.itemsize
-        return (place, *[step * size for step in steps[:-1]])
+        size, (row, time, head, _) = x.itemsize, steps
+        return Address(place), row * size, time * size, head * size
     raise _refusal(x, dtype, f"{list(shape)}, dense in its last dimension")
 
 

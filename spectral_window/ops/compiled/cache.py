@@ -3,11 +3,11 @@
 Compiling a kernel takes seconds, so numba stores the result. Three things differ from what it does
 by itself. A file is run only if it is the one that was written: it begins with a digest, and what
 is damaged is compiled anew and overwritten. It belongs to the text of every file that the kernel's
-own imports, not of that one alone: what a kernel calls lies in several, and the words of a job mean
-the same in all of them. And no state of the folder is an error, be it full, read-only, damaged or
-missing: the kernel is then compiled for this process.
+own imports, not of that one alone: what a kernel calls lies in several. And
+no state of the folder is an error, be it full, read-only, damaged or missing: the kernel is then
+compiled for this process.
 
-The logger "spectral_window" tells once, at level INFO, that code is being compiled, and once, at
+The logger "spectral_window" reports once, at level INFO, that code is being compiled, and once, at
 level WARNING, that it cannot be stored.
 """
 
@@ -32,7 +32,7 @@ from numba.core.serialize import dumps
 _log = logging.getLogger("spectral_window")
 _DIGEST = hashlib.sha256().digest_size
 _IMPORT = re.compile(rb"^from spectral_window\.ops\.compiled\.(\w+) import", re.M)
-_told: set[int] = set()
+_logged: set[int] = set()
 
 
 def compile_function(function: Callable[[Any], None], signature: Any) -> Any:
@@ -41,8 +41,8 @@ def compile_function(function: Callable[[Any], None], signature: Any) -> Any:
     try:
         compiled._cache = _Cache(function)
     except (OSError, RuntimeError) as error:  # "no locator available": no folder can be written
-        _tell_not_stored(error)
-        _tell_compiling("nowhere")
+        _warn_not_stored(error)
+        _log_compiling("nowhere")
     compiled.compile()
     return compiled
 
@@ -57,20 +57,20 @@ class _Cache(FunctionCache):
         self._cache_file = _Store(Path(self._cache_path), name, _fingerprint(source))
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        found = None
+        overload = None
         try:
-            found = super().load_overload(sig, target_context)
+            overload = super().load_overload(sig, target_context)
         except Exception as error:  # whatever unpickling or linking may raise
             _log.debug("%s cannot be loaded: %s", self._name, error)
-        if found is None:
-            _tell_compiling(self._cache_path)
-        return found
+        if overload is None:
+            _log_compiling(self._cache_path)
+        return overload
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
         except Exception as error:
-            _tell_not_stored(error)
+            _warn_not_stored(error)
 
 
 class _Store:
@@ -89,7 +89,7 @@ class _Store:
         return self.fingerprint + hashlib.sha256(repr(key).encode() + data).digest()
 
     def load(self, key: Any) -> Any:
-        """What was saved under `key`; None where there is nothing, or nothing sound."""
+        """What was saved under `key`; None where there is nothing, or it is damaged."""
         try:
             text = self._path(key).read_bytes()
         except OSError:
@@ -116,9 +116,7 @@ def _fingerprint(source: Path) -> bytes:
     while missing:
         path = missing.pop()
         texts[path] = path.read_bytes()
-        names = re.findall(
-            rb"^from spectral_window\.ops\.compiled\.(\w+) import", texts[path], re.M
-        )
+        names = _IMPORT.findall(texts[path])
         missing |= {Path(__file__).with_name(f"{name.decode()}.py") for name in names} - set(texts)
     digest = hashlib.sha256(numba.__version__.encode())
     for path in sorted(texts):
@@ -127,12 +125,12 @@ def _fingerprint(source: Path) -> bytes:
 
 
 def _once(level: int) -> bool:
-    first = level not in _told
-    _told.add(level)
+    first = level not in _logged
+    _logged.add(level)
     return first
 
 
-def _tell_compiling(folder: str) -> None:
+def _log_compiling(folder: str) -> None:
     if _once(logging.INFO):
         _log.info(
             "compiling loops for this CPU, up to a minute in all; stored for the next start in %s",
@@ -140,7 +138,7 @@ def _tell_compiling(folder: str) -> None:
         )
 
 
-def _tell_not_stored(error: Exception) -> None:
+def _warn_not_stored(error: Exception) -> None:
     if _once(logging.WARNING):
         _log.warning(
             "compiled code cannot be stored (%s): every start compiles again for up to a minute; "

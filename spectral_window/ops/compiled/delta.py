@@ -1,13 +1,12 @@
 """The delta-rule memory in compiled code (numba), for float32 and bfloat16 on a CPU.
 
-A row is cut into chunks (`delta_chunks.plan`), and the chunks are taken in segments, which bounds
+A row is cut into chunks (`delta_loops.plan`), and the chunks are taken in segments, which bounds
 the scratch memory. For each segment the systems of its chunks are found, then the states run
-through it (`delta_forward`).
+through it. The kernels are in `delta_loops`, and in `delta_step` for a single token.
 
-The forward pass keeps the state at the beginning of every chunk that goes on with a document: at
-most one for 64 tokens. The backward pass takes the segments from the last to the first
-(`delta_backward`). A second derivative goes through the chunked method, which is differentiable by
-itself.
+The forward pass saves the state at the start of every chunk that continues a document, a
+checkpoint: at most one for 64 tokens. The backward pass takes the segments from the last to the
+first. A second derivative goes through the chunked method, which is differentiable by itself.
 
 Everything is float32, and no setting of torch touches it. Relative to the float64 recurrence, per
 channel and block of 64 positions, outputs, states and gradients are within 2e-6 for keys of length
@@ -29,12 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.ops.chunked_delta import chunked
-from spectral_window.ops.compiled import delta_backward, delta_chunks, delta_forward
+from spectral_window.ops.compiled import delta_loops
 from spectral_window.ops.compiled.addresses import dense
-from spectral_window.ops.compiled.delta_chunks import CHUNK, SYSTEM, Call
-from spectral_window.ops.compiled.float32_lanes import LANES
+from spectral_window.ops.compiled.delta_loops import CHUNK, SYSTEM, Call
 from spectral_window.ops.compiled.pages import empty
-from spectral_window.ops.compiled.window_rows import padded
+from spectral_window.ops.compiled.simd import LANES, padded
 from spectral_window.ops.documents import Documents, anywhere
 from spectral_window.ops.tracing import may_bypass
 
@@ -53,7 +51,7 @@ def _call(q, k, v, beta, decay, positions) -> Call:
     order = torch.empty(batch, time, dtype=torch.int64, device="cpu")
     chunks = order.new_empty(batch, most, 3)
     lengths = order.new_empty(batch)
-    delta_chunks.plan(batch, time, most, positions, order, chunks, lengths)
+    delta_loops.plan(batch, time, most, positions, order, chunks, lengths)
     q, k, v, beta = (dense(x) for x in (q, k, v, beta.float()))
     decay = None if decay is None else dense(decay.float())
     return Call(q, k, v, beta, decay, order, chunks, lengths)
@@ -72,7 +70,7 @@ def _width(call: Call) -> int:
     width = min(_WIDEST, padded(call.v.shape[3]) // LANES)
     while width > _NARROWEST:
         if (
-            call.heads * delta_forward.column_blocks(call.v.shape[3], width)
+            call.heads * delta_loops.column_blocks(call.v.shape[3], width)
             >= 2 * torch.get_num_threads()
         ):
             break
@@ -94,11 +92,11 @@ def _matrix(panels: Tensor, state: Tensor) -> Tensor:
     return panels.transpose(2, 3).flatten(3)[:, :, :key_dim, :value_dim].contiguous()
 
 
-def _kept_shape(q: Tensor, v: Tensor, keep: bool) -> tuple[int, ...]:
-    """Of the states that are kept: those of chunks that are not their document's first, none unless
-    `keep`."""
+def _checkpoints_shape(q: Tensor, v: Tensor, save: bool) -> tuple[int, ...]:
+    """Of the checkpoints: the states before chunks that are not their document's first; none
+    unless `save`."""
     batch, time, heads, key_dim = q.shape
-    slots = (time - 1) // CHUNK if keep else 0
+    slots = (time - 1) // CHUNK if save else 0
     return batch, slots, heads, padded(v.shape[3]) // LANES, padded(key_dim), LANES
 
 
@@ -125,22 +123,22 @@ def memory(
     return delta_rule(*call, positions, checked, learns)[:2]
 
 
-def _forward(q, k, v, beta, decay, state, positions, checked, keep):
+def _forward(q, k, v, beta, decay, state, positions, checked, save):
     if positions is not None:
         Documents(positions, checked=checked).check(anywhere(len(positions)))
     call = _call(q, k, v, beta, decay, positions)
     out = empty(v.shape, v.dtype) if positions is None else v.new_zeros(v.shape)
     panels = _panels(state)
-    shape = _kept_shape(q, v, keep)  # documents may need fewer
-    kept = empty(shape, torch.float32) if positions is None else state.new_zeros(shape)
+    shape = _checkpoints_shape(q, v, save)  # documents may need fewer
+    checkpoints = empty(shape, torch.float32) if positions is None else state.new_zeros(shape)
     width, (count, firsts) = _width(call), _segments(call, SYSTEM)
     systems = _scratch(call.heads * count, SYSTEM)
-    parts = call.heads * delta_forward.column_blocks(v.shape[3], width)
+    tiles = call.heads * delta_loops.column_blocks(v.shape[3], width)
     for first in firsts:
-        delta_chunks.find_systems(call.heads * count, call, first, count, systems)
-        segment = call, first, count, systems, width, panels, kept if keep else None, out
-        delta_forward.advance(parts, *segment)
-    return out, _matrix(panels, state), kept
+        delta_loops.find_systems(call.heads * count, call, first, count, systems)
+        segment = call, first, count, systems, width, panels, checkpoints if save else None, out
+        delta_loops.advance(tiles, *segment)
+    return out, _matrix(panels, state), checkpoints
 
 
 @torch.library.custom_op("spectral_window::delta_rule", mutates_args=(), device_types="cpu")
@@ -153,22 +151,22 @@ def delta_rule(
     state: Tensor,
     positions: Tensor | None,
     checked: bool,
-    keep: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `memory`; beta and decay [B, T, H], state float32.
 
-    Returns (out, final state, the states at the beginning of chunks in panels
-    [B, chunks, H, V / 16, K, 16], without chunks unless `keep`).
+    Returns (out, final state, the checkpoints in panels [B, chunks, H, V / 16, K, 16], without
+    chunks unless `save`).
     """
-    return _forward(q, k, v, beta, decay, state, positions, checked, keep)
+    return _forward(q, k, v, beta, decay, state, positions, checked, save)
 
 
 @delta_rule.register_fake
-def _(q, k, v, beta, decay, state, positions, checked, keep):
+def _(q, k, v, beta, decay, state, positions, checked, save):
     return (
         v.new_empty(v.shape),
         state.new_empty(state.shape),
-        state.new_empty(_kept_shape(q, v, keep)),
+        state.new_empty(_checkpoints_shape(q, v, save)),
     )
 
 
@@ -183,7 +181,7 @@ def delta_rule_backward(
     decay: Tensor | None,
     state: Tensor,
     positions: Tensor | None,
-    kept: Tensor,
+    checkpoints: Tensor,
     grad: Tensor,
     grad_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -201,13 +199,13 @@ def delta_rule_backward(
     systems = _scratch(chunks, SYSTEM)
     scratch = _scratch(chunks, call.state), _scratch(chunks, values), _scratch(chunks, values)
     gradients = dv, dq, dk, d_beta, d_decay, d_state
-    parts = call.heads * delta_forward.column_blocks(v.shape[3], width)
-    given, states = dense(grad), dense(kept)
+    tiles = call.heads * delta_loops.column_blocks(v.shape[3], width)
+    given, states = dense(grad), dense(checkpoints)
     for first in reversed(firsts):
-        delta_chunks.find_systems(chunks, call, first, count, systems)
+        delta_loops.find_systems(chunks, call, first, count, systems)
         segment = call, first, count, systems, width, before, states, given, gradients, scratch
-        delta_backward.retreat(parts, *segment)
-        delta_backward.collect(chunks, *segment)
+        delta_loops.retreat(tiles, *segment)
+        delta_loops.collect(chunks, *segment)
     if decay is None or d_decay is None:
         d_decay = q.new_empty(0)
     else:
@@ -216,7 +214,7 @@ def delta_rule_backward(
 
 
 @delta_rule_backward.register_fake
-def _(q, k, v, beta, decay, state, positions, kept, grad, grad_state):
+def _(q, k, v, beta, decay, state, positions, checkpoints, grad, grad_state):
     like = [x.new_empty(x.shape) for x in (q, k, v, beta)]
     d_decay = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
     return *like, d_decay, state.new_empty(state.shape)
@@ -228,11 +226,13 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, grad_state, _):
-    *tensors, positions, kept = ctx.saved_tensors
+    *tensors, positions, checkpoints = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return *_differentiate_again(tensors, positions, grad, grad_state), *[None] * 3
-    *found, d_decay, d_state = delta_rule_backward(*tensors, positions, kept, grad, grad_state)
-    return *found, None if tensors[4] is None else d_decay, d_state, *[None] * 3
+    *d_inputs, d_decay, d_state = delta_rule_backward(
+        *tensors, positions, checkpoints, grad, grad_state
+    )
+    return *d_inputs, None if tensors[4] is None else d_decay, d_state, *[None] * 3
 
 
 def _differentiate_again(tensors, positions, grad, grad_state):
@@ -245,8 +245,10 @@ def _differentiate_again(tensors, positions, grad, grad_state):
         out, final = chunked(inputs, state.double(), documents)
         given = (out.to(v.dtype), grad), (final.to(state.dtype), grad_state)
         outputs, gradients = zip(*((y, g) for y, g in given if y.requires_grad), strict=True)
-        found = torch.autograd.grad(outputs, asked, gradients, create_graph=True, allow_unused=True)
-    by_id = {id(x): d for x, d in zip(asked, found, strict=True)}
+        derivatives = torch.autograd.grad(
+            outputs, asked, gradients, create_graph=True, allow_unused=True
+        )
+    by_id = {id(x): d for x, d in zip(asked, derivatives, strict=True)}
     return [None if x is None else by_id.get(id(x)) for x in tensors]
 
 

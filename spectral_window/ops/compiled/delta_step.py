@@ -1,13 +1,14 @@
 """One token a row of the delta-rule memory in compiled code (numba).
 
 A step reads the state once and writes the new one beside it: the state that was given stays as it
-was. A part is a block of columns of one row and head, small enough that it is still in cache when
+was. A tile is a block of columns of one row and head, small enough that it is still in cache when
 it is read for the second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -17,44 +18,64 @@ from spectral_window.ops.compiled.addresses import (
     BFLOAT16,
     FLOAT32,
     INT64,
+    Address,
     address,
     dense,
     optional,
 )
-from spectral_window.ops.compiled.delta_products import add_products, add_row, scale_row
-from spectral_window.ops.compiled.float32_lanes import BYTES, LANES, fused, load, spread, store
-from spectral_window.ops.compiled.threads import float32s, inner, int64s, kernel, take
-from spectral_window.ops.compiled.window_rows import (
+from spectral_window.ops.compiled.delta_loops import TERMS, add_products
+from spectral_window.ops.compiled.simd import (
+    BYTES,
+    LANES,
     ONE,
     ZERO,
+    add_row,
     aligned,
-    blocks_of,
     clear,
-    expect_parts,
-    fetch,
-    put,
+    exponential,
+    float32s,
+    fused,
+    inner,
+    int64s,
+    load,
+    load_row,
+    scale_row,
+    spread,
+    store,
+    store_row,
+    vectors_of,
 )
-from spectral_window.ops.compiled.window_tiles import exponential
+from spectral_window.ops.compiled.threads import claim_tile, expect_tiles, kernel
 
 _WIDTH = 4  # vectors of a block of columns
-_TERMS = 64  # rows that stay in the nearest cache; of a sum, see `delta_products`
-
-# the words of a job
-Q, K, V, BETA, DECAY, POSITIONS = range(2, 8)  # addresses; DECAY, POSITIONS: 0 for none
-HEADS, KEY_DIM, VALUE_DIM, HALF = range(8, 12)
-OUT, STATE, NEW_STATE = range(12, 15)
 
 
-def _words(parts, q, k, v, beta, decay, positions, out, state, new_state):
+class Step(NamedTuple):
+    q: Address  # [B, H, K]
+    k: Address
+    v: Address  # [B, H, V]
+    beta: Address  # float32 [B, H]
+    decay: Address  # the same, or none
+    positions: Address  # int64 [B], or none
+    heads: int
+    key_dim: int
+    value_dim: int
+    bfloat16: bool
+    out: Address
+    state: Address  # float32 [B, H, K, V]
+    new_state: Address
+
+
+def _once(tiles, q, k, v, beta, decay, positions, out, state, new_state):
     batch, _, heads, key_dim = q.shape
     value_dim, dtype = v.shape[3], q.dtype
     if dtype is not FLOAT32 and dtype is not BFLOAT16:
         raise UserTypeError(f"{dtype} (compiled delta): expected float32 or bfloat16")
     if q.shape[1] != 1:
         raise UserError(f"{q.shape[1]} tokens (compiled delta): expected one, see `step`")
-    expect_parts(parts, batch * heads * -(-value_dim // (LANES * _WIDTH)))
+    expect_tiles(tiles, batch * heads * -(-value_dim // (LANES * _WIDTH)))
     count = batch * heads
-    return (
+    return Step(
         address(q, dtype, count * key_dim),
         address(k, dtype, count * key_dim),
         address(v, dtype, count * value_dim),
@@ -69,89 +90,92 @@ def _words(parts, q, k, v, beta, decay, positions, out, state, new_state):
 
 
 @inner
-def add_in_blocks(sums, numbers, rows, step, blocks, count):
-    """sums += numbers [count] rows [count, 16 blocks], in sums of 64 terms."""
-    for i in range(0, count, _TERMS):
-        terms = min(_TERMS, count - i)
-        add_products(sums, numbers + 4 * i, 4, rows + i * step, step, blocks, terms)
+def add_in_blocks(sums, numbers, rows, step, vectors, count):
+    """sums += numbers [count] rows [count, 16 vectors], in sums of 64 terms."""
+    for i in range(0, count, TERMS):
+        terms = min(TERMS, count - i)
+        add_products(sums, numbers + 4 * i, 4, rows + i * step, step, vectors, terms)
 
 
-@kernel(_words)
-def step_once(job):
-    """Parts: (row, head, block of columns)."""
-    key_dim, value_dim, wide = job[KEY_DIM], job[VALUE_DIM], LANES * _WIDTH
-    number, cuts = (2 if job[HALF] else 4), (value_dim + wide - 1) // wide
-    key_blocks = blocks_of(key_dim)
-    room = np.empty(LANES * (2 * key_blocks + 3 * _WIDTH + 2 + key_dim * _WIDTH), np.float32)
-    keys = aligned(room)
-    queries = keys + key_blocks * BYTES
-    values = queries + key_blocks * BYTES
-    held = values + _WIDTH * BYTES
-    found = held + _WIDTH * BYTES
-    shrunk = found + _WIDTH * BYTES
-    scratch = shrunk + BYTES
-    part = take(job)
-    while part >= 0:
-        head, begin = part // cuts, part % cuts * wide
+@kernel(Step, _once)
+def step_once(args):
+    """Tiles: (row, head, block of columns)."""
+    key_dim, value_dim, wide = args.key_dim, args.value_dim, LANES * _WIDTH
+    number, cuts = (2 if args.bfloat16 else 4), (value_dim + wide - 1) // wide
+    key_vectors = vectors_of(key_dim)
+    buffer = np.empty(LANES * (2 * key_vectors + 3 * _WIDTH + 2 + key_dim * _WIDTH), np.float32)
+    keys = aligned(buffer)
+    queries = keys + key_vectors * BYTES
+    values = queries + key_vectors * BYTES
+    recall = values + _WIDTH * BYTES
+    read = recall + _WIDTH * BYTES
+    factor = read + _WIDTH * BYTES
+    scratch = factor + BYTES
+    tile = claim_tile(args)
+    while tile >= 0:
+        head, begin = tile // cuts, tile % cuts * wide
         size = min(wide, value_dim - begin)
-        blocks = blocks_of(size)
+        vectors = vectors_of(size)
         p = (
-            int64s(job[POSITIONS], head // job[HEADS] + 1)[head // job[HEADS]]
-            if job[POSITIONS]
+            int64s(args.positions, head // args.heads + 1)[head // args.heads]
+            if args.positions
             else 1
         )
-        before, step = job[STATE] + 4 * (head * key_dim * value_dim + begin), 4 * value_dim
-        after, after_step = before - job[STATE] + job[NEW_STATE], step
-        target, out = after, job[OUT] + number * (head * value_dim + begin)
-        clear(found, blocks)
+        before, step = args.state + 4 * (head * key_dim * value_dim + begin), 4 * value_dim
+        after, after_step = before - args.state + args.new_state, step
+        target, out = after, args.out + number * (head * value_dim + begin)
+        clear(read, vectors)
         if p < 0:  # padding: nothing is written
             for i in range(key_dim):
                 float32s(target + i * step, size)[:] = float32s(before + i * step, size)
-            put(found, job[HALF], size, 0, ONE, out)
-            part = take(job)
+            store_row(read, args.bfloat16, size, 0, ONE, out)
+            tile = claim_tile(args)
             continue
         if size % LANES:  # whole vectors would reach over the end of a row
             for i in range(key_dim):
-                fetch(before + i * step, 0, size, 0, ONE, scratch + i * blocks * BYTES)
-            before, step = scratch, blocks * BYTES
+                load_row(before + i * step, False, size, 0, ONE, scratch + i * vectors * BYTES)
+            before, step = scratch, vectors * BYTES
             after, after_step = before, step
-        fetch(job[K] + number * head * key_dim, job[HALF], key_dim, 0, ONE, keys)
-        fetch(job[Q] + number * head * key_dim, job[HALF], key_dim, 0, ONE, queries)
-        fetch(job[V] + number * (head * value_dim + begin), job[HALF], size, 0, ONE, values)
+        load_row(args.k + number * head * key_dim, args.bfloat16, key_dim, 0, ONE, keys)
+        load_row(args.q + number * head * key_dim, args.bfloat16, key_dim, 0, ONE, queries)
+        load_row(args.v + number * (head * value_dim + begin), args.bfloat16, size, 0, ONE, values)
         scale = spread(ZERO if p == 0 else ONE)
-        if job[DECAY] and p != 0:
-            scale = exponential(spread(-float32s(job[DECAY] + 4 * head, 1)[0]))
-        store(shrunk, scale)
+        if args.decay and p != 0:
+            scale = exponential(spread(-float32s(args.decay + 4 * head, 1)[0]))
+        store(factor, scale)
         if p != 0:
-            clear(held, blocks)
-            add_in_blocks(held, keys, before, step, blocks, key_dim)
-            add_row(values, -float32s(shrunk, 1)[0], held, blocks)
-        scale_row(values, values, float32s(job[BETA] + 4 * head, 1)[0], blocks)
+            clear(recall, vectors)
+            add_in_blocks(recall, keys, before, step, vectors, key_dim)
+            add_row(values, -float32s(factor, 1)[0], recall, vectors)
+        scale_row(values, values, float32s(args.beta + 4 * head, 1)[0], vectors)
         key = float32s(keys, key_dim)
-        for first in range(0, key_dim, _TERMS):
-            count = min(_TERMS, key_dim - first)
+        for first in range(0, key_dim, TERMS):
+            count = min(TERMS, key_dim - first)
             for i in range(first, first + count):
-                for j in range(blocks):
+                for j in range(vectors):
                     x = spread(key[i]) * load(values + j * BYTES)
                     if p != 0:
                         x = fused(scale, load(before + i * step + j * BYTES), x)
                     store(after + i * after_step + j * BYTES, x)
             row = after + first * after_step
-            add_products(found, queries + 4 * first, 4, row, after_step, blocks, count)
+            add_products(read, queries + 4 * first, 4, row, after_step, vectors, count)
         if size % LANES:
             for i in range(key_dim):
                 row = float32s(after + i * after_step, size)
                 float32s(target + 4 * i * value_dim, size)[:] = row
-        put(found, job[HALF], size, 0, ONE, out)
-        part = take(job)
-    room[0] = ZERO  # alive until here
+        store_row(read, args.bfloat16, size, 0, ONE, out)
+        tile = claim_tile(args)
+    buffer[0] = ZERO  # alive until here
 
 
 def step(
     inputs: Sequence[Tensor], state: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`delta.memory` for T = 1, without gradients. positions [B, 1] int64: 0 for a row that begins
-    afresh, -1 for one that has no token and keeps its state."""
+    """`delta.memory` for T = 1, without gradients.
+
+    positions [B, 1] int64: 0 for a row that starts a document, -1 for one without a token, whose
+    state stays.
+    """
     q, k, v = (dense(x) for x in inputs[:3])
     beta, *decay = (dense(x.float()) for x in inputs[3:])
     state = dense(state)
@@ -163,5 +187,5 @@ def step(
 
 def step_into(q, k, v, beta, decay, positions, out, state, after) -> None:
     """`step` on tensors that are dense already, into given memory."""
-    parts = q.shape[0] * q.shape[2] * -(-v.shape[3] // (LANES * _WIDTH))
-    step_once(parts, q, k, v, beta, decay, positions, out, state, after)
+    tiles = q.shape[0] * q.shape[2] * -(-v.shape[3] // (LANES * _WIDTH))
+    step_once(tiles, q, k, v, beta, decay, positions, out, state, after)

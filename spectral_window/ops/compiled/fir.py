@@ -1,14 +1,16 @@
-"""Filters of a few taps in compiled code (numba): one pass over the tokens forward, one backward.
+"""FIR filters of a few taps in compiled code (numba): one pass over the tokens forward, one back.
 
     y_t = sum_{j < L} w_j u_{t-j}      du_s = sum_j w_j dy_{s+j}      dw_j = sum_t dy_t u_{t-j}
 
-A part is a block of tokens. Where the input of each tap lies follows from the shape; documents and
+A tile is a block of tokens. Where the input of each tap lies follows from the shape; documents and
 padding need a table of it (`sources`). Rows are float32 in the kernel whatever they are stored in.
 The gradient of the taps is summed in float32 over the tokens of a block, then in float64, so no bit
 depends on the number of threads.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,32 +21,44 @@ from spectral_window.ops.compiled.addresses import (
     BFLOAT16,
     FLOAT32,
     INT64,
+    NOWHERE,
+    Address,
     address,
     dense,
     optional,
 )
 from spectral_window.ops.compiled.pages import empty
-from spectral_window.ops.compiled.pointwise import place_of, put_row, row_of
-from spectral_window.ops.compiled.threads import float32s, inner, int64s, kernel, take
+from spectral_window.ops.compiled.pointwise import read_row, row_for, write_row
+from spectral_window.ops.compiled.simd import float32s, inner, int64s
+from spectral_window.ops.compiled.threads import claim_tile, kernel
 
 NOTHING = -(1 << 62)  # in a table of sources: there is no such input
-_BLOCK = 64  # tokens of a part
-
-# the words of a job: addresses and sizes
-INPUT, BEFORE, WEIGHTS, SOURCES = range(2, 6)  # BEFORE: 0 without a state; SOURCES: 0 without
-TOKENS, TIME, CHANNELS, TAPS, HALF = range(6, 11)  # HALF: 1 for bfloat16
-OUT = 11  # backward: the gradient of it, and then what is found
-D_INPUT, D_WEIGHTS = 12, 13
+_BLOCK = 64  # tokens of a tile
 
 
-def _words(parts, u, before, weights, sources, out):
+class Filter(NamedTuple):
+    u: Address  # [B, T, D]
+    before: Address  # [B, L - 1, D], or none
+    weights: Address  # float32 [D, L]
+    sources: Address  # int64 [tokens, L], or none
+    tokens: int
+    time: int
+    channels: int
+    taps: int
+    bfloat16: bool
+    out: Address  # backward: its gradient
+    d_u: Address = NOWHERE
+    d_weights: Address = NOWHERE  # float32 [tiles, L, D]: the sum over the tokens of a tile
+
+
+def _forward(tiles, u, before, weights, sources, out):
     batch, time, channels = u.shape
     dtype = BFLOAT16 if u.dtype is BFLOAT16 else FLOAT32
     taps = weights.shape[1]
     tokens = batch * time if sources is None else sources.shape[0]
-    if parts != -(-tokens // _BLOCK) or taps < 1:
-        raise UserError(f"{parts} parts for {tokens} tokens (compiled fir): see `_BLOCK`")
-    return (
+    if tiles != -(-tokens // _BLOCK) or taps < 1:
+        raise UserError(f"{tiles} tiles for {tokens} tokens (compiled fir): see `_BLOCK`")
+    return Filter(
         address(u, dtype, u.numel()),
         optional(before, dtype, batch * (taps - 1) * channels),
         address(weights, FLOAT32, channels * taps),
@@ -54,45 +68,43 @@ def _words(parts, u, before, weights, sources, out):
     )
 
 
-def _backward_words(parts, u, before, weights, sources, grad, du, dw):
-    dtype = BFLOAT16 if u.dtype is BFLOAT16 else FLOAT32
-    return (
-        *_words(parts, u, before, weights, sources, grad),
-        address(du, dtype, u.numel()),
-        address(dw, FLOAT32, parts * weights.numel()),
+def _backward(tiles, u, before, weights, sources, grad, du, dw):
+    return _forward(tiles, u, before, weights, sources, grad)._replace(
+        d_u=address(du, BFLOAT16 if u.dtype is BFLOAT16 else FLOAT32, u.numel()),
+        d_weights=address(dw, FLOAT32, tiles * weights.numel()),
     )
 
 
 @inner
-def source(job, i, j):
+def source(args, i, j):
     """Where the input of token i and tap j lies: an index into the B T inputs, or -1 - k for input
     k of the B (L - 1) of the states, or NOTHING."""
-    if job[SOURCES]:
-        return int64s(job[SOURCES] + 8 * i * job[TAPS], job[TAPS])[j]
-    row, t = i // job[TIME], i % job[TIME]
+    if args.sources:
+        return int64s(args.sources + 8 * i * args.taps, args.taps)[j]
+    row, t = i // args.time, i % args.time
     if j <= t:
         return i - j
-    if job[BEFORE]:
-        return -1 - (row * (job[TAPS] - 1) + job[TAPS] - 1 + t - j)
+    if args.before:
+        return -1 - (row * (args.taps - 1) + args.taps - 1 + t - j)
     return NOTHING
 
 
 @inner
-def input_of(job, at, room):
+def input_of(args, at, buffer):
     """The input at a source."""
     if at >= 0:
-        return row_of(job[HALF], job[INPUT], at * job[CHANNELS], room)
-    return row_of(job[HALF], job[BEFORE], (-1 - at) * job[CHANNELS], room)
+        return read_row(args.bfloat16, args.u, at * args.channels, buffer)
+    return read_row(args.bfloat16, args.before, (-1 - at) * args.channels, buffer)
 
 
 @inner
-def by_taps(job, rooms):
-    """The weights [D, L] as [L, D] in `rooms`."""
-    size, taps = job[CHANNELS], job[TAPS]
-    weights = float32s(job[WEIGHTS], size * taps)
+def by_taps(args, buffers):
+    """The weights [D, L] as [L, D] in `buffers`."""
+    size, taps = args.channels, args.taps
+    weights = float32s(args.weights, size * taps)
     for j in range(taps):
         for c in range(size):
-            rooms[j, c] = weights[c * taps + j]
+            buffers[j, c] = weights[c * taps + j]
 
 
 @inner
@@ -107,58 +119,60 @@ def add_multiplied(x, weight, y):
         y[c] += x[c] * weight[c]
 
 
-@kernel(_words)
-def _convolve(job):
-    """Parts: blocks of tokens."""
-    half, size, taps = job[HALF], job[CHANNELS], job[TAPS]
-    rooms = np.empty((taps + 2, size), np.float32)
-    by_taps(job, rooms)
-    part = take(job)
-    while part >= 0:
-        for i in range(part * _BLOCK, min((part + 1) * _BLOCK, job[TOKENS])):
-            at = source(job, i, 0)
-            y = place_of(half, job[OUT], at * size, rooms[taps])
-            multiply(input_of(job, at, rooms[taps + 1]), rooms[0], y)
+@kernel(Filter, _forward)
+def _convolve(args):
+    """Tiles: blocks of tokens."""
+    bfloat16, size, taps = args.bfloat16, args.channels, args.taps
+    buffers = np.empty((taps + 2, size), np.float32)
+    by_taps(args, buffers)
+    tile = claim_tile(args)
+    while tile >= 0:
+        for i in range(tile * _BLOCK, min((tile + 1) * _BLOCK, args.tokens)):
+            at = source(args, i, 0)
+            y = row_for(bfloat16, args.out, at * size, buffers[taps])
+            multiply(input_of(args, at, buffers[taps + 1]), buffers[0], y)
             for j in range(1, taps):
-                earlier = source(job, i, j)
+                earlier = source(args, i, j)
                 if earlier == NOTHING:
                     break
-                add_multiplied(input_of(job, earlier, rooms[taps + 1]), rooms[j], y)
-            put_row(half, job[OUT], at * size, y)
-        part = take(job)
+                add_multiplied(input_of(args, earlier, buffers[taps + 1]), buffers[j], y)
+            write_row(bfloat16, args.out, at * size, y)
+        tile = claim_tile(args)
 
 
-@kernel(_backward_words)
-def _convolve_backward(job):
-    """D_INPUT, and D_WEIGHTS [parts, L, D]: the sum over the tokens of a part."""
-    half, size, taps = job[HALF], job[CHANNELS], job[TAPS]
-    rooms = np.empty((taps + 3, size), np.float32)
-    by_taps(job, rooms)
-    part = take(job)
-    while part >= 0:
-        dw = job[D_WEIGHTS] + 4 * part * taps * size
+@kernel(Filter, _backward)
+def _convolve_backward(args):
+    """The gradients of u and of the weights. Tiles: blocks of tokens."""
+    bfloat16, size, taps = args.bfloat16, args.channels, args.taps
+    buffers = np.empty((taps + 3, size), np.float32)
+    by_taps(args, buffers)
+    tile = claim_tile(args)
+    while tile >= 0:
+        dw = args.d_weights + 4 * tile * taps * size
         float32s(dw, taps * size)[:] = np.float32(0)
-        for i in range(part * _BLOCK, min((part + 1) * _BLOCK, job[TOKENS])):
-            at = source(job, i, 0)
-            grad = row_of(half, job[OUT], at * size, rooms[taps])
-            du = place_of(half, job[D_INPUT], at * size, rooms[taps + 1])
-            multiply(grad, rooms[0], du)
-            for j in range(1, min(taps, job[TOKENS] - i)):
-                if source(job, i + j, j) != at:  # the document has ended
+        for i in range(tile * _BLOCK, min((tile + 1) * _BLOCK, args.tokens)):
+            at = source(args, i, 0)
+            grad = read_row(bfloat16, args.out, at * size, buffers[taps])
+            du = row_for(bfloat16, args.d_u, at * size, buffers[taps + 1])
+            multiply(grad, buffers[0], du)
+            for j in range(1, min(taps, args.tokens - i)):
+                if source(args, i + j, j) != at:  # the document has ended
                     break
-                later = source(job, i + j, 0) * size
-                add_multiplied(row_of(half, job[OUT], later, rooms[taps + 2]), rooms[j], du)
-            put_row(half, job[D_INPUT], at * size, du)
+                later = source(args, i + j, 0) * size
+                add_multiplied(
+                    read_row(bfloat16, args.out, later, buffers[taps + 2]), buffers[j], du
+                )
+            write_row(bfloat16, args.d_u, at * size, du)
             for j in range(taps):
-                earlier = source(job, i, j)
+                earlier = source(args, i, j)
                 if earlier == NOTHING:
                     break
-                x = input_of(job, earlier, rooms[taps + 2])
+                x = input_of(args, earlier, buffers[taps + 2])
                 add_multiplied(x, grad, float32s(dw + 4 * j * size, size))
-        part = take(job)
+        tile = claim_tile(args)
 
 
-def _parts(u: Tensor, sources: Tensor | None) -> int:
+def _tiles(u: Tensor, sources: Tensor | None) -> int:
     tokens = u.shape[0] * u.shape[1] if sources is None else sources.shape[0]
     return -(-tokens // _BLOCK)
 
@@ -177,7 +191,7 @@ def convolve(u: Tensor, weights: Tensor, before: Tensor | None, sources: Tensor 
     """
     u, *rest = _call(u, weights, before, sources)
     y = empty(u.shape, u.dtype) if sources is None else u.new_zeros(u.shape)
-    _convolve(_parts(u, sources), u, *rest, y)
+    _convolve(_tiles(u, sources), u, *rest, y)
     return y
 
 
@@ -187,8 +201,8 @@ def convolve_backward(
     """The gradients of u and of the weights, given that of y."""
     u, *rest = _call(u, weights, before, sources)
     du = empty(u.shape, u.dtype) if sources is None else u.new_zeros(u.shape)
-    parts = _parts(u, sources)
+    tiles = _tiles(u, sources)
     channels, taps = weights.shape
-    dw = torch.empty(parts, taps, channels, dtype=torch.float32, device="cpu")
-    _convolve_backward(parts, u, *rest, dense(grad), du, dw)
+    dw = torch.empty(tiles, taps, channels, dtype=torch.float32, device="cpu")
+    _convolve_backward(tiles, u, *rest, dense(grad), du, dw)
     return du, dw.sum(0, dtype=torch.float64).T.to(weights.dtype)

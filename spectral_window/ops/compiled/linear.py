@@ -1,8 +1,8 @@
-"""y = W x for a few x, at the speed at which W can be read.
+"""y = A x for a few x, at the speed at which A can be read.
 
 Generating text multiplies every weight with one vector a token: two operations for each number
 read, so memory is the limit and nothing else should be. What that takes: every thread reads whole
-rows of W in order, several matrices that share one x are one call, and a row's sum takes few
+rows of A in order, several matrices that share one x are one call, and a row's sum takes few
 instructions. In bfloat16 that is the processor's own product of pairs (AVX-512 BF16), where it has
 one; elsewhere numbers are widened two at a time, as the halves of a 32-bit word, for which x is
 laid out as its evens, then its odds.
@@ -10,8 +10,9 @@ laid out as its evens, then its odds.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numba
@@ -27,29 +28,28 @@ from spectral_window.errors import UserError
 from spectral_window.ops.compiled.addresses import (
     BFLOAT16,
     FLOAT32,
+    Address,
     address,
     dense,
     optional,
 )
-from spectral_window.ops.compiled.threads import (
-    MOST_WORDS,
+from spectral_window.ops.compiled.simd import (
     bfloat16s,
     float32s,
     inner,
     int32s,
-    kernel,
-    lower,
     narrow,
     summing,
-    take,
-    upper,
     widen,
+    widen_lower,
+    widen_upper,
 )
+from spectral_window.ops.compiled.threads import claim_tile, kernel
 
-MOST = (MOST_WORDS - 9) // 3  # matrices in one call
-_SHARE = 2  # parts a thread, so that one that is held up does not hold up the others
+MOST = 18  # matrices in one call
+_TILES = 2  # per thread, so that one that is held up does not hold up the others
 _PAIRS = 32  # bfloat16 numbers that one instruction multiplies
-_BLOCK = 8  # rows of W that stay in cache for the next vector of a batch
+_BLOCK = 8  # rows of A that stay in cache for the next vector of a batch
 _CHAINS = 2  # of sums, so that one product need not wait for the one before
 _FLOAT32, _PAIRWISE, _NATIVE = 0, 1, 2  # kinds of numbers, and of ways to multiply them
 NATIVE = not numba.config.CPU_NAME and llvm.get_host_cpu_features().get("avx512bf16", False)
@@ -138,8 +138,8 @@ def _dot_pairs(w, x, size):
     pairs, even, odd = int32s(w, half), float32s(x, half), float32s(x + 4 * half, half)
     evens = odds = np.float32(0)
     for j in range(half):
-        evens += lower(pairs[j]) * even[j]
-        odds += upper(pairs[j]) * odd[j]
+        evens += widen_lower(pairs[j]) * even[j]
+        odds += widen_upper(pairs[j]) * odd[j]
     return evens + odds
 
 
@@ -161,52 +161,71 @@ def _pairwise_rows(w, x, size, sums):
         sums[r] = _dot_pairs(w + 2 * r * size, x, size)
 
 
-def _words(parts, kind, batch, size, x, y, columns, weights, biases):
+class Matrix(NamedTuple):
+    """Of a table that a call passes."""
+
+    weight: Address  # [rows, D]
+    rows: int
+    bias: Address  # [rows], or none
+
+
+class Maps(NamedTuple):
+    kind: int
+    batch: int
+    size: int  # D
+    x: Address  # [batch, D]
+    y: Address  # [batch, columns]
+    columns: int
+    count: int
+    matrices: Annotated[bytes, Matrix, MOST]
+
+
+def _maps(tiles, kind, batch, size, x, y, columns, weights, biases):
     dtype = FLOAT32 if kind == _FLOAT32 else BFLOAT16
     x_dtype = BFLOAT16 if kind == _NATIVE else FLOAT32
-    words = [kind, batch, size, address(x, x_dtype, batch * size)]
-    words += (address(y, dtype, batch * columns), columns, len(weights))
+    inputs = address(x, x_dtype, batch * size), address(y, dtype, batch * columns)
+    matrices: list[int] = []
     seen = 0
     for weight, bias in zip(weights, biases, strict=True):
         rows = weight.shape[0]
         seen += rows
-        words += (address(weight, dtype, rows * size), rows, optional(bias, dtype, rows))
-    if seen != columns or (size % 2 and kind == _PAIRWISE):
+        matrices += address(weight, dtype, rows * size), rows, optional(bias, dtype, rows)
+    if seen != columns or (size % 2 and kind == _PAIRWISE) or len(weights) > MOST:
         raise UserError(f"{seen} rows of {size} (compiled code): expected {columns}, in pairs")
-    return words
+    table = struct.pack(f"{len(matrices)}q", *matrices)
+    return Maps(kind, batch, size, *inputs, columns, len(weights), table)
 
 
-@kernel(_words)
-def _multiply(job):
-    """job: 2 kind, 3 batch, 4 K, 5 x [batch, K], 6 y [batch, columns], 7 columns, 8 matrices, then
-    for each its address, rows and bias (address or 0). Every part takes a run of rows of each."""
-    kind, batch, size, columns = job[2], job[3], job[4], job[7]
+@kernel(Maps, _maps)
+def _multiply(args):
+    """Every tile takes a run of rows of each matrix."""
+    kind, batch, size = args.kind, args.batch, args.size
     width = 4 if kind == _FLOAT32 else 2  # bytes of a number
     x_width = 2 if kind == _NATIVE else 4
-    room = np.empty(_BLOCK, np.float32)
-    part = take(job)
-    while part >= 0:
+    buffer = np.empty(_BLOCK, np.float32)
+    tile = claim_tile(args)
+    while tile >= 0:
         before = 0  # columns of the matrices before
-        for which in range(job[8]):
-            at = 9 + 3 * which
-            rows, bias = job[at + 1], job[at + 2]
-            end = rows * (part + 1) // job[1]
-            for r in range(rows * part // job[1], end, _BLOCK):
-                sums = room[: min(_BLOCK, end - r)]
+        for which in range(args.count):
+            matrix = args.matrices[which]
+            rows, bias = matrix.rows, matrix.bias
+            end = rows * (tile + 1) // args.tiles
+            for r in range(rows * tile // args.tiles, end, _BLOCK):
+                sums = buffer[: min(_BLOCK, end - r)]
                 for b in range(batch):
-                    w, x = job[at] + width * r * size, job[5] + x_width * b * size
-                    place = b * columns + before + r
+                    w, x = matrix.weight + width * r * size, args.x + x_width * b * size
+                    place = b * args.columns + before + r
                     if kind == _FLOAT32:
                         _float32_rows(w, x, size, sums)
-                        _add_float32(sums, bias + 4 * r if bias else 0, job[6] + 4 * place)
+                        _add_float32(sums, bias + 4 * r if bias else 0, args.y + 4 * place)
                         continue
                     if kind == _NATIVE:
                         _native_rows(w, x, size, sums)
                     else:
                         _pairwise_rows(w, x, size, sums)
-                    _add_bfloat16(sums, bias + 2 * r if bias else 0, job[6] + 2 * place)
+                    _add_bfloat16(sums, bias + 2 * r if bias else 0, args.y + 2 * place)
             before += rows
-        part = take(job)
+        tile = claim_tile(args)
 
 
 @inner
@@ -230,8 +249,8 @@ def _add_bfloat16(sums, bias, y):
 
 
 def multiply(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """x [batch, K] times each of `weights` [rows, K], plus its bias [rows] or None: all side by
-    side, [batch, sum of rows]. At most MOST matrices; all float32 or bfloat16 (then K is even),
+    """x [batch, D] times each of `weights` [rows, D], plus its bias [rows] or None: all side by
+    side, [batch, sum of rows]. At most MOST matrices; all float32 or bfloat16 (then D is even),
     weights and biases contiguous, sums in float32."""
     x = dense(x)
     columns = sum(weight.shape[0] for weight in weights)
@@ -239,6 +258,6 @@ def multiply(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     kind = _FLOAT32 if x.dtype == torch.float32 else _NATIVE if NATIVE else _PAIRWISE
     if kind == _PAIRWISE:
         x = x.float().unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
-    parts, size = _SHARE * torch.get_num_threads(), weights[0].shape[1]
-    _multiply(parts, kind, y.shape[0], size, x, y, columns, weights, biases)
+    tiles, size = _TILES * torch.get_num_threads(), weights[0].shape[1]
+    _multiply(tiles, kind, y.shape[0], size, x, y, columns, weights, biases)
     return y

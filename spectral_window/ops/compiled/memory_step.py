@@ -7,6 +7,8 @@ the place of a filter, two normalisations, two gates and four conversions.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,51 +19,74 @@ from spectral_window.ops.compiled.addresses import (
     BFLOAT16,
     FLOAT32,
     INT64,
+    Address,
     address,
     dense,
     optional,
 )
 from spectral_window.ops.compiled.fir import add_multiplied, multiply
-from spectral_window.ops.compiled.heads import gated_add, scaled
-from spectral_window.ops.compiled.pointwise import bits_of, dot, exponential, row_of
-from spectral_window.ops.compiled.threads import (
+from spectral_window.ops.compiled.pointwise import (
+    dot,
+    exp_number,
+    gated_add,
+    read_row,
+    scaled,
+)
+from spectral_window.ops.compiled.simd import (
     bfloat16s,
     float32s,
-    float_of,
     inner,
     int64s,
-    kernel,
     narrow,
-    take,
     widen,
 )
-
-# the words of a job: addresses and sizes
-Q, V, GATES, POSITIONS, BEFORE = range(2, 7)  # POSITIONS: 0 for none; BEFORE: queries [B, L - 1, D]
-LAG, WRITE_BIAS, READ_BIAS = range(7, 10)  # [D, L], [H], [H]
-HEADS, SIZE, TAPS, SHORTEST, CLOSES, HALF = range(10, 16)  # SHORTEST: the bits of a float32
-QUERIES, KEYS, VALUES, BETA, READ, AFTER = range(16, 22)  # what is found; AFTER like BEFORE
+from spectral_window.ops.compiled.threads import claim_tile, kernel
 
 
-def _words(parts, q, v, gates, positions, before, own, shortest, closes, found):
+class Token(NamedTuple):
+    q: Address  # [B, D]
+    v: Address  # [B, D]
+    gates: Address  # [B, 2 H]
+    positions: Address  # int64 [B], or none
+    before: Address  # the last queries [B, L - 1, D]
+    lag: Address  # float32 [D, L]
+    write_bias: Address  # float32 [H]
+    read_bias: Address  # float32 [H]
+    heads: int
+    size: int
+    taps: int
+    shortest: float
+    closes: bool
+    bfloat16: bool
+    # what is computed, float32 but for the last
+    queries: Address  # [B, D]
+    keys: Address  # [B, D]
+    values: Address  # [B, D]
+    beta: Address  # [B, H]
+    read: Address  # [B, H]
+    after: Address  # like `before`
+
+
+def _token(tiles, q, v, gates, positions, before, own, shortest, closes, outputs):
     lag, write_bias, read_bias = own
     heads, (channels, taps) = len(write_bias), lag.shape
-    dtype, numbers = BFLOAT16 if q.dtype is BFLOAT16 else FLOAT32, parts * channels
+    dtype, numbers = BFLOAT16 if q.dtype is BFLOAT16 else FLOAT32, tiles * channels
     if channels % heads:
         raise UserError(f"{heads} heads of {channels} channels (compiled memory)")
-    kept = parts * (taps - 1) * channels
-    queries, keys, values, beta, read, after = found
-    return (
+    earlier = tiles * (taps - 1) * channels
+    queries, keys, values, beta, read, after = outputs
+    return Token(
         *(address(q, dtype, numbers), address(v, dtype, numbers)),
-        address(gates, dtype, 2 * parts * heads),
-        optional(positions, INT64, parts),
-        address(before, dtype, kept),
+        address(gates, dtype, 2 * tiles * heads),
+        optional(positions, INT64, tiles),
+        address(before, dtype, earlier),
         address(lag, FLOAT32, channels * taps),
-        *(address(bias, FLOAT32, heads) for bias in (write_bias, read_bias)),
-        *(heads, channels // heads, taps, bits_of(shortest), closes, dtype is BFLOAT16),
-        *(address(x, FLOAT32, numbers) for x in (queries, keys, values)),
-        *(address(x, FLOAT32, parts * heads) for x in (beta, read)),
-        address(after, dtype, kept),
+        *(address(write_bias, FLOAT32, heads), address(read_bias, FLOAT32, heads)),
+        *(heads, channels // heads, taps, shortest, closes, dtype is BFLOAT16),
+        *(address(queries, FLOAT32, numbers), address(keys, FLOAT32, numbers)),
+        address(values, FLOAT32, numbers),
+        *(address(beta, FLOAT32, tiles * heads), address(read, FLOAT32, tiles * heads)),
+        address(after, dtype, earlier),
     )
 
 
@@ -72,7 +97,7 @@ def normalised(x, shortest, y):
 
 @inner
 def opened(x, bias):
-    return np.float32(1) / (np.float32(1) + exponential(-(x + bias)))
+    return np.float32(1) / (np.float32(1) + exp_number(-(x + bias)))
 
 
 @inner
@@ -85,14 +110,14 @@ def closing(x, bias):
         z = x * x
         return x * (np.float32(1) - z * (np.float32(1 / 3) - z * (np.float32(2 / 15)
             - z * (np.float32(17 / 315) - z * np.float32(62 / 2835)))))  # fmt: skip
-    e = exponential(np.float32(-2) * x)
+    e = exp_number(np.float32(-2) * x)
     return (np.float32(1) - e) / (np.float32(1) + e)
 
 
 @inner
-def copied(half, source, target, begin, count):
+def copied(bfloat16, source, target, begin, count):
     """`count` numbers from `begin` of one array to another's beginning; zeros from no array."""
-    if half:
+    if bfloat16:
         bits = bfloat16s(target, count)
         for i in range(count):
             bits[i] = bfloat16s(source + 2 * begin, count)[i] if source else np.uint16(0)
@@ -102,52 +127,51 @@ def copied(half, source, target, begin, count):
             numbers[i] = float32s(source + 4 * begin, count)[i] if source else np.float32(0)
 
 
-@kernel(_words)
-def prepare(job):
-    """Parts: rows."""
-    half, heads, size, taps = job[HALF], job[HEADS], job[SIZE], job[TAPS]
-    channels, kept = heads * size, taps - 1
-    shortest = float_of(np.int32(job[SHORTEST]))
-    number = 2 if half else 4
-    rooms = np.empty((5, channels), np.float32)
-    weights = float32s(job[LAG], channels * taps)
-    part = take(job)
-    while part >= 0:
-        p = int64s(job[POSITIONS], part + 1)[part] if job[POSITIONS] else 1
-        before = job[BEFORE] + number * part * kept * channels
-        after = job[AFTER] + number * part * kept * channels
-        q, at = row_of(half, job[Q], part * channels, rooms[0]), 4 * part * channels
-        lagged, weight = rooms[1], rooms[2]
+@kernel(Token, _token)
+def prepare(args):
+    """Tiles: rows."""
+    bfloat16, heads, size, taps = args.bfloat16, args.heads, args.size, args.taps
+    channels, earlier = heads * size, taps - 1
+    number = 2 if bfloat16 else 4
+    buffers = np.empty((5, channels), np.float32)
+    weights = float32s(args.lag, channels * taps)
+    tile = claim_tile(args)
+    while tile >= 0:
+        p = int64s(args.positions, tile + 1)[tile] if args.positions else 1
+        before = args.before + number * tile * earlier * channels
+        after = args.after + number * tile * earlier * channels
+        q, at = read_row(bfloat16, args.q, tile * channels, buffers[0]), 4 * tile * channels
+        lagged, weight = buffers[1], buffers[2]
         for j in range(taps if p != 0 else 1):
             for c in range(channels):
                 weight[c] = weights[c * taps + j]
             if j == 0:
                 multiply(q, weight, lagged)
             else:
-                earlier = row_of(half, before, (kept - j) * channels, rooms[3])
-                add_multiplied(earlier, weight, lagged)
-        if half:  # as a filter's result is
+                query = read_row(bfloat16, before, (earlier - j) * channels, buffers[3])
+                add_multiplied(query, weight, lagged)
+        if bfloat16:  # as a filter's result is
             for c in range(channels):
                 lagged[c] = widen(narrow(lagged[c]))
-        value = row_of(half, job[V], part * channels, rooms[4])
-        float32s(job[VALUES] + at, channels)[:] = value
-        gates = row_of(half, job[GATES], part * 2 * heads, rooms[3][: 2 * heads])
+        value = read_row(bfloat16, args.v, tile * channels, buffers[4])
+        float32s(args.values + at, channels)[:] = value
+        gates = read_row(bfloat16, args.gates, tile * 2 * heads, buffers[3][: 2 * heads])
         for h in range(heads):
             head, place = h * size, at + 4 * h * size
-            normalised(q[head : head + size], shortest, float32s(job[QUERIES] + place, size))
-            normalised(lagged[head : head + size], shortest, float32s(job[KEYS] + place, size))
-            bias = float32s(job[WRITE_BIAS], heads)[h]
-            amount = closing(gates[h], bias) if job[CLOSES] else opened(gates[h], bias)
-            float32s(job[BETA] + 4 * part * heads, heads)[h] = amount
-            bias = float32s(job[READ_BIAS], heads)[h]
-            float32s(job[READ] + 4 * part * heads, heads)[h] = opened(gates[heads + h], bias)
+            normalised(q[head : head + size], args.shortest, float32s(args.queries + place, size))
+            normalised(lagged[head : head + size], args.shortest, float32s(args.keys + place, size))
+            bias = float32s(args.write_bias, heads)[h]
+            amount = closing(gates[h], bias) if args.closes else opened(gates[h], bias)
+            float32s(args.beta + 4 * tile * heads, heads)[h] = amount
+            bias = float32s(args.read_bias, heads)[h]
+            float32s(args.read + 4 * tile * heads, heads)[h] = opened(gates[heads + h], bias)
         if p < 0:
-            copied(half, before, after, 0, kept * channels)
-        elif kept > 0:
-            last = (kept - 1) * channels
-            copied(half, before if p else 0, after, channels, last)
-            copied(half, job[Q], after + number * last, part * channels, channels)
-        part = take(job)
+            copied(bfloat16, before, after, 0, earlier * channels)
+        elif earlier > 0:
+            last = (earlier - 1) * channels
+            copied(bfloat16, before if p else 0, after, channels, last)
+            copied(bfloat16, args.q, after + number * last, tile * channels, channels)
+        tile = claim_tile(args)
 
 
 def step(
@@ -172,12 +196,12 @@ def step(
     batch, channels, heads = len(q), q.shape[2], len(own[1])
     memory, before = (dense(x) for x in state)
     at = None if positions is None else dense(positions)
-    room = torch.empty(4, batch, 1, heads, channels // heads, dtype=FLOAT32, device="cpu")
+    vectors = torch.empty(4, batch, 1, heads, channels // heads, dtype=FLOAT32, device="cpu")
     beta, read = torch.empty(2, batch, 1, heads, dtype=FLOAT32, device="cpu")
-    queries, keys, values, out = room
+    queries, keys, values, out = vectors
     after, recent = torch.empty_like(memory), torch.empty_like(before)
-    found = queries, keys, values, beta, read, recent
+    outputs = queries, keys, values, beta, read, recent
     given = dense(q), dense(v), dense(gates), at, before, tuple(dense(x) for x in maps)
-    prepare(batch, *given, shortest, closes, found)
+    prepare(batch, *given, shortest, closes, outputs)
     delta_step.step_into(queries, keys, values, beta, None, at, out, memory, after)
     return gated_add(attended, out, read, scale), after, recent

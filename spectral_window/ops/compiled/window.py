@@ -1,167 +1,31 @@
-"""Window attention in compiled code (numba), for float32 and bfloat16 on a CPU, and its operators.
+"""Window attention in compiled code (numba), for float32 and bfloat16 on a CPU: its operators.
 
-A part is a segment of the queries of one head. It brings its keys and values into a scratch of its
-own, where they stay in cache, and goes through its queries tile by tile (`window_tiles`). For
-a tile with the keys it sees:
-
-    P^T = exp(K Q^T - max),   O = (P^T)^T V / sum
-
-The weights P never leave the scratch. Keys before the first column come from the ring of the state.
-All sums run in the order of keys and dimensions, so a query's result has the same bits in any batch
-or prefix.
+The kernels are in `window_loops`, and in `window_step` for a single token; here they are called,
+and registered with torch. Kernels want the tokens of a document side by side, so rows with padding
+inside are sorted first.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spectral_window.ops.chunked_window import chunked
-from spectral_window.ops.compiled.addresses import INT64, address, dense
-from spectral_window.ops.compiled.float32_lanes import BYTES, LANES, store
-from spectral_window.ops.compiled.threads import float32s, int64s, kernel, take
-from spectral_window.ops.compiled.window_backward import attend_backward
-from spectral_window.ops.compiled.window_rows import (
+from spectral_window.ops.compiled.addresses import dense
+from spectral_window.ops.compiled.window_loops import (
     ANCHOR,
-    BATCH,
-    HALF,
-    HEADS,
-    KEY_DIM,
-    NEW_KEY,
-    NEW_POSITION,
-    ONE,
-    OUT,
-    RING_KEY,
-    TIME,
-    VALUE_DIM,
-    WINDOW,
-    Call,
-    K,
-    V,
-    aligned,
-    blocks_of,
-    clear,
-    copy_row,
-    expect_parts,
-    find_turns,
-    last_token,
-    oldest,
-    out_row,
-    position,
-    put,
-    ring_row,
-    row_of,
-    turns_at,
-)
-from spectral_window.ops.compiled.window_tiles import (
     SEGMENT,
-    fetch_keys,
-    fetch_queries,
-    first_seen,
-    gather,
-    most_keys,
-    score,
-    softmax,
+    Call,
+    attend,
+    attend_backward,
+    find_rotations,
+    remember,
 )
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.tracing import may_bypass
 from spectral_window.ops.window_state import WindowState
-
-
-def _attend_words(parts, call, out):
-    batch, time, heads, _ = call.q.shape
-    expect_parts(parts, batch * -(-time // SEGMENT) * heads)
-    dtype, _, outs, _, _ = call.numbers
-    return *call.words(), address(out, dtype, outs)
-
-
-def _remember_words(parts, call, new_key, new_value, new_position):
-    batch, _, heads, _ = call.q.shape
-    expect_parts(parts, batch * heads)
-    dtype, _, _, keys, values = call.numbers
-    new = address(new_key, dtype, keys), address(new_value, dtype, values)
-    return *call.words(), 0, *new, address(new_position, INT64, batch)
-
-
-@kernel(_attend_words)
-def attend(job):
-    """Parts: (row, segment, head)."""
-    key_blocks, value_blocks = blocks_of(job[KEY_DIM]), blocks_of(job[VALUE_DIM])
-    most, tile_vectors = most_keys(job), LANES * (2 * key_blocks + value_blocks) + 4
-    room = np.empty(LANES * (tile_vectors + most * (key_blocks + value_blocks + 1)), np.float32)
-    lows = aligned(room)
-    sums = lows + 2 * BYTES
-    queries = sums + BYTES
-    columns = queries + LANES * key_blocks * BYTES
-    out = columns + LANES * key_blocks * BYTES
-    keys = out + LANES * value_blocks * BYTES
-    values = keys + most * key_blocks * BYTES
-    scores = values + most * value_blocks * BYTES
-    segments = (job[TIME] + SEGMENT - 1) // SEGMENT
-    part = take(job)
-    while part >= 0:
-        h, run, b = part % job[HEADS], part // job[HEADS] % segments, part // job[HEADS] // segments
-        start, stop = run * SEGMENT, min((run + 1) * SEGMENT, job[TIME])
-        begin = first_seen(job, b, start, stop)
-        clean = fetch_keys(job, b, h, begin, stop, keys, values)
-        for c in range(start, stop, LANES):
-            count = min(LANES, stop - c)
-            tile = fetch_queries(job, b, h, c, count, begin, clean, lows, queries, columns)
-            clear(out, LANES * value_blocks)
-            if tile.last >= 0:
-                score(keys, columns, job[KEY_DIM], tile, scores)
-                store(sums, softmax(scores, tile))
-                gather(out, scores, values, value_blocks, tile)
-            for lane in range(count):
-                row = out + lane * value_blocks * BYTES
-                scale = float32s(sums, LANES)[lane]
-                if position(job, b, c + lane) < 0:
-                    clear(row, value_blocks)
-                    scale = ONE
-                target = out_row(job, OUT, b, c + lane, h, job[VALUE_DIM])
-                put(row, job[HALF], job[VALUE_DIM], 0, scale, target)
-        part = take(job)
-    room[0] = 0  # alive until here
-
-
-@kernel(_remember_words)
-def remember(job):
-    """The ring after each row's last token, and its position. Parts: (row, head)."""
-    slots = 2 * job[WINDOW]
-    room = np.empty(LANES * (1 + blocks_of(max(job[KEY_DIM], job[VALUE_DIM]))), np.float32)
-    between = aligned(room)
-    part = take(job)
-    while part >= 0:
-        b, h = part // job[HEADS], part % job[HEADS]
-        last = last_token(job, b)
-        after = position(job, b, last) + 1
-        if h == 0 and last >= 0:
-            int64s(job[NEW_POSITION], job[BATCH])[b] = after
-        for slot in range(slots):
-            held = after - 1 - (after - 1 - slot) % slots
-            c = last - (after - 1 - held)
-            for which in range(2):
-                size = job[KEY_DIM + which]
-                target = ring_row(job, NEW_KEY + which, b, slot, h, size)
-                live = last >= 0 and held >= oldest(after, job[WINDOW])
-                if job[RING_KEY] and (last < 0 or (live and c < 0)):
-                    old = ring_row(job, RING_KEY + which, b, slot, h, size)
-                    copy_row(job, old, size, 0, target, between)
-                elif live:
-                    row = row_of(job, V if which else K, b, c, h)
-                    turns = 0 if which else turns_at(job, b, c)
-                    copy_row(job, row, size, turns, target, between)
-                else:
-                    clear(between, blocks_of(size))
-                    put(between, job[HALF], size, 0, ONE, target)
-        part = take(job)
-    room[0] = 0
-
-
-# ---------------------------------------------------------------- operators
 
 
 def attention(
@@ -175,7 +39,7 @@ def attention(
     positions: Tensor | None,
     checked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k [B, T, H, K], v [B, T, H, V], not turned yet, T >= 1; float32 or bfloat16 on a CPU.
+    """q, k [B, T, H, K], v [B, T, H, V], not rotated yet, T >= 1; float32 or bfloat16 on a CPU.
 
     ring: keys and values of the state [B, 2W, H, *]; begin [B] int64: the position of its next
     token. positions: [B, T] int64; None where all rows are one document without padding. checked:
@@ -191,16 +55,16 @@ def attention(
 
 
 def _call(q, k, v, window, theta, key, value, begin, positions):
-    """What both passes begin with; RoPE's angles are found here."""
+    """What both passes are given; finds RoPE's rotations."""
     call = Call.of(q, k, v, window, theta, (key, value), begin, positions)
-    if call.turns is not None:
-        find_turns(call.turns.shape[0] * -(-q.shape[1] // ANCHOR), call)
+    if call.rotations is not None:
+        find_rotations(call.rotations.shape[0] * -(-q.shape[1] // ANCHOR), call)
     return call
 
 
 def _order(positions: Tensor | None, begin: Tensor | None, checked: bool) -> Tensor | None:
     """The order of the B*T tokens in which those of a document lie side by side and a continued one
-    begins in column 0, as the kernels want it; None where it is so already. Raises ValueError where
+    starts in column 0, as the kernels want it; None where it is so already. Raises ValueError where
     positions do not count on."""
     if positions is None:
         return None
@@ -284,8 +148,8 @@ def window_attention_backward(
     if order is not None:
         q, k, v, grad, positions = _gathered(order, q, k, v, grad, positions)
     call = _call(q, k, v, window, theta, ring_key, ring_value, begin, positions)
-    room = q.new_empty if positions is None else q.new_zeros  # padding is not written
-    dq, dk, dv = (room(x.shape) for x in (q, k, v))
+    fresh = q.new_empty if positions is None else q.new_zeros  # padding is not written
+    dq, dk, dv = (fresh(x.shape) for x in (q, k, v))
     d_key, d_value = (q.new_zeros(0 if x is None else x.shape) for x in (ring_key, ring_value))
     given = [x if x is None else dense(x) for x in (grad, grad_key, grad_value)]
     attend_backward(q.shape[0] * q.shape[2], call, *given, dq, dk, dv, d_key, d_value)
@@ -338,10 +202,10 @@ def _differentiate_again(
             if g is not None and y.requires_grad
         ]
         outputs, gradients = zip(*given, strict=True)
-        found = torch.autograd.grad(
+        derivatives = torch.autograd.grad(
             outputs, leaves, gradients, create_graph=True, allow_unused=True
         )
-    by_id = {id(x): d for x, d in zip(leaves, found, strict=True)}
+    by_id = {id(x): d for x, d in zip(leaves, derivatives, strict=True)}
     d_q, d_k, d_v, d_key, d_value = (by_id.get(id(x)) for x in (q, k, v, ring_key, ring_value))
     return d_q, d_k, d_v, None, None, d_key, d_value, None, None, None
 
