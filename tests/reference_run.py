@@ -27,7 +27,7 @@ from spectral_window.training.loading import load
 from spectral_window.training.recipes import resolve
 from spectral_window.training.trainer import train
 
-KNOBS = """
+OVERRIDES = """
     tokenizer=bytes hidden_size=32 num_hidden_layers=2 num_attention_heads=2 window=8 steps=12
     sequence_length=48 batch_size=4 micro_batch_size=2 warmup_steps=2 eval_every=6 save_every=6
     eval_tokens=2000 matmul_precision=highest device=cpu
@@ -76,7 +76,7 @@ def sha(value: Any) -> str:
 
 def one(name: str, text: Path, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """(hashes, numbers) of the model `name`."""
-    recipe = resolve("tiny", [f"data={text}", *KNOBS, *MODELS[name]])
+    recipe = resolve("tiny", [f"data={text}", *OVERRIDES, *MODELS[name]])
     result = train(recipe, folder)
     loaded = load(folder, device="cpu")
     model = loaded.model.eval()

@@ -1,7 +1,6 @@
-"""Every method in the table, and every promise that it makes: who is enrolled is tried.
+"""Every enrolled method, with the properties that it must have.
 
-A method that computes the operator exactly, whatever lies far away, makes all promises of the
-operator; `EXCEPT` names those that one does not make, and why.
+A method must have all properties of its operator; `EXCEPT` lists exceptions, with reasons.
 """
 
 from __future__ import annotations

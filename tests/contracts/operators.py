@@ -1,9 +1,8 @@
-"""What every method of an operator promises, as functions of the operator, so that broken ones can
-be tried too.
+"""The properties of every method of an operator, as functions that also take broken methods.
 
-    conv(u, modes, state=None, **documents) -> (y, state); with taps for `fir`
-    attend(q, k, v, window=..., state=None, **documents)
-    memory(q, k, v, beta, decay=None, state=None, **documents)
+conv(u, modes, state=None, **documents) -> (y, state); with taps for `fir`
+attend(q, k, v, window=..., state=None, **documents)
+memory(q, k, v, beta, decay=None, state=None, **documents)
 """
 
 from __future__ import annotations

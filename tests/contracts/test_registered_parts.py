@@ -1,5 +1,4 @@
-"""Every registered kernel, fusion and mixer keeps its contract: enrolled by being in the registry,
-none skipped."""
+"""The contract of every registered kernel, fusion and mixer."""
 
 from __future__ import annotations
 

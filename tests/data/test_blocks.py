@@ -1,3 +1,5 @@
+"""Packed blocks, their labels and positions, and the order of an epoch."""
+
 from __future__ import annotations
 
 import pickle

@@ -1,4 +1,4 @@
-"""Prepared text and its sources, damaged at every place: never read as if nothing had happened."""
+"""Prepared text and its sources, damaged at every place: an error, never other data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read as records, what is refused by its name, and what a folder leaves out."""
+"""Which files are read as text or records, which are refused, and which a folder leaves out."""
 
 from __future__ import annotations
 

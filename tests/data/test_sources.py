@@ -1,3 +1,5 @@
+"""Sources to documents: files, folders, compression, records, and every error in them."""
+
 from __future__ import annotations
 
 import gzip

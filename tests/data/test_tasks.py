@@ -1,5 +1,4 @@
-"""Every registered task: what is asked has an answer, its solver reaches its ceiling, its seeds do
-not meet."""
+"""Every registered task: its labels, its solver and ceiling, its seeds."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""`prepare` and `open_corpus`: tokens, hold-out, full disks, kills, damage."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Tokenizers: exact round trips, special tokens, saving and loading."""
+
 from __future__ import annotations
 
 import json

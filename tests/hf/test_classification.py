@@ -1,4 +1,4 @@
-"""SWHForSequenceClassification: the class of a text is that of the text alone, however padded."""
+"""SWHForSequenceClassification: the class of a text does not depend on padding."""
 
 from __future__ import annotations
 

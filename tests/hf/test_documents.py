@@ -1,5 +1,4 @@
-"""Packed and padded rows are understood once a forward, and no layer and no loss waits for the
-device on which they lie."""
+"""Packed and padded rows are analysed once per forward pass, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ def test_rows_are_read_once_for_all_layers(
 
 @every_variant
 def test_a_packed_step_of_training_waits_for_no_device(variant: dict[str, Any]) -> None:
-    """On the meta device there is nothing to look at: whoever looks raises."""
+    """On the meta device no value can be read: reading one raises."""
     with torch.device("meta"):
         model = SWHForCausalLM(small_config(num_hidden_layers=2, **variant)).train()
     ids = tokens(2, 30).to("meta")

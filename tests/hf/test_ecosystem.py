@@ -1,4 +1,4 @@
-"""What people do with a transformers model: Trainer, pipeline, adapters, and importing it."""
+"""Uses of a transformers model: Trainer, pipeline, adapters, importing the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: ends are learned, padding is not, added chat tokens are tokens."""
+"""Supervised fine-tuning: ends are learned, padding is not, added chat tokens are used."""
 
 from __future__ import annotations
 

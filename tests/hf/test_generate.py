@@ -1,4 +1,4 @@
-"""generate() in all its ways gives what a forward without cache gives, token for token."""
+"""generate() with every option gives the tokens of a forward pass without a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model recorded as a graph: padding, packed documents, and a length that is known only later."""
+"""A model recorded as a graph: padding, packed documents, lengths known at run time only."""
 
 from __future__ import annotations
 

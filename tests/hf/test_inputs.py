@@ -97,7 +97,7 @@ def test_positions_after_a_cache() -> None:
     assert _resolve([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], past=4, start=[2, 4]) == [None, [3, 5]]
     assert _resolve([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], [[2], [4]], past=4, start=[2, 4])[0] is None
     assert _resolve([[1, 1, 1, 1, 1]], past=4) == [None, None]
-    # padding among the new tokens, and a document that begins anew
+    # padding among the new tokens, and a new document
     assert _resolve([[1, 1, 0, 1, 1]], past=2) == [[[-1, 2, 3]], [4]]
     assert _resolve(position_ids=[[0, 1]], past=4) == [[[0, 1]], [2]]
 

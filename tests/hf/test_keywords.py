@@ -1,4 +1,4 @@
-"""Keywords are closed; those that collators, trainers and adapters send are obeyed."""
+"""Unknown keywords are errors; those of collators, trainers and adapters are obeyed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the layout of rows, each document is as if alone (Hypothesis)."""
+"""In every layout of rows each document gives the numbers it gives alone (Hypothesis)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A long text goes through the layers in segments: the same numbers, and memory that stays put."""
+"""A long text passes through the layers in segments: equal numbers, constant memory."""
 
 from __future__ import annotations
 

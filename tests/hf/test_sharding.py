@@ -1,4 +1,4 @@
-"""`shard`: FSDP2 over two processes computes what one process does, dynamics in float32."""
+"""`shard`: FSDP2 over two processes equals one process; kernels stay float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' own Trainer: losses of evaluation, labels of prediction, decay, stopping early."""
+"""transformers' Trainer: evaluation loss, labels of predictions, weight decay, early stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Transformer baseline: what its option adds, and that without it nothing is added."""
+"""The Transformer baseline, with and without shifted keys."""
 
 from __future__ import annotations
 

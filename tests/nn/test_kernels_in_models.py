@@ -1,5 +1,4 @@
-"""Every kernel, every fusion and the memory in a whole model: it trains, decodes as it reads, and
-survives the disk."""
+"""Every kernel, every fusion and the memory in a whole model: training, decoding, files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The layer with a memory, from its equations in plain loops; where it starts; what would be wrong;
-and that it recalls."""
+"""The layer with a memory: its equations in plain loops, its initial state, and recall."""
 
 from __future__ import annotations
 

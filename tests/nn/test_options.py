@@ -1,4 +1,4 @@
-"""Options: every one is declared whole, takes its own default, and refuses in one line."""
+"""Options: complete declarations, valid defaults, errors of one line."""
 
 from __future__ import annotations
 

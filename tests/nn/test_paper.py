@@ -1,5 +1,4 @@
-"""The paper's section 1, step by step in float64 with plain loops, against the layer: the same to
-1e-12."""
+"""The paper's section 1 in float64 and plain loops: equal to the layer to 1e-12."""
 
 from __future__ import annotations
 

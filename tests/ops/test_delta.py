@@ -59,7 +59,7 @@ def test_memory_by_float32_products_keeps(monkeypatch):
 
 @pytest.mark.parametrize("agree", [0.0, 3.0, 1e4])
 def test_keys_that_agree_are_no_harder(agree):
-    """Where all keys are alike a chunk's system is a full triangle of ones: powers of it would
+    """Where all keys are equal a chunk's system is a full triangle of ones: powers of it would
     overflow, substitution does not."""
     *given, _ = draw_memory(2, 300, 1, 32, 32, agree=agree)
     given[3] = torch.ones_like(given[3])

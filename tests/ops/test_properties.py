@@ -1,5 +1,4 @@
-"""Properties that must always hold, drawn by Hypothesis: sizes weighted to edges, layouts, dtypes,
-documents, methods."""
+"""Properties of the operators (Hypothesis): sizes at edges, layouts, dtypes, documents, methods."""
 
 from __future__ import annotations
 
