@@ -1,5 +1,4 @@
-"""The delta-rule memory: every method is the recurrence, every split and packing is each document
-alone, and every deliberate bug is caught."""
+"""The delta-rule memory: each method, split and packing against the recurrence per document."""
 
 from __future__ import annotations
 

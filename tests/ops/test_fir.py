@@ -1,5 +1,4 @@
-"""Filters of finite length: every method is the direct sum, every split and packing is each
-document alone."""
+"""FIR filters: every method, split and packing against the direct sum of each document."""
 
 from __future__ import annotations
 
