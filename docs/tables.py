@@ -154,7 +154,7 @@ def demo() -> str:
 
 def paper() -> str:
     """Every claim of the paper with its verdict."""
-    return claims.markdown(claims.judge(claims.read(RESULTS / "paper"))) + "\n"
+    return claims.markdown(claims.evaluate(claims.read(RESULTS / "paper"))) + "\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -392,14 +392,14 @@ def test_a_part_may_be_given_one_option_more(
     before, about = fingerprint(model), {"recipe": recipe.to_dict()}
     text, size = Text((), (), tmp_path), {"data": 1, "parameters": 1}
     text.__dict__["fingerprint"] = "tokens"
-    key = Training("tiny", {}, "a").key(text)
+    key = Training("tiny", {}, "a", text).key
     later = Option("later", int, 1, help="")
     monkeypatch.setattr(SpectralWindowMixer, "options", (*SpectralWindowMixer.options, later))
     assert small().config.to_dict()["later"] == 1
     assert fingerprint(small()) == before
     assert fingerprint(small(later=2)) != before
-    assert Training("tiny", {}, "a").key(text) == key
-    assert Training("tiny", {"later": 2}, "a").key(text) != key
+    assert Training("tiny", {}, "a", text).key == key
+    assert Training("tiny", {"later": 2}, "a", text).key != key
     now, other = resolve("tiny", KNOBS).to_dict(), resolve("tiny", [*KNOBS, "later=2"]).to_dict()
     assert now["later"] == 1
     assert not _differences(about | size, {"recipe": now} | size)
@@ -477,5 +477,5 @@ def test_info_and_the_bench_show_a_method(
     assert (row["op"], row["use"], row["method"]) == ("spectral", "prefill", "toy")
     assert row["passed_over"].keys() == {"step_compiled", "step"}
     u, modes = bench.draw_spectral(16, torch.float32, False)
-    assert "toy" in bench.spectral_lineup(u, modes, False)
+    assert "toy" in bench.spectral_calls(u, modes, False)
     assert {row["contestant"] for row in bench.far_errors(256, 8)} >= {"toy", "scan"}

@@ -53,7 +53,7 @@ def run(
         quick=quick,
         workers=workers_here(jobs),
         command=command,
-        say=tell,
+        log=tell,
     )
     chosen = ablate.named(groups)
     for group in chosen:

@@ -14,7 +14,8 @@ from spectral_window.errors import ResourceError, UserError, unknown
 from spectral_window.files import write_json
 from spectral_window.lab import bench
 from spectral_window.lab.bench.figures import draw_all
-from spectral_window.lab.bench.targets import judge, say
+from spectral_window.lab.bench.targets import evaluate, format_value
+from spectral_window.lab.jobs import thread_counts
 from spectral_window.training.machine import folder_name
 
 TAGS = {
@@ -55,7 +56,7 @@ def run(
     for dtype in dtypes:
         if dtype not in bench.DTYPES:
             raise unknown("dtype", dtype, bench.DTYPES)
-    counts = counts or bench.thread_counts()
+    counts = counts or thread_counts()
     results: dict[str, Any] = {}
     failed: list[str] = []
     for name in names:
@@ -70,14 +71,14 @@ def run(
                 continue
             results.setdefault(name, []).extend(groups)
             if out is not None:
-                bench.keep(out, name, groups)
+                bench.save(out, name, groups)
             if not json:
                 for group in groups:
                     _show(name, group)
             spent = time.perf_counter() - begin
             print(f"bench {name}, threads {count}: {spent:.0f} s", file=sys.stderr)
     known = {name: bench.load(out, name) for name in bench.BENCHES} if out else results
-    goals = judge(known)
+    goals = evaluate(known)
     if out is not None:
         write_json(out / "goals.json", {"goals": goals})
         draw_all(known, out)
@@ -161,7 +162,7 @@ def _show_goals(goals: list[dict[str, Any]]) -> None:
             path = goal["path"]
             lines.append((path, "", "", "", ""))
         threads = "" if goal["threads"] is None else str(goal["threads"])
-        measured = say(goal["measured"], goal["unit"])
+        measured = format_value(goal["measured"], goal["unit"])
         lines.append((f"  {goal['goal']}", goal["dtype"], threads, measured, goal["reached"]))
     head = ("", "", "threads", "measured", "")
     print_table("goals: the worst of the rows that match", head, lines, numbers=False)

@@ -45,10 +45,10 @@ def run(
         tell(f"{suite}: {QUICK_NOTE}" if quick else suite)
         if suite == "synthetic":
             found = synthetic.run(
-                out, work / "synthetic", quick=quick, workers=workers, command=command, say=tell
+                out, work / "synthetic", quick=quick, workers=workers, command=command, log=tell
             )
         elif suite == "efficiency":
-            found = efficiency.run(out, quick=quick, command=command, say=tell)
+            found = efficiency.run(out, quick=quick, command=command, log=tell)
         elif suite == "recall":
             found = recall.run(
                 beyond,
@@ -57,13 +57,13 @@ def run(
                 quick=quick,
                 workers=workers,
                 command=command,
-                say=tell,
+                log=tell,
             )
         else:
             chosen = "quick" if quick else size
             runs = work / (f"lm-{chosen}" if suite == "lm" else f"memory-{chosen}")
             text = Text(tuple(data), tuple(valid), runs / "text")
-            found = lm.run(
+            found = (lm if suite == "lm" else memory).run(
                 out if suite == "lm" else beyond,
                 runs,
                 size=chosen,
@@ -71,11 +71,8 @@ def run(
                 workers=workers,
                 command=command,
                 tokens=tokens,
-                plan=lm.PAPER if suite == "lm" else lm.FEW if quick else lm.MEMORY,
-                say=tell,
+                log=tell,
             )
-            if suite == "memory":
-                memory.write(found, beyond, f"lm-{chosen}")
         failed += found.get("failed", [])
     if not suites or set(suites) - set(BEYOND):
         tell(f"spectral-window report {out}    makes a page of it")

@@ -15,10 +15,7 @@ import contextlib
 import json
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,9 +25,10 @@ from rich.console import Console
 
 from spectral_window.errors import ResourceError, UserError, from_exit_code
 from spectral_window.files import try_lock
+from spectral_window.lab.jobs import Child
 from spectral_window.training.interrupt import Interrupted, catch_signals
 
-# folder -> knobs: in so short a training attention wants narrower initial weights
+# folder -> overrides: in a training this short attention needs narrower initial weights
 RUNS = {
     "swh": ("mixer=spectral_window",),
     "transformer": ("mixer=attention", "initializer_range=0.02"),
@@ -42,7 +40,6 @@ QUICK_NOTE = "A quick version of 20 steps: it shows the way, and its numbers mea
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return'
 SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95}
 NEW_TOKENS = 200
-GRACE = 2.0  # seconds that a child which also saw Ctrl-C gets before it is told again
 
 
 def run(out: Path | str, *, quick: bool = False, progress: bool = True) -> Path:
@@ -60,9 +57,9 @@ def run(out: Path | str, *, quick: bool = False, progress: bool = True) -> Path:
     console = Console(stderr=True, quiet=not progress, highlight=False)
     with _claim(out):
         started = time.monotonic()
-        for index, (name, knobs) in enumerate(RUNS.items()):
+        for index, (name, overrides) in enumerate(RUNS.items()):
             console.print(f"\n[bold]{index + 1} of 4[/]  {_TITLES[name]}")
-            _train(_command(out / name, knobs, quick), out / name, progress)
+            _train(_command(out / name, overrides, quick), out / name, progress)
         console.print("\n[bold]3 of 4[/]  Both write: they continue the same beginning.")
         for name in RUNS:
             write_sample(out / name, max_new_tokens=20 if quick else NEW_TOKENS)
@@ -74,7 +71,7 @@ def run(out: Path | str, *, quick: bool = False, progress: bool = True) -> Path:
         folders = [out / name for name in RUNS]
         page = report.write(folders, out / "report.html", note=QUICK_NOTE if quick else "")
         report.summary_figure(folders, out / "report.png")
-        verdict = summary.judge(read_all(folders))
+        verdict = summary.compare(read_all(folders))
         took = f"{time.monotonic() - started:.0f} s in all. Open the report: {page}"
         for line in ("", verdict.headline, verdict.detail, took, ""):
             console.print(line, markup=False, soft_wrap=True)
@@ -108,62 +105,26 @@ _TITLES = {
 }
 
 
-def _command(folder: Path, knobs: Sequence[str], quick: bool) -> list[str]:
+def _command(folder: Path, overrides: Sequence[str], quick: bool) -> list[str]:
     recipe = ["tiny", *QUICK] if quick else ["demo"]
-    return ["train", *recipe, *knobs, "--out", str(folder)]
+    return ["train", *recipe, *overrides, "--out", str(folder)]
 
 
 def _train(arguments: Sequence[str], folder: Path, progress: bool) -> None:
-    """Run `spectral-window` with `arguments` and wait; Ctrl-C and SIGTERM reach it too."""
-    with _sink(progress) as errors, catch_signals() as stop:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "spectral_window", *arguments],
-            stdin=subprocess.DEVNULL,
-            stderr=errors,
-        )
+    """Run `spectral-window` with `arguments` and wait; Ctrl-C and SIGTERM are passed on to it."""
+    with catch_signals() as stop:
+        child = Child([sys.executable, "-m", "spectral_window", *arguments], show=progress)
         try:
-            _wait(child, stop)
+            while not child.ended(stop.signum):
+                time.sleep(0.1)
+            code = child.process.returncode
+            error = "its error is above" if progress or not code else child.last_line()
         finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        if stop.signum:
-            raise Interrupted(stop.signum)
-        if child.returncode:
-            said = _last_line(errors) if errors else "its error is above"
-            raise from_exit_code(child.returncode, f"training failed ({folder}): {said}")
-
-
-def _wait(child: subprocess.Popen[bytes], stop: object) -> None:
-    """Until the child ends. A terminal's Ctrl-C went to the child as well; a SIGTERM, or a SIGINT
-    from elsewhere, came here alone and is passed on."""
-    deadline = 0.0
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0.1)
-            return
-        signum = getattr(stop, "signum", 0)
-        if signum and not deadline:
-            deadline = time.monotonic() + (GRACE if signum == signal.SIGINT else 0.0)
-        if deadline and time.monotonic() >= deadline:
-            child.send_signal(signum)
-            deadline = float("inf")
-
-
-@contextlib.contextmanager
-def _sink(progress: bool) -> Iterator[IO[bytes] | None]:
-    """Where a training's words go: the terminal (None), or a file that is read only if it fails."""
-    if progress:
-        yield None
-    else:
-        with tempfile.TemporaryFile() as file:
-            yield file
-
-
-def _last_line(file: IO[bytes]) -> str:
-    file.seek(0)
-    lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("spectral-window: error: ") if lines else "it said nothing"
+            child.close()
+    if stop.signum:
+        raise Interrupted(stop.signum)
+    if code:
+        raise from_exit_code(code, f"training failed ({folder}): {error}")
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spectral_window.lab import figures
+from spectral_window.lab.estimates import Estimate
 from spectral_window.lab.figures import INK, MUTED, PAPER, STYLE
-from spectral_window.lab.results import Estimate
 
 
 @dataclass(frozen=True)

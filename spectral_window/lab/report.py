@@ -24,9 +24,9 @@ from spectral_window.lab.summary import (
     MEASURES,
     MISSING,
     bits_text,
+    compare,
     evaluation_text,
     growth_text,
-    judge,
     loss_text,
     oscillators,
     parameters,
@@ -48,7 +48,7 @@ def write(runs: Sequence[Path | str], out_html: Path | str, *, note: str = "") -
     out_html = Path(out_html)
     found = read_all([Path(run) for run in runs])
     states = [state_bytes(run) for run in found]
-    verdict = judge(found)
+    verdict = compare(found)
     return render(
         "report.html.j2",
         out_html,
@@ -86,7 +86,7 @@ def summary_figure(runs: Sequence[Path | str], out_png: Path | str) -> Path:
     found = read_all([Path(run) for run in runs])
     colors = _colors(found)
     series = _series(found, colors)
-    verdict = judge(found)
+    verdict = compare(found)
     with mpl.rc_context({**figures.STYLE, "font.size": 10.5}):
         figure = Figure(figsize=(11.0, 5.9))
         figure.text(0.05, 0.925, verdict.headline, fontsize=17, weight="bold", va="center")

@@ -85,7 +85,7 @@ MEASURES: tuple[Measure, ...] = (
 )  # fmt: skip
 
 
-def judge(runs: Sequence[Run]) -> Verdict:
+def compare(runs: Sequence[Run]) -> Verdict:
     """Which run has the lowest held-out loss, by how much, and what the comparison lacks."""
     scored = sorted(
         ((loss, run) for run in runs if (loss := held_out_loss(run)) is not None),

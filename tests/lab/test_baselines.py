@@ -16,7 +16,7 @@ from spectral_window.hf.model import count_parameters, match_parameters
 from spectral_window.lab import doctor
 from spectral_window.lab.baselines import mixers
 from spectral_window.lab.baselines.mixers import BASELINES
-from spectral_window.lab.experiments import lm, probes
+from spectral_window.lab.experiments import lm, memory, probes
 from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.lab.experiments.trainings import Text, Training
 from spectral_window.nn.mixers import MIXERS
@@ -127,11 +127,12 @@ def test_a_probe_knows_baselines_also_at_lengths_that_others_read_in_segments():
 def test_a_training_of_a_baseline_is_a_command_that_can_be_typed(tmp_path: Path):
     (tmp_path / "text.txt").write_text("One text to read again and again. " * 400)
     text = Text((str(tmp_path / "text.txt"),), (), tmp_path / "tokens")
-    training = Training("tiny", {"mixer": "gated_deltanet", "steps": 2, "warmup_steps": 1}, "run")
+    overrides = {"mixer": "gated_deltanet", "steps": 2, "warmup_steps": 1}
+    training = Training("tiny", overrides, "run", text)
     text.prepare(training.resolved())
-    job = training.job(tmp_path, text)
+    job = training.job(tmp_path)
     assert python(*job.command()[1:]).wait() == 0
-    row = training.row(tmp_path, text)
+    row = training.read(tmp_path)
     assert row is not None
     assert row["eval_loss"] > 0
     command = json.loads((tmp_path / "run" / "config.json").read_text())["command"]
@@ -150,13 +151,13 @@ def test_commands_that_results_record_still_find_the_baselines(capsys):
 
 def test_the_memory_is_compared_with_all_of_them_at_equal_size():
     for size in ("short", "small"):
-        shape = dict(lm.SIZES[size].knobs)
+        shape = dict(lm.SIZES[size].overrides)
         counts = set()
-        for overrides in lm.MEMORY.variants.values():
-            recipe = Training("paper-lm-small", shape | overrides, "").resolved()
+        for overrides in memory.PLAN.variants.values():
+            recipe = Training("paper-lm-small", shape | overrides).resolved()
             counts.add(count_parameters(model_config(recipe, 4096)))
         assert max(counts) <= 1.001 * min(counts), size
-    assert len(lm.MEMORY.variants) == 5 + len(BASELINES)
+    assert len(memory.PLAN.variants) == 5 + len(BASELINES)
 
 
 def test_the_doctor_measures_a_mixer_whose_maps_have_other_names():

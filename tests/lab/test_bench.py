@@ -12,7 +12,8 @@ from spectral_window.cli import app
 from spectral_window.errors import UserError
 from spectral_window.lab import bench
 from spectral_window.lab.bench import delta, figures, models, operators, roofline, targets
-from spectral_window.lab.bench.timing import Race
+from spectral_window.lab.bench.timing import Timing
+from spectral_window.training.recipes import MATMUL_SETTINGS
 from spectral_window.training.machine import FLOAT32, folder_name
 from spectral_window.training.recipes import MATMUL_SETTINGS
 
@@ -114,7 +115,7 @@ def test_the_floor_of_the_memory_multiplies_as_often_as_the_recurrence(monkeypat
     asked = []
     monkeypatch.setattr(delta, "multiply", lambda *given: asked.append(given))
     for heads, backward in ((1, False), (3, False), (3, True)):
-        delta.lineup_of(delta.draw(12, heads, 5, torch.float32), backward)
+        delta.calls_of(delta.draw(12, heads, 5, torch.float32), backward)
         (((read, wrote),),), rows, dtype = asked.pop()
         assert dtype == torch.float32
         assert rows * read * wrote == 5 * heads * 3 * (12 // heads) ** 2 * (3 if backward else 1)
@@ -145,12 +146,12 @@ def test_a_failing_contestant_says_why_and_slow_ones_leave():
     def fail():
         raise RuntimeError("not enough memory: you tried to allocate 10 EB")
 
-    race = Race(seconds=0.01, longest=-1.0, always=("ours",))
-    lineup = {"ours": lambda: None, "slow": lambda: None, "broken": fail}
-    first = race.run(lineup, length=1)
+    timing = Timing(seconds=0.01, longest=-1.0, always=("ours",))
+    calls = {"ours": lambda: None, "slow": lambda: None, "broken": fail}
+    first = timing.run(calls, length=1)
     assert [row["status"] == "ok" for row in first] == [True, True, False]
     assert "10 EB" in first[2]["status"]
-    second = race.run(lineup, length=2)
+    second = timing.run(calls, length=2)
     assert second[0]["status"] == "ok"
     assert second[1]["status"].startswith("left out")
     assert not set(TIMED) & second[1].keys()
@@ -158,10 +159,10 @@ def test_a_failing_contestant_says_why_and_slow_ones_leave():
 
 def test_ratios_are_of_the_same_round():
     spent = iter([2, 6] * 100)
-    race = Race(seconds=0.0, fewest=5)
+    timing = Timing(seconds=0.0, fewest=5)
     rounds = [{"ours": float(k), "other": 3.0 * k} for k in (1, 5, 9)]
-    race._rounds = lambda *_: rounds
-    ours, other = race.run({"ours": lambda: next(spent), "other": lambda: next(spent)})
+    timing._rounds = lambda *_: rounds
+    ours, other = timing.run({"ours": lambda: next(spent), "other": lambda: next(spent)})
     assert (ours["ratio"], other["ratio"]) == (1.0, 3.0)
     assert (other["ratio_p10"], other["ratio_p90"]) == (3.0, 3.0)  # though the times differ
     assert other["milliseconds_p10"] < other["milliseconds_p90"]
@@ -242,13 +243,13 @@ def test_goals_are_computed_from_the_rows():
         {**row, "length": 262_144, "status": "failed: no memory"},
     ]
     (copy,) = [
-        g for g in targets.judge({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]
+        g for g in targets.evaluate({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]
     ]
     assert (copy["measured"], copy["reached"]) == (1.25, "not reached")  # the worst of them
     assert copy["at"] == "length 65,536"
     rows[2]["ratio"] = 0.85
     (copy,) = [
-        g for g in targets.judge({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]
+        g for g in targets.evaluate({"spectral": [_group(rows)]}) if "1.2 x a copy" in g["goal"]
     ]
     assert copy["reached"] == "reached"
 
@@ -257,8 +258,8 @@ def test_goals_without_rows_are_missing():
     trial = [_group([{"pass": "forward", "contestant": "copy", "status": "ok", "length": 16_384,
                       "ratio": 1.0}], quick=True)]  # fmt: skip
     for groups in ({}, {"spectral": trial}):
-        judged = targets.judge(groups)
-        assert len(judged) == len(targets.GOALS)
+        judged = targets.evaluate(groups)
+        assert len(judged) == len(targets.TARGETS)
         assert all(g["reached"] == "missing" and g["measured"] is None for g in judged)
 
 
@@ -268,19 +269,20 @@ def test_growth_of_memory_is_a_goal():
         {**peak, "length": 4096, "peak_bytes": 100},
         {**peak, "length": 65_536, "peak_bytes": 110},
     ]
-    found = [g for g in targets.judge({"memory": [_group(rows)]}) if "prefill memory" in g["path"]]
+    evaluated = targets.evaluate({"memory": [_group(rows)]})
+    found = [g for g in evaluated if "prefill memory" in g["path"]]
     assert [(g["measured"], g["reached"]) for g in found] == [(1.1, "reached")]
 
 
 def test_results_are_kept_beside_one_another(tmp_path):
     one, two = _group([1]), _group([2], threads=2)
-    bench.keep(tmp_path, "window", [two])
-    bench.keep(tmp_path, "window", [one])
+    bench.save(tmp_path, "window", [two])
+    bench.save(tmp_path, "window", [one])
     assert bench.load(tmp_path, "window") == [one, two]
-    bench.keep(tmp_path, "window", [_group([3])])
+    bench.save(tmp_path, "window", [_group([3])])
     assert [g["rows"] for g in bench.load(tmp_path, "window")] == [[3], [2]]
-    with pytest.raises(UserError, match="holds measurements: give --quick another --out"):
-        bench.keep(tmp_path, "window", [_group([4], quick=True)])
+    with pytest.raises(UserError, match="holds real results"):
+        bench.save(tmp_path, "window", [_group([4], quick=True)])
 
 
 def test_pictures_say_what_is_missing(tmp_path):

@@ -59,7 +59,7 @@ def test_sizes_are_unmatched_as_published_and_equal_when_well_posed():
         models = (measure.build({"form": form, "shape": "tiny"}, name, 2) for name in names)
         return [sum(p.numel() for p in model.parameters()) for model in models]
 
-    names = list(measure.CONTESTANTS)
+    names = list(measure.MODELS)
     transformer, swh = sizes("published")
     assert swh - transformer == 2 * (2 * 128 * 128 + 4 * 128)  # two maps; bias, kernel, norm
     transformer, swh = sizes("posed")
@@ -73,7 +73,7 @@ def test_matrices_that_do_not_fit_are_not_tried():
     assert measure.too_large(config, 65_536, 16 * 10**9) == "does not fit: needs 417 GB"
 
 
-# -------------------------------------------------------------------------- results and facts
+# -------------------------------------------------------------------------- results and summary
 
 
 def row(form, contestant, length, milliseconds, peak, **more):
@@ -84,23 +84,23 @@ def row(form, contestant, length, milliseconds, peak, **more):
 def finished(folder):
     """Results of all quick rows, with numbers that no machine gives; the path of the JSON."""
     path = folder / "efficiency.json"
-    results = efficiency._open(path, efficiency._settings("tiny", True, 1), True, "c")
+    results = efficiency._open(folder, efficiency._settings("tiny", True, 1), True, "c")
     results["rows"] = [
         row(form, name, length, 1e9, 1)
         for form in efficiency.FORMS
         for length in efficiency.QUICK
-        for name in measure.CONTESTANTS
+        for name in measure.MODELS
     ]
     path.write_text(json.dumps(results))
     return path
 
 
-def test_facts_are_read_off_the_rows():
+def test_the_summary_is_read_off_the_rows():
     rows = [row("posed", "transformer", t, t * t, 3 * t) for t in (512, 1024, 4096)]
     rows += [row("posed", "swh", t, 5 * t, 7, ratio=0.25) for t in (512, 1024, 4096)]
     rows += [row("posed", "swh", 8192, 5 * 8192 / 2, None, layers=1)]  # the same time a layer
     rows += [{"form": "published", "contestant": "swh", "length": 512, "status": "failed: ..."}]
-    found = efficiency.facts({"rows": rows})
+    found = efficiency.summary({"rows": rows})
     assert found["slope"]["posed"] == {"transformer": 2.0, "swh": 1.0}
     assert found["time_ratio"] == {"published": None, "posed": 0.25}
     assert found["memory_ratio"]["posed"] == {"transformer": 8.0, "swh": 1.0}
@@ -112,7 +112,7 @@ def test_what_is_there_is_not_measured_again(tmp_path):
     path = finished(tmp_path)
     before = path.read_text()
     lines: list[str] = []
-    efficiency.run(tmp_path, **QUICK, command="c", say=lines.append)
+    efficiency.run(tmp_path, **QUICK, command="c", log=lines.append)
     assert not lines
     assert path.read_text() == before
     assert (tmp_path / "efficiency.png").stat().st_size > 10_000
@@ -127,7 +127,7 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path):
     peak["peak_bytes"] = None
     path.write_text(json.dumps(results | {"rows": there}))
     lines: list[str] = []
-    results = efficiency.run(tmp_path, **QUICK, command="c", say=lines.append)
+    results = efficiency.run(tmp_path, **QUICK, command="c", log=lines.append)
     assert results == json.loads(path.read_text())
     assert results["quick"] is True
     assert results["environment"]["threads"] == 1
@@ -138,10 +138,10 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path):
         == results["settings"]["matmul_precision"]
         == precision("auto", "cpu").in_force
     )
-    # the race of one length, all of the published counter, and one peak
+    # the times of one length, all of the published counter, and one peak
     assert len(lines) == 2 + 4 + 1
     rows = {(r["form"], r["contestant"], r["length"]): r for r in results["rows"]}
-    for name in measure.CONTESTANTS:
+    for name in measure.MODELS:
         new = rows["published", name, length]
         assert new["status"] == "ok"
         assert 0 < new["p10"] <= new["milliseconds"] <= new["p90"] < 1e9
@@ -154,22 +154,22 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path):
 
 
 def sorted_passes():
-    return [(name, length) for name in measure.CONTESTANTS for length in efficiency.QUICK]
+    return [(name, length) for name in measure.MODELS for length in efficiency.QUICK]
 
 
 def test_results_of_other_settings_are_never_replaced(tmp_path):
     path = finished(tmp_path)
     before = path.read_text()
     with pytest.raises(UserError, match="results of other settings: choose another"):
-        efficiency.run(tmp_path, quick=True, threads=2, command="c", say=print)
+        efficiency.run(tmp_path, quick=True, threads=2, command="c", log=print)
     with pytest.raises(UserError, match="threads is 0"):
-        efficiency.run(tmp_path, quick=True, threads=0, command="c", say=print)
+        efficiency.run(tmp_path, quick=True, threads=0, command="c", log=print)
     with pytest.raises(UserError, match="unknown size 'smal': did you mean 'small'"):
-        efficiency.run(tmp_path, quick=False, shape="smal", threads=1, command="c", say=print)
+        efficiency.run(tmp_path, quick=False, shape="smal", threads=1, command="c", log=print)
     assert path.read_text() == before
 
 
 def test_a_process_that_fails_says_why():
-    job = {"task": "race", "form": "posed", "shape": "none", "threads": 1, "quick": True}
+    results = {"settings": {"shape": "none", "threads": 1}, "quick": True}
     with pytest.raises(ResourceError, match="unknown size 'none'"):
-        list(efficiency._in_child(job | {"lengths": [[8, 1]]}))
+        list(efficiency._measure("time", "posed", results, lengths=[[8, 1]]))

@@ -19,19 +19,19 @@ from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
 from spectral_window.training.trainer import model_config
 
-ENTRIES = synthetic.entries()
+TRIALS = synthetic.trials()
 
 
 # ---------------------------------------------------------------------------------- synthetic
 
 
 def test_the_published_form_has_the_papers_numbers():
-    published = [e for e in ENTRIES if e.form == "published"]
-    assert {e.probe.task for e in published} == {
+    published = [e for e in TRIALS if e.labels["form"] == "published"]
+    assert {e.run.task for e in published} == {
         "published-associative", "published-induction", "published-sorting",
     }  # fmt: skip
-    for entry in published:
-        p = entry.probe
+    for trial in published:
+        p = trial.run
         assert (p.rows, p.steps, p.lr, p.weight_decay, p.clip) == (64, 3000, 1e-3, 0.01, 1.0)
         assert p.lengths == (32,)
         assert p.decay_all
@@ -44,30 +44,30 @@ def test_the_published_form_has_the_papers_numbers():
 
 def test_the_published_models_are_not_equally_large_and_the_posed_are():
     sizes: dict[str, set[int]] = {"published": set(), "posed": set()}
-    for entry in ENTRIES:
-        if entry.probe.task in ("published-sorting", "recall"):
-            sizes[entry.form].add(count_parameters(entry.probe.config()))
+    for trial in TRIALS:
+        if trial.run.task in ("published-sorting", "recall"):
+            sizes[trial.labels["form"]].add(count_parameters(trial.run.config()))
     assert max(sizes["published"]) > 1.1 * min(sizes["published"])
     assert max(sizes["posed"]) <= 1.01 * min(sizes["posed"])
 
 
 def test_the_posed_form_has_three_seeds_two_thousand_examples_and_all_distances():
-    posed = [e for e in ENTRIES if e.form == "posed"]
+    posed = [e for e in TRIALS if e.labels["form"] == "posed"]
     for task in ("recall", "needle"):
-        of_task = [e for e in posed if e.probe.task == task and e.training == "fixed"]
-        assert {e.model for e in of_task} == {"SWH", "Transformer", "window only"}
-        assert {e.probe.seed for e in of_task} == {0, 1, 2}
-        lengths = {t.length for e in of_task for t in e.probe.tests}
+        of_task = [e for e in posed if e.run.task == task and e.labels["training"] == "fixed"]
+        assert {e.labels["model"] for e in of_task} == {"SWH", "Transformer", "window only"}
+        assert {e.run.seed for e in of_task} == {0, 1, 2}
+        lengths = {t.length for e in of_task for t in e.run.tests}
         assert lengths == {32 * k for k in (1, 2, 4, 8, 16, 32)}
-    assert all(t.rows >= 2000 for e in ENTRIES for t in e.probe.tests)
-    assert {"induction", "sorting", "mqar"} <= {e.probe.task for e in posed}
-    for entry in posed:
-        reach = 2 * entry.probe.config().window
-        assert reach < min(entry.probe.lengths), "the window sees the whole of a short sequence"
+    assert all(t.rows >= 2000 for e in TRIALS for t in e.run.tests)
+    assert {"induction", "sorting", "mqar"} <= {e.run.task for e in posed}
+    for trial in posed:
+        reach = 2 * trial.run.config().window
+        assert reach < min(trial.run.lengths), "the window sees the whole of a short sequence"
 
 
 def test_every_probe_of_the_suite_has_its_own_key():
-    assert len({entry.probe.key for entry in ENTRIES}) == len(ENTRIES)
+    assert len({trial.run.key for trial in TRIALS}) == len(TRIALS)
 
 
 def test_a_stopped_suite_goes_on_and_a_finished_one_is_only_read(tmp_path, monkeypatch):
@@ -75,19 +75,19 @@ def test_a_stopped_suite_goes_on_and_a_finished_one_is_only_read(tmp_path, monke
     probe = probes.Probe(
         "needle", shape, (probes.Exam("needle", 16, 20),), lengths=(16,), steps=2, rows=4
     )
-    entries = [
-        synthetic.Entry("posed", "SWH", "fixed", dataclasses.replace(probe, seed=seed))
+    trials = [
+        synthetic._trial("posed", "SWH", "fixed", dataclasses.replace(probe, seed=seed))
         for seed in (0, 1)
     ]
-    monkeypatch.setattr(synthetic, "entries", lambda quick: entries)
-    first = entries[0].probe
+    monkeypatch.setattr(synthetic, "trials", lambda quick: trials)
+    first = trials[0].run
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     (work / f"{first.key}.json").write_text(json.dumps(probes.run(first)))
     said: list[str] = []
-    options = {"quick": False, "workers": 1, "command": "c", "say": said.append}
+    options = {"quick": False, "workers": 1, "command": "c", "log": said.append}
     found = synthetic.run(out, work, **options)
-    assert [r["key"] for r in found["rows"]] == [e.probe.key for e in entries]
+    assert [r["key"] for r in found["rows"]] == [trial.run.key for trial in trials]
     assert found["ceilings"] == [{"task": "needle", "length": 16, "ceiling": 1.0}]
     assert any("posed needle, SWH, fixed, seed 1" in line for line in said)
     assert not any("seed 0" in line for line in said)
@@ -101,7 +101,7 @@ def test_a_stopped_suite_goes_on_and_a_finished_one_is_only_read(tmp_path, monke
 
 
 def finished(folder: Path, training: Training, loss: float) -> None:
-    """A run folder as `train` leaves it, in its numbers."""
+    """A run folder as `train` leaves it, with the numbers that are read."""
     out = folder / training.place
     out.mkdir(parents=True)
     recipe = training.resolved()
@@ -136,16 +136,16 @@ WISHES = {  # what shall be the best in the sweep
 def swept() -> list[dict]:
     """Rows of the small size's sweep, in which what WISHES says is best."""
     rows = []
-    for training in lm._Suite(lm.SIZES["small"], None).stage("sweep", []):
-        wish = WISHES[training.about["variant"]]
-        wrong = sum(training.about[name] != value for name, value in wish.items())
-        rows.append({**training.about, "eval_loss": 4.0 + wrong})
+    for trial in lm.Suite(lm.SIZES["small"], None).stage("sweep", []):
+        wish = WISHES[trial.labels["variant"]]
+        wrong = sum(trial.labels[name] != value for name, value in wish.items())
+        rows.append({**trial.labels, "eval_loss": 4.0 + wrong})
     return rows
 
 
-def test_a_variant_goes_on_with_its_best_knobs_and_with_the_best_at_the_width_of_swh():
+def test_a_variant_goes_on_with_its_best_pair_and_with_the_best_at_the_width_of_swh():
     tried = lm.candidates(swept())
-    assert {variant: knobs[0] for variant, knobs in tried.items()} == WISHES
+    assert {variant: pairs[0] for variant, pairs in tried.items()} == WISHES
     assert tried["SWH"] == tried["SWH"][:1]
     assert tried["spectral only"] == tried["spectral only"][:1]
     assert tried["Transformer"][1:] == [{"lr": 8e-3, "initializer_range": 0.05}]
@@ -153,19 +153,19 @@ def test_a_variant_goes_on_with_its_best_knobs_and_with_the_best_at_the_width_of
 
 
 def test_what_is_better_at_the_end_of_the_main_runs_counts_and_gets_the_other_seeds(tmp_path, text):
-    suite, work = lm._Suite(lm.SIZES["small"], None), tmp_path / "work"
+    suite, work = lm.Suite(lm.SIZES["small"], None, text=text), tmp_path / "work"
     rows = swept()
     late = {"lr": 8e-3, "initializer_range": 0.05}  # the sweep preferred 0.02
-    for training, row in zip(suite.stage("sweep", []), rows, strict=True):
-        finished(work, training, row["eval_loss"])
+    for trial, row in zip(suite.stage("sweep", []), rows, strict=True):
+        finished(work, trial.run, row["eval_loss"])
     for stage in ("main", "branches", "published"):
-        for training in suite.stage(stage, rows):
-            loss = 3.0 if training.about["initializer_range"] == 0.05 else 3.5
-            finished(work, training, loss)
-            rows.append({**training.about, "eval_loss": loss})
-    for training in suite.stage("seeds", rows):
-        finished(work, training, 3.1)
-    options = {"size": "small", "text": text, "workers": 1, "command": "c", "say": lambda _: None}
+        for trial in suite.stage(stage, rows):
+            loss = 3.0 if trial.labels["initializer_range"] == 0.05 else 3.5
+            finished(work, trial.run, loss)
+            rows.append({**trial.labels, "eval_loss": loss})
+    for trial in suite.stage("seeds", rows):
+        finished(work, trial.run, 3.1)
+    options = {"size": "small", "text": text, "workers": 1, "command": "c", "log": lambda _: None}
     found = lm.run(tmp_path / "out", work, **options)
     assert lm.best(found["rows"]) == WISHES
     assert lm.best(found["rows"], "main") == {"SWH": WISHES["SWH"], "Transformer": late}
@@ -183,19 +183,19 @@ def test_what_is_better_at_the_end_of_the_main_runs_counts_and_gets_the_other_se
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path, text):
-    training = lm._Suite(lm.SIZES["small"], None).stage("published", [])[0]
+    training = lm.Suite(lm.SIZES["small"], None, text=text).stage("published", [])[0].run
     finished(tmp_path, training, 3.0)
-    other = dataclasses.replace(training, knobs={**training.knobs, "steps": 7})
+    other = dataclasses.replace(training, overrides={**training.overrides, "steps": 7})
     with pytest.raises(IntegrityError, match="differs in steps: choose another --work"):
-        other.row(tmp_path, text)
-    assert training.row(tmp_path, text)["eval_loss"] == 3.0
+        other.read(tmp_path)
+    assert training.read(tmp_path)["eval_loss"] == 3.0
 
 
 def test_the_posed_models_are_equally_large_and_the_published_are_not():
-    suite = lm._Suite(lm.SIZES["small"], None)
+    suite = lm.Suite(lm.SIZES["small"], None)
 
     def sizes(stage: str) -> list[int]:
-        found = [t.resolved() for t in suite.stage(stage, swept())]
+        found = [t.run.resolved() for t in suite.stage(stage, swept())]
         return [count_parameters(model_config(recipe, 4096)) for recipe in found]
 
     for stage in ("main", "branches"):
@@ -205,38 +205,39 @@ def test_the_posed_models_are_equally_large_and_the_published_are_not():
 
 
 def test_the_small_comparison_reads_twenty_million_tokens_with_two_seeds():
-    suite, rows = lm._Suite(lm.SIZES["small"], None), swept()
-    trainings = suite.stage("main", rows)
-    rows += [{**training.about, "eval_loss": 3.0} for training in trainings]
-    trainings += suite.stage("seeds", rows)
-    assert {(t.about["variant"], t.about["seed"]) for t in trainings} == {
+    suite, rows = lm.Suite(lm.SIZES["small"], None), swept()
+    trials = suite.stage("main", rows)
+    rows += [{**trial.labels, "eval_loss": 3.0} for trial in trials]
+    trials += suite.stage("seeds", rows)
+    assert {(t.labels["variant"], t.labels["seed"]) for t in trials} == {
         (variant, seed) for variant in lm.BOTH for seed in (0, 1)
     }
-    for training in trainings:
-        recipe = training.resolved()
+    for trial in trials:
+        recipe = trial.run.resolved()
         assert recipe.steps * recipe.tokens_per_step >= 20_000_000
 
 
 def test_the_papers_own_numbers_stand_in_the_published_form_at_full_size():
-    for training in lm._Suite(lm.SIZES["125m"], None).stage("published", []):
-        recipe = training.resolved()
+    for trial in lm.Suite(lm.SIZES["125m"], None).stage("published", []):
+        recipe = trial.run.resolved()
         assert (recipe.model["hidden_size"], recipe.model["num_hidden_layers"]) == (768, 12)
         assert (recipe.sequence_length, recipe.batch_size, recipe.steps) == (1024, 64, 2000)
         assert (recipe.lr, recipe.schedule, recipe.match) == (6e-4, "constant", None)
 
 
 def test_a_training_is_known_by_its_tokens_and_not_by_where_they_lie(text, monkeypatch):
-    training = lm._Suite(lm.SIZES["small"], None).stage("published", [])[0]
-    key = training.key(text)
-    assert training.key(Text(("elsewhere.txt",), ("v.txt",), text.tokens)) == key
+    training = lm.Suite(lm.SIZES["small"], None, text=text).stage("published", [])[0].run
+    key = training.key
+    elsewhere = Text(("elsewhere.txt",), ("v.txt",), text.tokens)
+    assert dataclasses.replace(training, text=elsewhere).key == key
     monkeypatch.setattr(Text, "fingerprint", "of other tokens")
-    assert training.key(text) != key
+    assert training.key != key
 
 
 def test_fewer_tokens_shrink_every_stage():
-    suite = lm._Suite(lm.SIZES["small"], 2_000_000)
-    assert suite.stage("main", swept())[0].resolved().steps == 488
-    assert suite.stage("branches", swept())[0].resolved().steps == 122
+    suite = lm.Suite(lm.SIZES["small"], 2_000_000)
+    assert suite.stage("main", swept())[0].run.resolved().steps == 488
+    assert suite.stage("branches", swept())[0].run.resolved().steps == 122
 
 
 # ----------------------------------------------------------------------------------- ablations
@@ -253,10 +254,10 @@ def test_the_ablations_try_every_registered_kernel_and_fusion_and_the_asked_wind
 
 def test_ablated_variants_are_equally_large():
     for overrides in ablate.unique(ablate.GROUPS):
-        paper, variant = (ablate.probes_of(o)[0].config() for o in ({}, overrides))
+        paper, variant = (ablate.probes_of(o)[0].run.config() for o in ({}, overrides))
         assert count_parameters(variant) == pytest.approx(count_parameters(paper), rel=0.01)
         sizes = [
-            count_parameters(model_config(ablate.trainings_of(o)[0].resolved(), 4096))
+            count_parameters(model_config(ablate.trainings_of(o)[0].run.resolved(), 4096))
             for o in ({}, overrides)
         ]
         assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
@@ -278,9 +279,9 @@ def test_the_table_has_a_line_for_every_variant_and_says_what_is_missing():
 
 def test_an_ablation_keeps_the_groups_measured_before(tmp_path, text):
     work, out = tmp_path / "work", tmp_path / "out"
-    for training in ablate.trainings_of({"kernel": "pure_decay"}):
-        finished(work, training, 3.5)
-    results.keep(out, "ablate", [{"key": "of another group"}], quick=False, command="c")
+    for trial in ablate.trainings_of({"kernel": "pure_decay"}):
+        finished(work, trial.run, 3.5)
+    results.save(out, "ablate", {"rows": [{"key": "of another group"}]})
     with pytest.raises(UserError, match="did you mean 'kernel'"):
         ablate.run(out, work, groups=["kernels"], text=text, quick=False, workers=1, command="c")
     assert results.load(out, "ablate")["rows"] == [{"key": "of another group"}]
@@ -325,51 +326,49 @@ def test_a_quick_version_runs_to_its_end_and_is_marked(command, tmp_path, capsys
 
 
 def test_the_memory_passes_through_the_sweep_and_both_seeds_beside_the_paper_s_two():
-    suite = lm._Suite(lm.SIZES["small"], None, lm.MEMORY)
+    suite = lm.Suite(lm.SIZES["small"], None, memory.PLAN)
     sweep = suite.stage("sweep", [])
-    assert {t.about["variant"] for t in sweep} == set(lm.MEMORY.variants)
-    assert all("mixer=memory" in t.words() for t in sweep if "memory" in t.about["variant"])
-    rows = [
-        {**t.about, "eval_loss": 4.0 + t.about["lr"] + t.about["initializer_range"]} for t in sweep
-    ]
+    assert {t.labels["variant"] for t in sweep} == set(memory.PLAN.variants)
+    assert all("mixer=memory" in t.run.words() for t in sweep if "memory" in t.labels["variant"])
+    rows = [{**t.labels, "eval_loss": 4.0 + sum(t.labels[name] for name in lm.PAIR)} for t in sweep]
     main = suite.stage("main", rows)
-    assert [t.about["variant"] for t in main] == list(lm.MEMORY.main)
-    seeds = suite.stage("seeds", [{**t.about, "eval_loss": 3.0} for t in main])
-    assert [(t.about["variant"], t.about["seed"]) for t in seeds] == [
-        (name, 1) for name in lm.MEMORY.main
+    assert [t.labels["variant"] for t in main] == list(memory.PLAN.main)
+    seeds = suite.stage("seeds", [{**t.labels, "eval_loss": 3.0} for t in main])
+    assert [(t.labels["variant"], t.labels["seed"]) for t in seeds] == [
+        (name, 1) for name in memory.PLAN.main
     ]
     quarter = suite.stage("branches", rows)
-    assert {t.about["variant"] for t in quarter} == set(lm.MEMORY.variants)
+    assert {t.labels["variant"] for t in quarter} == set(memory.PLAN.variants)
 
 
 def test_a_single_pair_of_rate_and_width_needs_no_sweep():
-    suite = lm._Suite(lm.SIZES["125m-short"], None, lm.MEMORY)
+    suite = lm.Suite(lm.SIZES["125m-short"], None, memory.PLAN)
     assert suite.stage("sweep", []) == []
     main = suite.stage("main", [])
-    assert [t.about["variant"] for t in main] == list(lm.MEMORY.main)
-    assert all(t.resolved().steps == 305 for t in main if "memory" not in t.about["variant"])
+    assert [t.labels["variant"] for t in main] == list(memory.PLAN.main)
+    assert all(t.run.resolved().steps == 305 for t in main if "memory" not in t.labels["variant"])
 
 
 def test_rows_of_earlier_versions_are_found_by_their_keys(text):
     """A key names all that decides a run: where it changes, days of training would be done anew."""
-    assert Training("paper-lm-small", {"seed": 0}, "").key(text) == "f68899eb77a2150e"
-    named = Training("paper-lm-small", {"seed": 0, "matmul_precision": "highest"}, "")
-    assert named.key(text) != "f68899eb77a2150e"
+    assert Training("paper-lm-small", {"seed": 0}, text=text).key == "f68899eb77a2150e"
+    named = Training("paper-lm-small", {"seed": 0, "matmul_precision": "highest"}, text=text)
+    assert named.key != "f68899eb77a2150e"
 
 
-@pytest.mark.parametrize(("knobs", "refused"), [({}, False), ({"seed": 3}, True)])
-def test_a_run_older_than_auto_precision_is_the_same_run(tmp_path, text, knobs, refused):
-    training = Training("tiny", {"seed": 0}, "run")
+@pytest.mark.parametrize(("changes", "refused"), [({}, False), ({"seed": 3}, True)])
+def test_a_run_older_than_auto_precision_is_the_same_run(tmp_path, text, changes, refused):
+    training = Training("tiny", {"seed": 0}, "run", text)
     finished(tmp_path, training, 3.5)
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
-    config["recipe"] |= {"matmul_precision": "medium"} | knobs
+    config["recipe"] |= {"matmul_precision": "medium"} | changes
     path.write_text(json.dumps(config))
     if refused:
         with pytest.raises(IntegrityError, match="differs in seed"):
-            training.row(tmp_path, text)
+            training.read(tmp_path)
     else:
-        row = training.row(tmp_path, text)
+        row = training.read(tmp_path)
         assert row["eval_loss"] == 3.5
 
 
@@ -398,11 +397,11 @@ def test_what_the_memory_is_compared_with_is_one_table_a_part_and_a_picture(tmp_
 
 
 def test_the_short_size_is_a_sweep_alone():
-    suite = lm._Suite(lm.SIZES["short"], None, lm.MEMORY)
+    suite = lm.Suite(lm.SIZES["short"], None, memory.PLAN)
     sweep = suite.stage("sweep", [])
-    assert {t.about["variant"] for t in sweep} == set(lm.MEMORY.variants)
+    assert {t.labels["variant"] for t in sweep} == set(memory.PLAN.variants)
     ended = [
-        t.about | {"eval_loss": 4.0, "tokens": 1, "parameters": 1, "eval_curve": []} for t in sweep
+        t.labels | {"eval_loss": 4.0, "tokens": 1, "parameters": 1, "eval_curve": []} for t in sweep
     ]
     assert not any(
         suite.stage(stage, ended) for stage in ("main", "seeds", "branches", "published")
@@ -420,7 +419,7 @@ def test_the_memory_s_ablation_has_results_of_its_own():
     table = ablate.markdown([row, row | {"eval_loss": 4.5}])
     assert "| memory | 5 | 4.450 (2 seeds) | - | - |" in table.splitlines()
     sizes = [
-        count_parameters(model_config(ablate.trainings_of(o, beyond=True)[0].resolved(), 4096))
+        count_parameters(model_config(ablate.trainings_of(o, beyond=True)[0].run.resolved(), 4096))
         for o in ablate.BEYOND["memory"].values()
     ]
     assert max(sizes) <= 1.001 * min(sizes)

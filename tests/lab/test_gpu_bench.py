@@ -26,7 +26,7 @@ def test_ceilings_and_training_steps_are_walked_and_kept(tmp_path):
 def test_a_part_that_runs_out_of_time_keeps_its_rows_and_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 3600.0)  # a busy machine starts slowly
     said: list[str] = []
-    unfinished = gpu.run(tmp_path, minutes=1e-6, parts=["ceilings"], dry_run=True, say=said.append)
+    unfinished = gpu.run(tmp_path, minutes=1e-6, parts=["ceilings"], dry_run=True, log=said.append)
     assert len(unfinished) == 1
     assert "out of time" in unfinished[0]
     rows = json.loads((tmp_path / "ceilings.json").read_text())["rows"]

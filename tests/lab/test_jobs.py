@@ -25,7 +25,7 @@ def test_jobs_run_and_one_that_has_its_result_is_skipped(tmp_path):
     jobs = [formatting(tmp_path, name) for name in "abc"]
     jobs[1].result.write_text("from an earlier day")
     said: list[str] = []
-    assert run_all(jobs, workers=2, say=said.append) == []
+    assert run_all(jobs, workers=2, log=said.append) == []
     assert jobs[1].result.read_text() == "from an earlier day"
     assert all('"a": 1' in jobs[i].result.read_text() for i in (0, 2))
     assert said[0] == "1 of 3 are there already"
@@ -35,7 +35,7 @@ def test_jobs_run_and_one_that_has_its_result_is_skipped(tmp_path):
 def test_a_failed_job_is_named_with_its_last_words_and_stops_no_other(tmp_path):
     jobs = [formatting(tmp_path, "bad", "{"), formatting(tmp_path, "good")]
     said: list[str] = []
-    assert run_all(jobs, workers=1, say=said.append) == ["bad"]
+    assert run_all(jobs, workers=1, log=said.append) == ["bad"]
     assert jobs[1].result.exists()
     assert any("bad failed: " in line and "line 1 column" in line for line in said)
 
@@ -59,11 +59,11 @@ def test_a_signal_lets_the_running_job_save_and_the_next_call_resumes_it(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     jobs = [slow(tmp_path, signum), formatting(tmp_path, "next")]
     with pytest.raises(Interrupted) as stopped:
-        run_all(jobs, workers=1, say=lambda line: None)
+        run_all(jobs, workers=1, log=lambda line: None)
     assert stopped.value.exit_code == 128 + signum
     assert (tmp_path / "saved").exists(), "the job was killed before it had saved"
     assert not jobs[1].result.exists(), "a job was started after the signal"
-    assert run_all(jobs, workers=1, say=lambda line: None) == []
+    assert run_all(jobs, workers=1, log=lambda line: None) == []
     assert (tmp_path / "result").read_text() == "done"
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from spectral_window.commands import report as command
 from spectral_window.errors import UserError
-from spectral_window.lab import results
+from spectral_window.lab.estimates import Estimate
 from spectral_window.lab.experiments import ablate, lm, synthetic
 from spectral_window.lab.paper import claims, figures
 from spectral_window.lab.paper import page as paper_page
@@ -36,17 +36,18 @@ def hits(model: str, training: str, task: str, times: float) -> float:
 
 def synthetic_rows() -> list[dict[str, Any]]:
     rows = []
-    for entry in synthetic.entries():
-        probe, base = entry.probe, entry.probe.lengths[0]
+    for trial in synthetic.trials():
+        probe, base = trial.run, trial.run.lengths[0]
+        model, training = trial.labels["model"], trial.labels["training"]
         tests = []
         for test in probe.tests:
-            share = hits(entry.model, entry.training, test.task, test.length / base)
+            share = hits(model, training, test.task, test.length / base)
             right = round(test.rows * min(1.0, share + 0.01 * probe.seed))
             tests.append(
                 {"task": test.task, "length": test.length, "right": right, "asked": test.rows}
             )
         rows.append(
-            {"form": entry.form, "model": entry.model, "training": entry.training, "tests": tests,
+            trial.labels | {"tests": tests,
              "probe": {"task": probe.task, "seed": probe.seed}, "parameters": 450_000,
              "batch_right": 54, "batch_asked": 64, **HERE}
         )  # fmt: skip
@@ -95,18 +96,16 @@ def efficiency_rows() -> list[dict[str, Any]]:
 def ablation_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for k, overrides in enumerate(ablate.unique(ablate.GROUPS)):
-        for probe in ablate.probes_of(overrides):
+        for trial in ablate.probes_of(overrides):
             tests = [
                 {"task": t.task, "length": t.length, "asked": t.rows,
                  "right": round(t.rows * max(0.06, 0.9 - 0.02 * k - 0.1 * (t.length / 64 - 1)))}
-                for t in probe.tests
+                for t in trial.run.tests
             ]  # fmt: skip
-            changed = ablate.overrides_of(probe)
-            rows.append({"measure": probe.task, "overrides": changed, "tests": tests,
-                         "parameters": 150_000})  # fmt: skip
-        for training in ablate.trainings_of(overrides):
-            loss = 4.9 + 0.02 * k + 0.005 * training.about["seed"]
-            rows.append({**training.about, "eval_loss": loss, "parameters": 1_500_000})
+            rows.append(trial.labels | {"tests": tests, "parameters": 150_000})
+        for trial in ablate.trainings_of(overrides):
+            loss = 4.9 + 0.02 * k + 0.005 * trial.labels["seed"]
+            rows.append(trial.labels | {"eval_loss": loss, "parameters": 1_500_000})
     return rows
 
 
@@ -119,7 +118,7 @@ def suite(folder: Path, name: str, rows: list[Any], *, quick: bool = False, **mo
 def ceilings() -> list[dict[str, Any]]:
     best = {"published-associative": {32: 0.864, 128: 0.574}, "published-induction": {32: 0.817},
             "published-sorting": {32: 0.978}, "published-needle": {256: 0.276}}  # fmt: skip
-    tests = {(t.task, t.length) for entry in synthetic.entries() for t in entry.probe.tests}
+    tests = {(t.task, t.length) for trial in synthetic.trials() for t in trial.run.tests}
     return [
         {"task": task, "length": length, "ceiling": best.get(task, {}).get(length, 1.0)}
         for task, length in tests
@@ -175,7 +174,7 @@ def line(source: str, *names: str) -> list[str]:
 
 
 def test_the_headline_counts_the_verdicts_of_the_table(full: Path) -> None:
-    judged = claims.judge(claims.read(full.parent))
+    judged = claims.evaluate(claims.read(full.parent))
     counts = Counter(claim.verdict for claim in judged)
     assert counts[claims.HOLDS] > 1
     source = full.read_text()
@@ -193,13 +192,13 @@ def test_printed_values_stand_beside_ours_and_the_ceiling(full: Path) -> None:
 
 
 def test_wide_intervals_make_no_two_models_alike() -> None:
-    first = results.Estimate(0.67, 0.0, 1.0, 3)
-    assert claims._matches(first, results.Estimate(0.70, 0.6, 0.8, 3))
-    assert not claims._matches(first, results.Estimate(0.99, 0.94, 1.0, 3))
+    first = Estimate(0.67, 0.0, 1.0, 3)
+    assert claims._matches(first, Estimate(0.70, 0.6, 0.8, 3))
+    assert not claims._matches(first, Estimate(0.99, 0.94, 1.0, 3))
 
 
 def test_who_is_above_matches_however_far() -> None:
-    ahead, behind = results.Estimate(0.9, 0.85, 0.95, 3), results.Estimate(0.5, 0.4, 0.6, 3)
+    ahead, behind = Estimate(0.9, 0.85, 0.95, 3), Estimate(0.5, 0.4, 0.6, 3)
     assert claims._matches(ahead, behind)
     assert not claims._matches(behind, ahead)
 

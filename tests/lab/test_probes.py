@@ -12,6 +12,7 @@ from spectral_window.data.tasks import IGNORED, generator, make
 from spectral_window.errors import DivergedError
 from spectral_window.hf.model import count_parameters
 from spectral_window.lab.experiments import probes
+from spectral_window.lab.experiments.experiment import Trial, jobs_of
 from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.lab.jobs import run_all
 
@@ -111,11 +112,12 @@ def test_a_loss_that_is_not_finite_ends_the_probe():
 
 
 def test_a_probe_as_a_job_writes_its_row_once(tmp_path):
-    jobs = probes.jobs([("tiny", TINY)], tmp_path)
-    assert probes.read(TINY, tmp_path) is None
-    assert run_all(jobs, workers=1, say=lambda line: None) == []
-    assert probes.jobs([("tiny", TINY)], tmp_path) == []
-    row = probes.read(TINY, tmp_path)
+    trial = Trial("tiny", TINY, {})
+    jobs = jobs_of([trial], tmp_path)
+    assert TINY.read(tmp_path) is None
+    assert run_all(jobs, workers=1, log=lambda line: None) == []
+    assert jobs_of([trial], tmp_path) == []
+    row = TINY.read(tmp_path)
     assert row is not None
     assert row["key"] == TINY.key
     assert row["environment"]["torch"] == torch.__version__
@@ -124,10 +126,10 @@ def test_a_probe_as_a_job_writes_its_row_once(tmp_path):
 
 def test_a_probe_that_diverges_is_a_failure_and_the_others_of_its_process_run(tmp_path):
     wild, other = dataclasses.replace(TINY, lr=1e30, steps=20), dataclasses.replace(TINY, seed=1)
-    named = [("wild", wild), ("other", other)]
+    trials = [Trial("wild", wild, {}), Trial("other", other, {})]
     said: list[str] = []
-    assert run_all(probes.jobs(named, tmp_path), workers=1, say=said.append) == ["wild; other"]
+    assert run_all(jobs_of(trials, tmp_path), workers=1, log=said.append) == ["wild; other"]
     assert "the loss is not finite" in said[-1]
-    assert probes.read(wild, tmp_path) is None
-    assert probes.read(other, tmp_path) is not None
-    assert [job.name for job in probes.jobs(named, tmp_path)] == ["wild"]
+    assert wild.read(tmp_path) is None
+    assert other.read(tmp_path) is not None
+    assert [job.name for job in jobs_of(trials, tmp_path)] == ["wild"]

@@ -12,7 +12,8 @@ import pytest
 from spectral_window.cli import main
 from spectral_window.data.tasks import make
 from spectral_window.hf.model import count_parameters
-from spectral_window.lab.experiments import probes, recall, synthetic
+from spectral_window.lab.experiments import experiment, probes, recall, synthetic
+from spectral_window.lab.experiments.experiment import Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.training.interrupt import Interrupted
 
@@ -33,22 +34,24 @@ def test_a_key_names_all_settings_of_a_probe():
 
 
 def test_every_trial_has_its_own_key_and_name():
-    assert len({t.probe.key for t in TRIALS}) == len({t.name for t in TRIALS}) == len(TRIALS)
+    assert len({t.run.key for t in TRIALS}) == len({t.name for t in TRIALS}) == len(TRIALS)
 
 
 def test_every_task_has_all_models_three_seeds_and_mixed_or_fixed_lengths_alike():
     for ability in recall.ABILITIES:
         of = {m: set() for m in (recall.OURS, recall.PUBLISHED, recall.TRANSFORMER, recall.SHIFTED)}
         for trial in TRIALS:
-            if trial.ability == ability and trial.model in of:
-                of[trial.model].add((trial.training, trial.probe.seed))
+            if trial.labels["ability"] == ability and trial.labels["model"] in of:
+                of[trial.labels["model"]].add((trial.labels["training"], trial.run.seed))
         assert len({frozenset(runs) for runs in of.values()}) == 1
         assert {seed for _, seed in of[recall.OURS]} == {0, 1, 2}
 
 
 def test_models_are_equally_large():
     """On every vocabulary: tasks of the same one have the same models."""
-    probes = {(make(t.probe.task, **t.probe.options).vocab_size, t.model): t.probe for t in TRIALS}
+    probes = {
+        (make(t.run.task, **t.run.options).vocab_size, t.labels["model"]): t.run for t in TRIALS
+    }
     for vocabulary in {size for size, _ in probes}:
         of = [
             count_parameters(probes[vocabulary, model].config())
@@ -61,45 +64,46 @@ def test_models_are_equally_large():
 
 def test_no_model_sees_a_whole_sequence_in_its_window():
     for trial in TRIALS:
-        assert 2 * trial.probe.model["window"] < min(trial.probe.lengths)
+        assert 2 * trial.run.model["window"] < min(trial.run.lengths)
 
 
 def test_two_thousand_sequences_are_asked_at_the_base_length_and_memories_at_1024_times():
     for trial in TRIALS:
-        base = recall.ABILITIES[trial.ability].base
-        tests = {test.length // base: test for test in trial.probe.tests}
+        base = recall.ABILITIES[trial.labels["ability"]].base
+        tests = {test.length // base: test for test in trial.run.tests}
         assert tests[1].rows == 2048
-        mqar = trial.probe.task == "mqar"
+        mqar = trial.run.task == "mqar"
         assert max(k for k in tests if k not in recall.FAR) == (4 if mqar else 32)
         far = [test.length for k, test in tests.items() if k in recall.FAR]
-        wanted = trial.model in (recall.OURS, recall.CLOSING) and trial.probe.task in (
+        wanted = trial.labels["model"] in (recall.OURS, recall.CLOSING) and trial.run.task in (
             "needle",
             "induction",
             "recall",
         )
-        assert far == ([8192, 32_768] if wanted and trial.ability in recall.KNOWN else [])
+        assert far == ([8192, 32_768] if wanted and trial.labels["ability"] in recall.KNOWN else [])
 
 
 def test_rows_of_the_suite_synthetic_count_here_and_the_memory_learns_from_fewer_sequences():
-    theirs = {e.probe.key for e in synthetic.entries()}
+    theirs = {e.run.key for e in synthetic.trials()}
     for trial in TRIALS:
-        if trial.ability in recall.KNOWN:
-            taken = trial.model in (recall.PUBLISHED, recall.TRANSFORMER)
-            assert (trial.probe.key in theirs) == taken
+        if trial.labels["ability"] in recall.KNOWN:
+            taken = trial.labels["model"] in (recall.PUBLISHED, recall.TRANSFORMER)
+            assert (trial.run.key in theirs) == taken
             if not taken:
                 (of,) = {
-                    t.probe.rows * t.probe.steps
+                    t.run.rows * t.run.steps
                     for t in TRIALS
-                    if (t.ability, t.model) == (trial.ability, recall.TRANSFORMER)
+                    if (t.labels["ability"], t.labels["model"])
+                    == (trial.labels["ability"], recall.TRANSFORMER)
                 }
-                assert 2 <= of / (trial.probe.rows * trial.probe.steps) <= 5
+                assert 2 <= of / (trial.run.rows * trial.run.steps) <= 5
 
 
 @pytest.fixture
-def stages(monkeypatch) -> list[list[recall.Trial]]:
+def stages(monkeypatch) -> list[list[Trial]]:
     """Two stages of a small probe each."""
     found = [
-        [recall.Trial("Needle", recall.OURS, "fixed", dataclasses.replace(SMALL, seed=seed))]
+        [recall._trial("Needle", recall.OURS, "fixed", dataclasses.replace(SMALL, seed=seed))]
         for seed in (0, 1)
     ]
     monkeypatch.setattr(recall, "stages", lambda quick: found)
@@ -107,14 +111,14 @@ def stages(monkeypatch) -> list[list[recall.Trial]]:
 
 
 def test_a_stopped_suite_has_written_its_rows_and_goes_on(tmp_path, stages, monkeypatch):
-    first, second = (stage[0].probe for stage in stages)
+    first, second = (stage[0].run for stage in stages)
     work, out, paper = (tmp_path / name for name in ("work", "out", "paper"))
     options = {
         "earlier": paper,
         "quick": False,
         "workers": 1,
         "command": "c",
-        "say": lambda _: None,
+        "log": lambda _: None,
     }
     paper.mkdir()
     row = json.loads(json.dumps(probes.run(first) | {"form": "posed"}))
@@ -126,7 +130,7 @@ def test_a_stopped_suite_has_written_its_rows_and_goes_on(tmp_path, stages, monk
         return []
 
     with monkeypatch.context() as patched:
-        patched.setattr(recall, "run_all", stopped)
+        patched.setattr(experiment, "run_all", stopped)
         with pytest.raises(Interrupted):
             recall.run(out, work, **options)
     (kept,) = json.loads((out / "recall.json").read_text())["rows"]

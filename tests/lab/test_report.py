@@ -136,7 +136,7 @@ class Outline(HTMLParser):
 
 
 def test_verdict_gives_winner_margin_and_common_size(pair: list[Path]) -> None:
-    verdict = summary.judge(read_all(pair))
+    verdict = summary.compare(read_all(pair))
     assert verdict.headline == "SWH predicts unseen text better, by 0.250 nats per token"
     assert "4.000 against 4.250" in verdict.detail
     assert "at 10k parameters each" in verdict.detail
@@ -145,15 +145,15 @@ def test_verdict_gives_winner_margin_and_common_size(pair: list[Path]) -> None:
 
 def test_verdict_says_so_when_the_transformer_wins(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", loss=4.1), make_run(tmp_path / "b", "attention", 4.0)]
-    assert summary.judge(read_all(runs)).headline.startswith(
+    assert summary.compare(read_all(runs)).headline.startswith(
         "Transformer predicts unseen text better"
     )
-    assert summary.judge(read_all(runs[::-1])).headline.startswith("Transformer predicts")
+    assert summary.compare(read_all(runs[::-1])).headline.startswith("Transformer predicts")
 
 
 def test_verdict_calls_a_small_difference_a_tie(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", loss=4.001), make_run(tmp_path / "b", "attention", 4.0)]
-    assert "equally well" in summary.judge(read_all(runs)).headline
+    assert "equally well" in summary.compare(read_all(runs)).headline
 
 
 def test_verdict_does_not_hide_an_unfair_comparison(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_verdict_does_not_hide_an_unfair_comparison(tmp_path: Path) -> None:
         make_run(tmp_path / "a", loss=3.0, parameters=20_000, tokens=80_000),
         make_run(tmp_path / "b", "attention", 4.0, data="y"),
     ]
-    verdict = summary.judge(read_all(runs))
+    verdict = summary.compare(read_all(runs))
     assert "unequal size (20k and 10k parameters)" in verdict.detail
     assert any("different amounts of text" in caveat for caveat in verdict.caveats)
     assert any("different data" in caveat for caveat in verdict.caveats)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from spectral_window.errors import UserError
-from spectral_window.lab import results
+from spectral_window.lab import estimates, results
+from spectral_window.lab.estimates import fisher, mean, share
 from spectral_window.lab.paper import claims
 from spectral_window.lab.paper.claims import FAILS, HOLDS, MISSING, ONLY_PUBLISHED
-from spectral_window.lab.results import fisher, mean, share
 
 RNG = np.random.default_rng(0)
 
@@ -37,7 +37,7 @@ def test_the_interval_of_seeds_covers_their_mean():
     ("degrees", "quantile"), [(1, 12.706), (2, 4.303), (11, 2.201), (60, 2.000)]
 )
 def test_students_quantiles_are_those_of_the_tables(degrees, quantile):
-    assert results._t(degrees) == pytest.approx(quantile, rel=0.015)
+    assert estimates._t(degrees) == pytest.approx(quantile, rel=0.015)
 
 
 def test_seeds_that_differ_widen_the_interval_of_a_share():
@@ -67,11 +67,11 @@ def test_fisher_is_the_papers_three_against_none():
 
 
 def test_quick_results_never_replace_real_ones(tmp_path):
-    rows = [{"key": "a"}]
-    results.keep(tmp_path, "synthetic", rows, quick=True, command="quick")
-    results.keep(tmp_path, "synthetic", rows, quick=False, command="real")
+    quick = {"quick": True, "command": "quick", "rows": [{"key": "a"}]}
+    results.save(tmp_path, "synthetic", quick)
+    results.save(tmp_path, "synthetic", quick | {"quick": False, "command": "real"})
     with pytest.raises(UserError, match="holds real results"):
-        results.keep(tmp_path, "synthetic", [], quick=True, command="quick")
+        results.save(tmp_path, "synthetic", quick)
     assert results.load(tmp_path, "synthetic")["command"] == "real"
 
 
@@ -103,7 +103,7 @@ def synthetic(scores: dict[tuple[str, str, int, str], float], seeds: int = 3) ->
 
 
 def verdict(found: dict, name: str) -> str:
-    return next(claim.verdict for claim in claims.judge(found) if claim.name.startswith(name))
+    return next(claim.verdict for claim in claims.evaluate(found) if claim.name.startswith(name))
 
 
 @pytest.mark.parametrize(
@@ -172,5 +172,5 @@ def test_the_width_that_is_worse_at_the_end_does_not_count():
 
 
 def test_nothing_measured_gives_no_verdict():
-    assert {claim.verdict for claim in claims.judge({})} == {MISSING}
-    assert all(claim.posed == MISSING for claim in claims.judge({}))
+    assert {claim.verdict for claim in claims.evaluate({})} == {MISSING}
+    assert all(claim.posed == MISSING for claim in claims.evaluate({}))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spectral_window.errors import UserError
-from spectral_window.lab.bench.roofline_window import table
+from spectral_window.lab.bench.gpu_window import roofline
 from spectral_window.ops import resolve, window_attention
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -74,8 +74,8 @@ def test_a_gpu_takes_the_kernels_and_says_why():
 
 def test_the_dry_run_walks_every_part_of_the_bench():
     run = (
-        "import sys; from spectral_window.lab.bench import tune_window;"
-        "sys.argv[1:] = ['--device', 'cpu', '--quick']; tune_window.main()"
+        "import sys; from spectral_window.lab.bench import gpu_window;"
+        "sys.argv[1:] = ['--device', 'cpu', '--quick']; gpu_window.main()"
     )
     rows = [json.loads(line) for line in in_interpreter("-c", run).splitlines()]
     excused = ("left out", "failed: NotImplementedError: FlexAttention does not support backward")
@@ -86,7 +86,7 @@ def test_the_dry_run_walks_every_part_of_the_bench():
 
 
 def test_the_roofline_says_what_limits_each_kernel():
-    rows = {(row["kernel"], row["window"]): row for row in table()}
+    rows = {(row["kernel"], row["window"]): row for row in roofline()}
     assert rows["attend", 128]["memory"] == pytest.approx(
         0.154, rel=0.01
     )  # (4 * 64 * 2 + 4) / 3.35

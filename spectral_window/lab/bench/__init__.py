@@ -22,22 +22,18 @@ replaces that part.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from spectral_window.errors import ResourceError, UserError, unknown
-from spectral_window.files import write_json
+from spectral_window.errors import ResourceError, unknown
+from spectral_window.lab import results
+from spectral_window.lab.jobs import Row, child_environment, rows_of
 from spectral_window.training.machine import (
     environment,
     folder_name,
@@ -73,12 +69,6 @@ def chosen(names: list[str]) -> list[str]:
     return list(BENCHES) if not names or "all" in names else list(dict.fromkeys(names))
 
 
-def thread_counts() -> list[int]:
-    """One, and as many as this process may use."""
-    cores = len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else os.cpu_count()
-    return sorted({1, cores or 1})
-
-
 def measure(name: str, dtype: str, quick: bool = False) -> Rows:
     """Run the bench `name` in this process as torch is set now: its rows."""
     module = import_module(f"spectral_window.lab.bench.{BENCHES[name]}")
@@ -90,46 +80,30 @@ def measure(name: str, dtype: str, quick: bool = False) -> Rows:
 def measure_in_child(name: str, threads: int, dtypes: list[str], quick: bool) -> Rows:
     """`measure` in a fresh process of `threads` threads: a group for each dtype, with its rows and
     what they were measured on. Raises ResourceError if the process fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "groups.json")
-        job = {"name": name, "dtypes": dtypes, "quick": quick, "result": str(result)}
-        command = [sys.executable, "-m", "spectral_window.lab.bench", json.dumps(job)]
-        done = subprocess.run(command, env=child_environment(threads), check=False)
-        if not result.exists():
-            raise ResourceError(
-                f"its process ended with {done.returncode} (bench {name}, {threads} threads): see "
-                "above; -9 means out of memory"
-            )
-        return json.loads(result.read_text(encoding="utf-8"))
+    task = {"name": name, "dtypes": dtypes, "quick": quick}
+    try:
+        return list(rows_of(f"{__name__}.child", task, child_environment(threads)))
+    except ResourceError as error:
+        raise ResourceError(f"{error} (bench {name}, {threads} threads)") from error
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """The environment of a process that computes with `threads` threads."""
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)}
-
-
-def child(job: dict[str, Any]) -> None:
-    """What the fresh process does."""
+def measure_groups(task: Row) -> Iterator[Row]:
+    """What the fresh process finds: a group for each dtype."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     allocator = keep_memory()
-    groups = []
-    for dtype in job["dtypes"]:
+    for dtype in task["dtypes"]:
         begin = time.perf_counter()
-        rows = measure(job["name"], dtype, job["quick"])
+        rows = measure(task["name"], dtype, task["quick"])
         with matmul_precision(PRECISION, "cpu"):
             about = environment("cpu", asked=PRECISION, dtype=dtype)
-        groups.append(
-            {
-                "threads": torch.get_num_threads(),
-                "dtype": dtype,
-                "quick": job["quick"],
-                "seconds": round(time.perf_counter() - begin, 1),
-                "environment": about | {"caches": _caches(), "allocator": allocator},
-                "rows": rows,
-            }
-        )
-    write_json(Path(job["result"]), groups)
+        yield {
+            "threads": torch.get_num_threads(),
+            "dtype": dtype,
+            "quick": task["quick"],
+            "seconds": round(time.perf_counter() - begin, 1),
+            "environment": about | {"caches": _caches(), "allocator": allocator},
+            "rows": rows,
+        }
 
 
 def _caches() -> str:
@@ -164,25 +138,22 @@ def place(out: Path) -> Path:
 
 
 def load(folder: Path, name: str) -> Rows:
-    """The groups of the bench `name` kept in `folder`; none if it was not run."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("groups", []) if path.exists() else []
+    """The groups of the bench `name` in `folder`; none if it was not run."""
+    return (results.load(folder, name, "groups") or {"groups": []})["groups"]
 
 
-def keep(folder: Path, name: str, groups: Rows) -> None:
+def save(folder: Path, name: str, groups: Rows) -> None:
     """Write `groups`, beside those of other threads and dtypes that are there already.
 
-    Raises UserError rather than replacing measurements by a trial.
+    Raises UserError rather than replace measurements by a trial.
     """
-    before = load(folder, name)
-    if any(not old["quick"] for old in before) and any(new["quick"] for new in groups):
-        raise UserError(f"{folder / name}.json holds measurements: give --quick another --out")
     new = {(group["threads"], group["dtype"]) for group in groups}
-    kept = [
+    others = [
         old
-        for old in before
+        for old in load(folder, name)
         if (old["threads"], old["dtype"]) not in new and old["quick"] == groups[0]["quick"]
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    ordered = sorted([*kept, *groups], key=lambda g: (g["threads"], list(DTYPES).index(g["dtype"])))
-    write_json(folder / f"{name}.json", {"bench": name, "groups": ordered})
+    ordered = sorted(
+        [*others, *groups], key=lambda g: (g["threads"], list(DTYPES).index(g["dtype"]))
+    )
+    results.save(folder, name, {"bench": name, "groups": ordered})

@@ -40,10 +40,10 @@ from spectral_window.lab.bench.operators import (
     Operator,
     call_once,
     gate,
-    new_race,
+    new_timing,
 )
 from spectral_window.lab.bench.roofline import multiply
-from spectral_window.lab.bench.timing import Call, Race
+from spectral_window.lab.bench.timing import Call, Timing
 from spectral_window.ops import delta_memory
 from spectral_window.ops.methods import resolve, serving
 
@@ -66,11 +66,11 @@ def bench_memory_op(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
         wrong = _check_op(channels, heads, dtype)
         for length in (64, 100) if quick else LENGTHS:
             for direction in PASSES:
-                race = new_race(quick, wrong)
-                lineup = lineup_of(draw(channels, heads, length, dtype), direction != PASSES[0])
-                rows += race.run(lineup, heads=heads, length=length, **{"pass": direction})
+                timing = new_timing(quick, wrong)
+                calls = calls_of(draw(channels, heads, length, dtype), direction != PASSES[0])
+                rows += timing.run(calls, heads=heads, length=length, **{"pass": direction})
         with torch.no_grad():
-            found = new_race(quick, wrong).run(
+            found = new_timing(quick, wrong).run(
                 steps(draw(channels, heads, 1, dtype)), heads=heads, length=1, **{"pass": STEP}
             )
         rows += found
@@ -98,18 +98,18 @@ def methods(time: int) -> dict[str, Operator]:
     return {"ours": by("auto"), **{f"ours, {name}": by(name) for name in others}}
 
 
-def lineup_of(inputs: tuple[Tensor, ...], backward: bool) -> dict[str, Call]:
+def calls_of(inputs: tuple[Tensor, ...], backward: bool) -> dict[str, Call]:
     """The methods on these inputs, and the floor."""
     inputs = tuple(x.requires_grad_(backward) for x in inputs)
     gradient = torch.ones_like(inputs[2], requires_grad=False) if backward else None
-    lineup: dict[str, Call] = {
+    calls: dict[str, Call] = {
         name: partial(call_once, operator, inputs, gradient)
         for name, operator in methods(inputs[0].shape[1]).items()
     }
     _, time, heads, size = inputs[0].shape
     wide = 3 * size * (3 if backward else 1)
-    lineup[PRODUCT] = multiply([[(heads * size, wide)]], time, torch.float32)
-    return lineup
+    calls[PRODUCT] = multiply([[(heads * size, wide)]], time, torch.float32)
+    return calls
 
 
 def steps(inputs: tuple[Tensor, ...]) -> dict[str, Call]:
@@ -120,7 +120,7 @@ def steps(inputs: tuple[Tensor, ...]) -> dict[str, Call]:
     named = {
         name: operator for name, operator in methods(1).items() if name in ("ours", "ours, step")
     }
-    lineup: dict[str, Call] = {
+    calls: dict[str, Call] = {
         name: partial(
             delta_memory,
             *inputs,
@@ -129,7 +129,7 @@ def steps(inputs: tuple[Tensor, ...]) -> dict[str, Call]:
         )
         for name in named
     }
-    return lineup | {COPY: lambda: into.copy_(state)}
+    return calls | {COPY: lambda: into.copy_(state)}
 
 
 def _check_op(channels: int, heads: int, dtype: torch.dtype) -> dict[str, str]:
@@ -155,15 +155,15 @@ def bench_memory_layer(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     parts = ("train", _trains), ("prefill", _prefills), ("decode", _decodes)
     wrong: dict[str, str] = {}  # of gradients or logits: such a model takes no part any more
-    for part, lineups in parts:
-        race = Race(seconds=0.01 if quick else 10.0, fewest=3, most=40, longest=60.0, out=wrong)
-        for lineup, tags in lineups(dtype, quick, wrong):
+    for part, sized_calls in parts:
+        timing = Timing(seconds=0.01 if quick else 10.0, fewest=3, most=40, longest=60.0, out=wrong)
+        for calls, tags in sized_calls(dtype, quick, wrong):
             with torch.set_grad_enabled(part == "train"):
-                rows += race.run(lineup, part=part, **tags)
+                rows += timing.run(calls, part=part, **tags)
     return rows
 
 
-Lineups = Iterator[tuple[dict[str, Call], dict[str, int]]]
+SizedCalls = Iterator[tuple[dict[str, Call], dict[str, int]]]
 
 
 def models(layers: int, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def models(layers: int, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
     return found
 
 
-def _trains(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> Lineups:
+def _trains(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> SizedCalls:
     held = models(TRAIN_LAYERS, torch.float32, quick)
     config = held["SWH"].config
     for name, model in held.items():
@@ -186,30 +186,30 @@ def _trains(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> Lineups:
         model.train()
     for batch, time in ((2, 32), (1, 64)) if quick else LAYER_TRAIN:
         ids = draw_ids(config, batch, time)
-        lineup: dict[str, Call] = {
+        calls: dict[str, Call] = {
             name: partial(train_step, model, ids, dtype) for name, model in held.items()
         }
-        yield lineup, {"batch": batch, "length": time, "layers": config.num_hidden_layers}
+        yield calls, {"batch": batch, "length": time, "layers": config.num_hidden_layers}
 
 
-def _prefills(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> Lineups:
+def _prefills(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> SizedCalls:
     for time, layers in ((64, 3),) if quick else LAYER_PREFILL:
         held = models(layers, dtype, quick)
         for name, model in held.items():
             if why := check(model, dtype):
                 wrong[name] = why["SWH"]
         ids = draw_ids(held["SWH"].config, 1, time)
-        lineup: dict[str, Call] = {
+        calls: dict[str, Call] = {
             name: partial(next_token, model, ids) for name, model in held.items()
         }
-        yield lineup, {"length": time, "layers": layers}
+        yield calls, {"length": time, "layers": layers}
 
 
-def _decodes(dtype: torch.dtype, quick: bool, _: dict[str, str]) -> Lineups:
+def _decodes(dtype: torch.dtype, quick: bool, _: dict[str, str]) -> SizedCalls:
     held = models(LAYER_DECODE, dtype, quick)
     token = draw_ids(held["SWH"].config, 1, 1)
-    lineup: dict[str, Call] = {
+    calls: dict[str, Call] = {
         name: partial(next_token, model, token, remember(model, CONTEXT)[0])
         for name, model in held.items()
     }
-    yield lineup, {"context": CONTEXT, "layers": LAYER_DECODE}
+    yield calls, {"context": CONTEXT, "layers": LAYER_DECODE}

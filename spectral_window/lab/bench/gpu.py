@@ -10,14 +10,13 @@ part has found is written as it goes: a part that fails or is stopped keeps its 
 what failed says why. `dry_run` walks every part at toy sizes on a CPU, where Triton's interpreter
 stands in for the card; it shows the way, and its numbers mean nothing.
 
-Times are taken as `on_device` tells.
+Times are taken as in `timing.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,15 +26,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from spectral_window.errors import ResourceError
 from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
 from spectral_window.lab.bench import gpu_spectral, gpu_window
-from spectral_window.lab.bench.on_device import Row, race
-from spectral_window.lab.bench.timing import reason
+from spectral_window.lab.bench.timing import reason, time_on
+from spectral_window.lab.jobs import Log, Row, rows_of, send_rows
 from spectral_window.nn.mixers import MIXERS, set_methods
 from spectral_window.training.machine import environment
 
+MODULE = "spectral_window.lab.bench.gpu"
 # part -> its share of the time; the function of that name below gives its rows
 PARTS = {"ceilings": 0.08, "spectral": 0.34, "window": 0.34, "train": 0.24}
 PLAIN = "SWH, plain methods"
@@ -48,7 +49,7 @@ def run(
     minutes: float,
     parts: list[str] | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = print,
+    log: Log = print,
 ) -> list[str]:
     """Measure `parts` (default: all) in about `minutes`, into out/PART.json; returns the parts that
     did not come to their end, each with why."""
@@ -56,47 +57,48 @@ def run(
     for part in parts or PARTS:
         begin = time.perf_counter()
         allowed = 60 * minutes * PARTS[part] / sum(PARTS[p] for p in parts or PARTS)
-        path = out / f"{part}.json"
-        out.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        why = _in_child(part, path, allowed, dry_run)
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        if not why and rows and list(rows[-1]) == ["status"]:
-            why = rows[-1]["status"]  # out of time
+        rows: list[Row] = []
+        why = _measure_part(part, rows, out, allowed, dry_run)
         if why:
             unfinished.append(f"{part}: {why}")
-        say(f"{part}: {len(rows)} rows, {time.perf_counter() - begin:.0f} s{', ' * bool(why)}{why}")
+        log(f"{part}: {len(rows)} rows, {time.perf_counter() - begin:.0f} s{', ' * bool(why)}{why}")
     return unfinished
 
 
-def _in_child(part: str, path: Path, seconds: float, dry_run: bool) -> str:
-    """Run a part; "" or why it did not end well."""
-    command = [sys.executable, "-m", "spectral_window.lab.bench.gpu"]
-    command += [part, str(path), str(seconds), "dry" if dry_run else "real"]
-    surroundings = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if dry_run else {})
+def _measure_part(part: str, rows: list[Row], out: Path, seconds: float, dry_run: bool) -> str:
+    """Add what a process of its own finds to `rows` and out/PART.json, row by row; "" or why it did
+    not end well."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{part}.json"
+    path.unlink(missing_ok=True)
+    environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if dry_run else {})
+    task = {"part": part, "seconds": seconds, "dry_run": dry_run}
+    about: Row = {"part": part, "dry_run": dry_run}
     try:
-        done = subprocess.run(command, env=surroundings, timeout=seconds + GRACE, check=False)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds + GRACE:.0f} s"
-    return "" if done.returncode == 0 else f"ended with {done.returncode}"
-
-
-def child(part: str, path: Path, seconds: float, dry_run: bool) -> None:
-    """What the process of a part does: write rows as they come, until the time is up."""
-    source: Callable[..., Iterator[Row]] = globals()[part]
-    device = "cpu" if dry_run else "cuda"
-    torch.set_float32_matmul_precision("highest")
-    about = {"part": part, "dry_run": dry_run, "environment": environment(device, asked="highest")}
-    rows: list[Row] = []
-    begin = time.perf_counter()
-    write_json(path, about | {"rows": rows})
-    for row in source(torch.device(device), dry_run, seconds):
-        rows.append(row)
-        write_json(path, about | {"rows": rows})
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        if time.perf_counter() - begin > seconds:
-            rows.append({"status": f"out of time after {seconds:.0f} s: the rest was not measured"})
+        for row in rows_of(MODULE, task, environment, seconds=seconds + GRACE):
+            if "environment" in row:
+                about |= row
+            else:
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
             write_json(path, about | {"rows": rows})
+    except ResourceError as error:
+        return str(error)
+    # a row of a status alone says that time has run out
+    return rows[-1]["status"] if rows and list(rows[-1]) == ["status"] else ""
+
+
+def measure(task: Row) -> Iterator[Row]:
+    """What the process of a part finds, until the time is up."""
+    source: Callable[..., Iterator[Row]] = globals()[task["part"]]
+    device = "cpu" if task["dry_run"] else "cuda"
+    torch.set_float32_matmul_precision("highest")
+    yield {"environment": environment(device, asked="highest")}
+    begin, seconds = time.perf_counter(), task["seconds"]
+    for row in source(torch.device(device), task["dry_run"], seconds):
+        yield row
+        if time.perf_counter() - begin > seconds:
+            yield {"status": f"out of time after {seconds:.0f} s: the rest was not measured"}
             return
 
 
@@ -107,7 +109,7 @@ def ceilings(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]
     """What the card reaches: GB/s of a copy (read and written), TFLOP/s of products."""
     x = torch.randn(1 << (10 if quick else 28), device=device)  # 1 GiB
     y = torch.empty_like(x)
-    (row,) = race({"copy": partial(y.copy_, x)}, device.type)
+    (row,) = time_on(device.type, {"copy": partial(y.copy_, x)})
     if row["status"] == "ok":
         row["GB_per_s"] = float(f"{2 * x.nbytes / row['milliseconds'] / 1e6:.4g}")
     yield row
@@ -115,7 +117,7 @@ def ceilings(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         name = f"matrix product, {str(dtype).removeprefix('torch.')}"
-        (row,) = race({name: partial(torch.mm, a, b)}, device.type)
+        (row,) = time_on(device.type, {name: partial(torch.mm, a, b)})
         if row["status"] == "ok":
             row["TFLOP_per_s"] = float(f"{2 * size**3 / row['milliseconds'] / 1e9:.4g}")
         yield row
@@ -142,7 +144,7 @@ def train(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
             vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
         )
     for batch, length in ((2, 40),) if quick else ((16, 1024), (2, 8192)):
-        lineup: dict[str, Callable[[], object]] = {}
+        calls: dict[str, Callable[[], object]] = {}
         peaks: dict[str, int] = {}
         flops: dict[str, int] = {}
         ids = torch.randint(config.vocab_size, (batch, length), device=device)
@@ -153,17 +155,19 @@ def train(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
             model = _model(config, mixer, device)
             if name == PLAIN:
                 set_methods(model, spectral="chunked", window="chunked")
-            lineup[name] = _step(model, ids)
+            calls[name] = _step(model, ids)
             flops[name] = 3 * model.flops_per_token(length)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 try:
-                    lineup[name]()
+                    calls[name]()
                     peaks[name] = torch.cuda.max_memory_allocated() - before
                 except Exception as error:
                     print(f"{name}: {reason(error)}", file=sys.stderr)
-        for row in race(lineup, device.type, fewest=2 if quick else 5, batch=batch, length=length):
+        for row in time_on(
+            device.type, calls, fewest=2 if quick else 5, batch=batch, length=length
+        ):
             name = row["contestant"]
             if row["status"] == "ok":
                 rate = 1000 * batch * length / row["milliseconds"]
@@ -171,7 +175,7 @@ def train(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
                 row["TFLOP_per_s"] = float(f"{rate * flops[name] / 1e12:.4g}")
                 row["peak_bytes_of_a_step"] = peaks.get(name)
             yield row
-        lineup.clear()
+        calls.clear()
 
 
 def _model(config: SWHConfig, mixer: str, device: torch.device) -> SWHForCausalLM:
@@ -199,4 +203,4 @@ def _step(model: SWHForCausalLM, ids: torch.Tensor) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    child(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "dry")
+    send_rows(measure)

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.lab.bench.on_device import Call, Row, race
-from spectral_window.lab.bench.timing import reason
+from spectral_window.lab.bench.timing import Call, reason, time_on
+from spectral_window.lab.jobs import Row
 from spectral_window.ops import Modes, spectral_conv
 
 H100 = {"bytes": 3.35e12, "float32": 67e12, "float64": 34e12, "conversions": 132 * 16 * 1.755e9}
@@ -308,9 +308,9 @@ def _graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
 def _measure(
     calls: dict[str, Call], rounds: int, moved: int, device: str, **tags: Any
 ) -> list[Row]:
-    """`race`, with the rate at which the least bytes would have moved."""
+    """`time_on`, with the rate at which the least bytes would have moved."""
     about = {"section": "spectral bench", **tags}
-    rows = race(calls, device, seconds=0.0, fewest=rounds, **about)
+    rows = time_on(device, calls, seconds=0.0, fewest=rounds, **about)
     for row in rows:
         if row["status"] == "ok":
             row["GB_per_second_of_least_bytes"] = round(moved / row["milliseconds"] / 1e6, 1)

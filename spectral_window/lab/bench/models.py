@@ -42,11 +42,11 @@ from spectral_window.lab.baselines.models import (
 from spectral_window.lab.bench.operators import (
     draw_qkv,
     draw_spectral,
-    spectral_lineup,
-    window_lineup,
+    spectral_calls,
+    window_calls,
 )
 from spectral_window.lab.bench.roofline import layer_products, multiply, read
-from spectral_window.lab.bench.timing import Call, Race, disqualified, relative_error
+from spectral_window.lab.bench.timing import Call, Timing, disqualified, relative_error
 from spectral_window.nn.mixers import set_methods
 
 # (T, layers): layers are alike, so long prompts take fewer of them, not other ones
@@ -88,7 +88,7 @@ def draw_ids(config: SWHConfig, batch: int, time: int) -> Tensor:
 def bench_prefill(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     """Rows by length: SWH, its baselines, its plain methods, its matrix products."""
     rows: list[dict[str, Any]] = []
-    race = Race(seconds=0.01 if quick else 2.0, longest=0.5, always=("SWH", "Llama", GEMMS))
+    timing = Timing(seconds=0.01 if quick else 2.0, longest=0.5, always=("SWH", "Llama", GEMMS))
     held: dict[int, dict[str, Any]] = {}
     for time, layers in ((64, 3), (96, 3)) if quick else PREFILL:
         config = shape(layers, quick)
@@ -96,19 +96,19 @@ def bench_prefill(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
             held.clear()  # before the next is built: two sets of models are a lot of memory
             gc.collect()
             held[layers] = build(config, tuple(BASELINES), dtype)
-            race.out |= check(held[layers]["SWH"], dtype)
+            timing.out |= check(held[layers]["SWH"], dtype)
         models = held[layers]
         ids = draw_ids(config, 1, time)
-        lineup: dict[str, Call] = {
+        calls: dict[str, Call] = {
             name: partial(next_token, model, ids) for name, model in models.items()
         }
-        lineup["SWH, plain methods"] = partial(plainly, models["SWH"], ids)
+        calls["SWH, plain methods"] = partial(plainly, models["SWH"], ids)
         head = [[(config.hidden_size, config.vocab_size)]]
-        lineup[GEMMS] = _in_turn(
+        calls[GEMMS] = _in_turn(
             multiply([layer_products(config)] * config.num_hidden_layers, time, dtype),
             multiply(head, 1, dtype),
         )
-        rows += _with_sizes(race.run(lineup, length=time, layers=layers), models)
+        rows += _with_sizes(timing.run(calls, length=time, layers=layers), models)
     return rows
 
 
@@ -143,7 +143,7 @@ def _with_sizes(rows: list[dict[str, Any]], models: dict[str, Any]) -> list[dict
 
 @torch.no_grad()
 def bench_decode(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
-    """Rows by context; SWH at a million tokens runs in the race at the shortest context, its ratio
+    """Rows by context. SWH at a million tokens is timed beside the shortest context, so its ratio
     is to SWH there."""
     config = shape(12, quick)
     models = build(config, ("SWH", "Llama", "Mamba2"), dtype)
@@ -157,8 +157,8 @@ def bench_decode(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     contexts = (100, 200) if quick else CONTEXTS
     for context in contexts:
-        race = Race(seconds=0.01 if quick else 2.5, most=40, out=dict(wrong))
-        lineup: dict[str, Call] = {}
+        timing = Timing(seconds=0.01 if quick else 2.5, most=40, out=dict(wrong))
+        calls: dict[str, Call] = {}
         size: dict[str, int] = {}
         far = {"SWH, far": ("SWH", FAR, False)} if context == contexts[0] else {}
         for name, (model, past, static) in {
@@ -169,10 +169,10 @@ def bench_decode(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
             "Mamba2": ("Mamba2", context, False),
         }.items():
             cache, state = remember(models[model], past, static=static)
-            lineup[name] = partial(next_token, models[model], token, cache)
+            calls[name] = partial(next_token, models[model], token, cache)
             size[name] = state
-        lineup[READING] = reading
-        found = _with_sizes(race.run(lineup, context=context), models)
+        calls[READING] = reading
+        found = _with_sizes(timing.run(calls, context=context), models)
         for row in found:
             name = row["contestant"]
             if name == READING:
@@ -201,7 +201,7 @@ def bench_train(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     """Rows by batch and length; the matrix products are the forward pass's, a third of all."""
     config = shape(TRAIN_LAYERS, quick)
     models = build(config, ("SWH", "Llama"), torch.float32)
-    race = Race(
+    timing = Timing(
         seconds=0.01 if quick else 3.0,
         longest=60.0,
         out=check_gradients(models["SWH"], dtype),
@@ -209,16 +209,16 @@ def bench_train(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for model in models.values():
         train_step(model.train(), draw_ids(config, 1, 64), dtype)
-    race.warm |= {*models, GEMMS}
+    timing.warm |= {*models, GEMMS}
     for batch, time in ((2, 32), (1, 64)) if quick else TRAIN:
         ids = draw_ids(config, batch, time)
-        lineup: dict[str, Call] = {
+        calls: dict[str, Call] = {
             name: partial(train_step, model, ids, dtype) for name, model in models.items()
         }
         head = [(config.hidden_size, config.vocab_size)]
         layers = [layer_products(config)] * config.num_hidden_layers
-        lineup[GEMMS] = multiply([*layers, head], batch * time, dtype)
-        found = race.run(lineup, batch=batch, length=time, layers=config.num_hidden_layers)
+        calls[GEMMS] = multiply([*layers, head], batch * time, dtype)
+        found = timing.run(calls, batch=batch, length=time, layers=config.num_hidden_layers)
         rows += _with_sizes(found, models)
     return rows
 
@@ -239,17 +239,17 @@ def bench_scaling(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     lengths = (64, 128, 256) if quick else SCALING
     rows: list[dict[str, Any]] = []
     begin = lengths[0] if quick else 4096
-    for part, lineups in (
+    for part, sized_calls in (
         ("spectral", _spectral_sizes(lengths, dtype)),
         ("window", _window_sizes(lengths, dtype)),
         ("prefill", _prefill_sizes(lengths, dtype, quick)),
     ):
-        race = Race(seconds=0.01 if quick else 0.5, fewest=1, longest=6.0)
-        race.always = ("SWH", "scan", "ours")
+        timing = Timing(seconds=0.01 if quick else 0.5, fewest=1, longest=6.0)
+        timing.always = ("SWH", "scan", "ours")
         found = []
         with torch.no_grad():
-            for time, lineup in lineups:
-                found += race.run(lineup, part=part, length=time)
+            for time, calls in sized_calls:
+                found += timing.run(calls, part=part, length=time)
         rows += found + _slopes(found, part, begin)
     return rows
 
@@ -258,15 +258,15 @@ def _spectral_sizes(
     lengths: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[tuple[int, dict[str, Call]]]:
     for time in lengths:
-        lineup = spectral_lineup(*draw_spectral(time, dtype, False), False)
-        yield time, {name: lineup[name] for name in ("scan", "copy")}
+        calls = spectral_calls(*draw_spectral(time, dtype, False), False)
+        yield time, {name: calls[name] for name in ("scan", "copy")}
 
 
 def _window_sizes(
     lengths: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[tuple[int, dict[str, Call]]]:
     for time in lengths:
-        yield time, {"ours": window_lineup(draw_qkv(time, dtype, False), 32, False)["ours"]}
+        yield time, {"ours": window_calls(draw_qkv(time, dtype, False), 32, False)["ours"]}
 
 
 def _prefill_sizes(

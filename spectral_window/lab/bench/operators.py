@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.lab.bench.timing import Call, Race, disqualified, reason, relative_error
+from spectral_window.lab.bench.timing import Call, Timing, disqualified, reason, relative_error
 from spectral_window.ops import Modes, spectral_conv, window_attention
 from spectral_window.ops.methods import resolve, serving
 from spectral_window.ops.modes import kernel
@@ -56,19 +56,19 @@ def bench_spectral(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     wrong = _check_spectral(dtype)
     for direction in PASSES:
         backward = direction != PASSES[0]
-        race = new_race(quick, wrong)
+        timing = new_timing(quick, wrong)
         for length in (64, 128) if quick else SPECTRAL_LENGTHS:
             u, modes = draw_spectral(length, dtype, backward)
-            lineup = spectral_lineup(u, modes, backward)
+            calls = spectral_calls(u, modes, backward)
             if length > SLOW_TO:
-                lineup = {name: call for name, call in lineup.items() if name not in SLOW}
-            rows += race.run(lineup, length=length, **{"pass": direction})
+                calls = {name: call for name, call in calls.items() if name not in SLOW}
+            rows += timing.run(calls, length=length, **{"pass": direction})
     if dtype == torch.float32:
         rows += far_errors(4096 if quick else 1 << 20, 8 if quick else 96)
     return rows
 
 
-def spectral_lineup(u: Tensor, modes: Modes, backward: bool) -> dict[str, Call]:
+def spectral_calls(u: Tensor, modes: Modes, backward: bool) -> dict[str, Call]:
     """The contestants on u [B, T, D]; without `backward` the first writes into given memory."""
     y = torch.ones_like(u, requires_grad=False)
     gradient = y if backward else None
@@ -209,15 +209,15 @@ def bench_window(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
         wrong = _check_window(window, dtype)
         for direction in PASSES:
             backward = direction != PASSES[0]
-            race = new_race(quick, wrong)
-            lineup = window_lineup(draw_qkv(length, dtype, backward), window, backward)
+            timing = new_timing(quick, wrong)
+            calls = window_calls(draw_qkv(length, dtype, backward), window, backward)
             if window != WINDOWS[0]:
-                del lineup[FULL]  # it knows no window
-            rows += race.run(lineup, length=length, window=window, **{"pass": direction})
+                del calls[FULL]  # it knows no window
+            rows += timing.run(calls, length=length, window=window, **{"pass": direction})
     return rows
 
 
-def window_lineup(qkv: tuple[Tensor, ...], window: int, backward: bool) -> dict[str, Call]:
+def window_calls(qkv: tuple[Tensor, ...], window: int, backward: bool) -> dict[str, Call]:
     """The contestants on q, k, v [B, T, H, K]."""
     gradient = torch.ones_like(qkv[2], requires_grad=False) if backward else None
     operators = {**window_operators(window), FULL: full}
@@ -329,11 +329,11 @@ def _check_window(window: int, dtype: torch.dtype) -> dict[str, str]:
 # --------------------------------------------------------------------------------------- common
 
 
-def new_race(quick: bool, wrong: dict[str, str]) -> Race:
+def new_timing(quick: bool, wrong: dict[str, str]) -> Timing:
     """Of an operator's contestants, without those that are `wrong`."""
     if quick:
-        return Race(seconds=0.01, out=dict(wrong))
-    return Race(seconds=1.0, most=100, longest=10.0, out=dict(wrong))
+        return Timing(seconds=0.01, out=dict(wrong))
+    return Timing(seconds=1.0, most=100, longest=10.0, out=dict(wrong))
 
 
 def call_once(operator: Operator, inputs: tuple[Tensor, ...], gradient: Tensor | None) -> None:

@@ -12,17 +12,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spectral_window.errors import ResourceError
 from spectral_window.lab.baselines.models import next_token
-from spectral_window.lab.bench import DTYPES, PRECISION, child_environment
+from spectral_window.lab.bench import DTYPES, PRECISION
 from spectral_window.lab.bench.models import (
     TRAIN_LAYERS,
     build,
@@ -35,10 +33,11 @@ from spectral_window.lab.bench.operators import (
     PASSES,
     draw_qkv,
     draw_spectral,
-    spectral_lineup,
-    window_lineup,
+    spectral_calls,
+    window_calls,
 )
 from spectral_window.lab.bench.timing import Call
+from spectral_window.lab.jobs import Row, child_environment, rows_of, send_rows
 from spectral_window.training.machine import matmul_precision
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -82,22 +81,16 @@ def _job(part: str, length: int, contestant: str, **more: Any) -> dict[str, Any]
 def _in_child(job: dict[str, Any], dtype: str, quick: bool) -> dict[str, Any]:
     if not RESET.exists():
         return {"status": "not here: the peak can be reset on Linux only"}
-    words = json.dumps(job | {"dtype": dtype, "quick": quick})
-    command = [sys.executable, "-m", "spectral_window.lab.bench.peaks", words]
-    done = subprocess.run(
-        command,
-        env=child_environment(torch.get_num_threads()),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        return {"status": f"failed: {lines[-1][:200]}"}
-    return {"status": "ok", **json.loads(done.stdout.splitlines()[-1])}
+    task = job | {"dtype": dtype, "quick": quick}
+    environment = child_environment(torch.get_num_threads())
+    try:
+        (row,) = rows_of("spectral_window.lab.bench.peaks", task, environment)
+    except ResourceError as error:
+        return {"status": f"failed: {error}"}
+    return {"status": "ok", **row}
 
 
-def main(job: dict[str, Any]) -> dict[str, Any]:
+def measure(job: Row) -> Iterator[Row]:
     """Measure one job in this process."""
     torch.manual_seed(0)
     start = status("VmRSS")
@@ -108,7 +101,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     if given:
         beyond = max(0, found["peak_bytes"] - output)
         found |= {"beyond_output_bytes": beyond, "inputs": round(beyond / given, 3)}
-    return found
+    yield found
 
 
 def measure_peak(prepare: Callable[[int], Call], length: int, start: int) -> dict[str, Any]:
@@ -132,10 +125,10 @@ def _operator(job: dict[str, Any], dtype: torch.dtype) -> Prepared:
 
     def prepare(length: int) -> Call:
         if job["part"] == "spectral":
-            lineup = spectral_lineup(*draw_spectral(length, dtype, backward), backward)
+            calls = spectral_calls(*draw_spectral(length, dtype, backward), backward)
         else:
-            lineup = window_lineup(draw_qkv(length, dtype, backward), job["window"], backward)
-        return lineup[job["contestant"]]
+            calls = window_calls(draw_qkv(length, dtype, backward), job["window"], backward)
+        return calls[job["contestant"]]
 
     given = draw_spectral(job["length"], dtype, False)[0].nbytes
     outputs = 0 if job["contestant"] == GIVEN else 1
@@ -184,4 +177,4 @@ def status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    send_rows(measure)

@@ -1,10 +1,10 @@
 """What is to be reached, path by path, and whether it was: computed from the rows and nothing else.
 
-A goal names the rows it is about and a bound. Where several rows match (lengths, windows), the
-worst counts. Ratios come from within the rounds of one race: every row's `ratio` is the
-contestant's time over ours, so "ours / theirs" is its inverse and "theirs / ours" is itself. A
-goal none of whose rows was measured is "missing", never reached. `note` says why a goal is missed,
-as profiled on one processor, which it names.
+A target names the rows it is about and a bound. Where several rows match (lengths, windows), the
+worst counts. Every row's `ratio` is its time over ours in the same round, so "ours / theirs" is the
+inverse and "theirs / ours" is the ratio itself. A target none of whose rows was measured is
+"missing", never reached. `note` says why a target is missed, as profiled on the processor that it
+names.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Goal:
+class Target:
     """One bound: `text` for people; of the rows of `bench` in `dtype` that are as `where` says, the
-    worst value of `key` (inverted where the row has theirs over ours and the goal is the other way
-    round; `times` a factor) is at least or at most the bound.
+    worst value of `key` (inverted where the row has theirs over ours and the target is the other
+    way round; `times` a factor) is at least or at most the bound.
 
     where: key -> value, or a function of the row's value that is true.
     unit:  what the value is counted in: "x", "%" (of a share) or "" (a plain number).
@@ -83,7 +83,7 @@ class Goal:
     unit: str = "x"
     note: str = ""
 
-    def judge(self, rows: Rows) -> dict[str, Any]:
+    def evaluate(self, rows: Rows) -> dict[str, Any]:
         """{"measured", "at", "reached"}; "measured" is None and "reached" "missing" without a
         row."""
         found = []
@@ -114,8 +114,8 @@ def _long(length: int) -> bool:
     return length >= 16_384
 
 
-def _prefill(dtype: str, length: int, bound: float) -> Goal:
-    return Goal(
+def _prefill(dtype: str, length: int, bound: float) -> Target:
+    return Target(
         "prefill against Llama (SDPA)",
         f"{bound:g} x as fast, T = {length:,}",
         "prefill",
@@ -126,8 +126,8 @@ def _prefill(dtype: str, length: int, bound: float) -> Goal:
     )
 
 
-def _train(dtype: str, length: int, bound: float) -> Goal:
-    return Goal(
+def _train(dtype: str, length: int, bound: float) -> Target:
+    return Target(
         "training step against Llama (SDPA), 4096 tokens",
         f"{bound:g} x as fast, T = {length:,}",
         "train",
@@ -137,42 +137,42 @@ def _train(dtype: str, length: int, bound: float) -> Goal:
     )
 
 
-GOALS = (
-    Goal(
+TARGETS = (
+    Target(
         "spectral forward, T >= 16,384", "at most 1.2 x a copy", "spectral",
         {"pass": FORWARD, "contestant": "copy", "length": _long},
         inverse=True, at_most=1.2,
     ),
-    Goal(
+    Target(
         "spectral forward, T >= 16,384", "100 x as fast as the paper's FFT", "spectral",
         {"pass": FORWARD, "contestant": FFT, "length": _long}, at_least=100,
         note=BOUND_BY_MEMORY,
     ),
-    Goal(
+    Target(
         "spectral forward + backward, T >= 16,384", "at most 3.5 x a copy", "spectral",
         {"pass": BOTH, "contestant": "copy", "length": _long}, inverse=True, at_most=3.5,
         note=RECORDED,
     ),
-    Goal(
+    Target(
         "spectral forward + backward, T >= 16,384", "60 x as fast as the paper's FFT", "spectral",
         {"pass": BOTH, "contestant": FFT, "length": _long}, at_least=60, note=BOUND_BY_MEMORY,
     ),
-    Goal(
+    Target(
         "spectral memory, T = 16,384, beyond input and output", "at most 0.1 x u, forward",
         "memory", {"part": "spectral", "pass": FORWARD, "contestant": "scan"},
         key="inputs", at_most=0.1,
     ),
-    Goal(
+    Target(
         "spectral memory, T = 16,384, beyond input and output",
         "at most 1.1 x u, forward + backward", "memory",
         {"part": "spectral", "pass": BOTH, "contestant": "scan"}, key="inputs", at_most=1.1,
     ),
-    Goal(
+    Target(
         "spectral error without damping, T = 1,048,576", "at most 2e-6", "spectral",
         {"contestant": "scan", "length": 1 << 20}, key="error", at_most=2e-6, unit="",
     ),
     *(
-        Goal(
+        Target(
             "window against naive chunks, T = 4096, W = 32 ... 256",
             f"{bound:g} x as fast, {direction}", "window",
             {"pass": direction, "contestant": NAIVE, "length": 4096}, dtype, at_least=bound,
@@ -186,32 +186,32 @@ GOALS = (
     _prefill("float32", 512, 1), _prefill("float32", 4096, 1.4), _prefill("float32", 16_384, 2.8),
     _prefill("bfloat16", 512, 1.5), _prefill("bfloat16", 4096, 3), _prefill("bfloat16", 16_384, 9),
     *(
-        Goal(
+        Target(
             "prefill against its own matrix products", "at most 1.10 x their time", "prefill",
             {"contestant": GEMMS}, dtype, inverse=True, at_most=1.10, note=BESIDE_PRODUCTS,
         )
         for dtype in ("float32", "bfloat16")
     ),
-    Goal(
+    Target(
         "prefill memory beyond the weights", "T = 65,536 at most 1.2 x of T = 4096", "memory",
         {"part": "prefill", "contestant": "SWH"}, key="growth", at_most=1.2,
     ),
     *(
-        Goal(
+        Target(
             "decode step", "at 1,000,000 at most 1.1 x of 1,000", "decode",
             {"contestant": "SWH", "context": FAR}, dtype, at_most=1.1,
         )
         for dtype in ("float32", "bfloat16")
     ),
     *(
-        Goal(
+        Target(
             "decode step at 32,000 against Llama (StaticCache)", "4 x as fast", "decode",
             {"contestant": "Llama, StaticCache", "context": 32_000}, dtype, at_least=4,
         )
         for dtype in ("float32", "bfloat16")
     ),
     *(
-        Goal(
+        Target(
             "decode step, share of read bandwidth", f"{bound:.0%}", "decode",
             {"contestant": READING}, dtype, at_least=bound, unit="%", note=BETWEEN_KERNELS,
         )
@@ -220,14 +220,14 @@ GOALS = (
     _train("float32", 1024, 1), _train("float32", 4096, 1.25),
     _train("bfloat16", 1024, 1), _train("bfloat16", 4096, 2),
     *(
-        Goal(
+        Target(
             "training step, share of the matrix products' peak", "75%", "train",
             {"contestant": GEMMS}, dtype, times=3, at_least=0.75, unit="%",
         )
         for dtype in ("float32", "bfloat16")
     ),
     *(
-        Goal(
+        Target(
             "slope of log time over log T, 4096 ... 262,144", f"1.0 within 0.05, {part}",
             "scaling", {"part": part, "contestant": name}, key="slope",
             at_least=0.95, at_most=1.05, unit="", note=DRIFT,
@@ -235,7 +235,7 @@ GOALS = (
         for part, name in (("spectral", "scan"), ("window", "ours"), ("prefill", "SWH"))
     ),
     *(
-        Goal(
+        Target(
             "memory against plain chunks", f"5 x as fast, {direction}", "memory_op",
             {"pass": direction, "contestant": "ours, chunked"}, dtype, at_least=5,
         )
@@ -243,7 +243,7 @@ GOALS = (
         for dtype in ("float32", "bfloat16")
     ),
     *(
-        Goal(
+        Target(
             "layer with a memory of 6 heads against the paper's",
             f"{what}: at most {bound:.2f} x", "memory_layer",
             {"part": part, "contestant": contestant(6)}, dtype, at_most=bound,
@@ -257,30 +257,30 @@ GOALS = (
 )  # fmt: skip
 
 
-def judge(groups: Mapping[str, Rows]) -> list[dict[str, Any]]:
-    """A row for each goal and number of threads that was measured: path, goal, dtype, threads,
+def evaluate(groups: Mapping[str, Rows]) -> list[dict[str, Any]]:
+    """A row for each target and number of threads that was measured: path, goal, dtype, threads,
     measured, at, reached ("reached", "not reached" or "missing"), note.
 
-    groups: bench -> its groups (see `load`); trials (quick) are never judged.
+    groups: bench -> its groups (see `load`); trials (quick) are never evaluated.
     """
-    judged = []
-    for goal in GOALS:
-        real = [g for g in groups.get(goal.bench, []) if not g["quick"]]
-        mine = [g for g in real if g["dtype"] == goal.dtype]
+    rows = []
+    for target in TARGETS:
+        real = [g for g in groups.get(target.bench, []) if not g["quick"]]
+        mine = [g for g in real if g["dtype"] == target.dtype]
         for group in mine or [{"threads": None, "rows": []}]:
-            judged.append(
+            rows.append(
                 {
-                    "bench": goal.bench,
-                    "path": goal.path,
-                    "goal": goal.text,
-                    "dtype": goal.dtype,
+                    "bench": target.bench,
+                    "path": target.path,
+                    "goal": target.text,
+                    "dtype": target.dtype,
                     "threads": group["threads"],
-                    **goal.judge(_with_growth(group["rows"])),
-                    "unit": goal.unit,
-                    "note": goal.note and f"{goal.note} (profiled on {PROFILED})",
+                    **target.evaluate(_with_growth(group["rows"])),
+                    "unit": target.unit,
+                    "note": target.note and f"{target.note} (profiled on {PROFILED})",
                 }
             )
-    return judged
+    return rows
 
 
 def _with_growth(rows: Rows) -> Rows:
@@ -298,8 +298,8 @@ def _with_growth(rows: Rows) -> Rows:
     return [*rows, *grown]
 
 
-def say(value: float | None, unit: str) -> str:
-    """A measured value for people."""
+def format_value(value: float | None, unit: str) -> str:
+    """A measured value with its unit."""
     if value is None:
         return ""
     if unit == "%":

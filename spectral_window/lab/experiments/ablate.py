@@ -22,11 +22,11 @@ from typing import Any
 
 from spectral_window.errors import UserError, unknown
 from spectral_window.files import write_text
-from spectral_window.lab import results
-from spectral_window.lab.experiments import probes
+from spectral_window.lab.estimates import Estimate, mean, share
+from spectral_window.lab.experiments.experiment import EACH, Experiment, Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
-from spectral_window.lab.experiments.trainings import Text, Training
-from spectral_window.lab.jobs import Say, run_all
+from spectral_window.lab.experiments.trainings import RECIPES_OWN, Text, Training
+from spectral_window.lab.jobs import Log
 
 PAPER: dict[str, Any] = {}
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -84,13 +84,13 @@ TASK = "recall"
 LENGTH = 64  # of training; with W = 32 a query sees 33 to 64 tokens
 REACH = (1, 2, 4, 8, 16)
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "window": 32}
-TEXT_KNOBS: dict[str, Any] = {
+LANGUAGE_MODEL: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
     "steps": 256,
     "eval_every": 256,
 }
-QUICK_KNOBS: dict[str, Any] = {"steps": 4, "warmup_steps": 2}
+QUICK: dict[str, Any] = {"steps": 4, "warmup_steps": 2}
 NARROW = 0.02  # initial weights that attention alone wants (results/paper/lm-small.json)
 PROBE_SEEDS, TEXT_SEEDS = (0, 1, 2), (0, 1)
 
@@ -104,7 +104,7 @@ def run(
     quick: bool,
     workers: int,
     command: str,
-    say: Say = print,
+    log: Log = print,
 ) -> dict[str, Any]:
     """Run what is missing of the `groups` (none: the paper's), and write out/ablate.json, at the
     end or when it is stopped, with the rows of earlier groups.
@@ -113,41 +113,45 @@ def run(
     work: where probes keep their rows and trainings their folders. Raises UserError for an unknown
     group, Interrupted on a signal; the next call goes on.
     """
-    beyond, chosen = is_beyond(groups), named(groups)
-    variants = unique(chosen)
-    trials = [probe for overrides in variants for probe in probes_of(overrides, quick)]
-    texts = [
-        training
-        for overrides in (variants[:2] if quick else variants)
-        for training in trainings_of(overrides, quick, beyond)
-    ]
-    earlier = results.load(out, "ablate") or {"rows": []}
-    known = {row["key"]: row for row in earlier["rows"]}
-    text.prepare(texts[0].resolved())
-    missing = [(_name(probe), probe) for probe in trials if probe.key not in known]
-    begun = [training for training in texts if training.key(text) not in known]
-    jobs = []
-    for seeds in [(seed,) for seed in PROBE_SEEDS] if beyond else [PROBE_SEEDS]:
-        now = [named for named in missing if named[1].seed in seeds]
-        jobs += probes.jobs(now, work, 9 if quick else probes.EACH)
-        jobs += [t.job(work, text) for t in begun if t.about["seed"] in seeds]
-    say(f"{len(trials)} probes and {len(texts)} trainings, {len(jobs)} jobs to run")
-    failed: list[str] = []
+    beyond = is_beyond(groups)
+    trials = trials_of(unique(named(groups)), text, quick=quick, beyond=beyond)
+    first = next(trial.run for trial in trials if isinstance(trial.run, Training))
+    text.prepare(first.resolved())
+    experiment = Experiment(
+        "ablate", out, work, quick=quick, workers=workers, command=command, log=log
+    )
+    saved: dict[str, Any] = {}
     try:
-        failed = run_all(jobs, workers=workers, say=say)
+        experiment.run(trials, each=9 if quick else EACH)
     finally:
-        for probe in trials:
-            if row := probes.read(probe, work):
-                known[probe.key] = {"measure": probe.task, "overrides": overrides_of(probe)} | row
-        for training in texts:
-            if row := training.row(work, text):
-                known[row["key"]] = row
-        rows = list(known.values())
-        path = results.keep(out, "ablate", rows, quick=quick, command=command, failed=failed)
-        say(f"{len(rows)} rows: {path}")
+        rows = experiment.earlier | {row["key"]: row for row in experiment.rows(trials)}
+        saved = experiment.save(list(rows.values()))
         if beyond and rows:
-            write_text(out / "ablate.md", markdown(rows))
-    return results.load(out, "ablate") or {}
+            write_text(out / "ablate.md", markdown(saved["rows"]))
+    return saved
+
+
+def trials_of(
+    variants: Sequence[dict[str, Any]], text: Text, *, quick: bool = False, beyond: bool = False
+) -> list[Trial]:
+    """Recall and text of every variant, all seeds: all probes first, or, beyond the paper, the
+    first seed of everything first."""
+    recall = [trial for overrides in variants for trial in probes_of(overrides, quick)]
+    losses = [
+        trial
+        for overrides in (variants[:2] if quick else variants)
+        for trial in trainings_of(overrides, quick, beyond, text)
+    ]
+    return [
+        trial
+        for seeds in ([(seed,) for seed in PROBE_SEEDS] if beyond else [PROBE_SEEDS])
+        for trial in (*recall, *losses)
+        if _seed(trial) in seeds
+    ]
+
+
+def _seed(trial: Trial) -> int:
+    return trial.run.seed if isinstance(trial.run, Probe) else trial.labels["seed"]
 
 
 def named(groups: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -178,39 +182,39 @@ def unique(groups: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]
     return found
 
 
-def probes_of(overrides: dict[str, Any], quick: bool = False) -> list[Probe]:
-    """Recall of a variant, all seeds."""
+def probes_of(overrides: dict[str, Any], quick: bool = False) -> list[Trial]:
+    """Recall of a variant, all seeds. Labels: measure, overrides."""
     tests = tuple(Exam(TASK, LENGTH * k) for k in REACH)
-    shape = SHAPE | overrides
-    found = [
-        Probe(TASK, shape, tests, lengths=(LENGTH,), steps=1000, lr=3e-3, seed=seed)
+    probes = [
+        Probe(TASK, SHAPE | overrides, tests, lengths=(LENGTH,), steps=1000, lr=3e-3, seed=seed)
         for seed in PROBE_SEEDS
     ]
-    if not quick:
-        return found
-    few = tuple(dataclasses.replace(test, rows=32) for test in tests[:2])
-    return [dataclasses.replace(found[0], steps=4, rows=8, tests=few)]
+    if quick:
+        few = tuple(dataclasses.replace(test, rows=32) for test in tests[:2])
+        probes = [dataclasses.replace(probes[0], steps=4, rows=8, tests=few)]
+    return [
+        Trial(_name(probe), probe, {"measure": probe.task, "overrides": overrides_of(probe)})
+        for probe in probes
+    ]
 
 
 def trainings_of(
-    overrides: dict[str, Any], quick: bool = False, beyond: bool = False
-) -> list[Training]:
-    """The language models of a variant, all seeds."""
+    overrides: dict[str, Any], quick: bool = False, beyond: bool = False, text: Text = RECIPES_OWN
+) -> list[Trial]:
+    """The language models of a variant, all seeds. Labels: measure, overrides, seed."""
     name = "-".join(f"{key}-{_plain(value)}" for key, value in overrides.items()) or "paper"
-    recipe, knobs = ("tiny", QUICK_KNOBS) if quick else ("paper-lm-small", TEXT_KNOBS)
+    recipe, shape = ("tiny", QUICK) if quick else ("paper-lm-small", LANGUAGE_MODEL)
     if beyond:
-        knobs = {**knobs, "dtype": "float32"}
+        shape = {**shape, "dtype": "float32"}
     if overrides.get("branches") == ("window",):
-        knobs = {**knobs, "initializer_range": NARROW}
-    return [
-        Training(
-            recipe,
-            {**knobs, **overrides, "seed": seed},
-            f"text/{name}-seed{seed}",
-            {"measure": "text", "overrides": _listed(overrides), "seed": seed},
-        )
-        for seed in (TEXT_SEEDS[:1] if quick else TEXT_SEEDS)
-    ]
+        shape = {**shape, "initializer_range": NARROW}
+    trials = []
+    for seed in TEXT_SEEDS[:1] if quick else TEXT_SEEDS:
+        place = f"text/{name}-seed{seed}"
+        training = Training(recipe, {**shape, **overrides, "seed": seed}, place, text)
+        labels = {"measure": "text", "overrides": _listed(overrides), "seed": seed}
+        trials.append(Trial(place, training, labels))
+    return trials
 
 
 def overrides_of(probe: Probe) -> dict[str, Any]:
@@ -233,14 +237,14 @@ def _name(probe: Probe) -> str:
 
 
 def table(
-    found: dict[str, Any], groups: dict[str, dict[str, dict[str, Any]]] = GROUPS
+    results: dict[str, Any], groups: dict[str, dict[str, dict[str, Any]]] = GROUPS
 ) -> list[dict[str, Any]]:
     """One line a variant of `groups`: group, name, and for every measure an `Estimate` over the
     seeds, or None where it is missing."""
     lines = []
     for group, variants in groups.items():
         for name, overrides in variants.items():
-            rows = [r for r in found["rows"] if r["overrides"] == _listed(overrides)]
+            rows = [r for r in results["rows"] if r["overrides"] == _listed(overrides)]
             line: dict[str, Any] = {"group": group, "variant": name}
             for reach in REACH:
                 counts = [
@@ -250,9 +254,9 @@ def table(
                     for t in row["tests"]
                     if t["length"] == LENGTH * reach
                 ]
-                line[f"{TASK} {reach}x"] = results.share(counts) if counts else None
+                line[f"{TASK} {reach}x"] = share(counts) if counts else None
             losses = [row["eval_loss"] for row in rows if row["measure"] == "text"]
-            line["text"] = results.mean(losses) if losses else None
+            line["text"] = mean(losses) if losses else None
             sizes = {row["parameters"] for row in rows if row["measure"] != "text"}
             line["parameters"] = max(sizes) if sizes else None
             lines.append(line)
@@ -276,7 +280,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return text
 
 
-def _mean(estimate: results.Estimate | None, digits: int) -> str:
+def _mean(estimate: Estimate | None, digits: int) -> str:
     if estimate is None:
         return "-"
     seeds = f" ({estimate.seeds} seeds)" if estimate.seeds > 1 else ""

@@ -10,43 +10,40 @@
                 baseline's peak at every T
 
 Batch 1, float32, hidden states out, random weights: time does not depend on them. Before any time
-is taken every contestant's hidden states are held to the same weights in float64 by the reference
-methods. Contestants take turns, in one process (`bench/timing.py`): the milliseconds are medians,
-`ratio` is the time over the Transformer's in the same round. Beyond 4,096 tokens two layers stand
-in for all, as every row says: layers are alike, so times are compared a layer.
+is taken each model's hidden states are compared with those of the same weights in float64 by the
+reference methods. The models take turns, in one process (`bench/timing.py`): the milliseconds are
+medians, `ratio` is the time over the Transformer's in the same round. Beyond 4,096 tokens two
+layers stand for all, as every row says: layers are alike, so times are compared per layer.
 
 Every row is written when it is there, and not measured again by a later run of the same settings.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from spectral_window.errors import ResourceError, UserError
-from spectral_window.files import write_json
 from spectral_window.hf.config import SWHConfig
-from spectral_window.lab.bench import PRECISION, child_environment, thread_counts
+from spectral_window.lab.bench import PRECISION
 from spectral_window.lab.bench.figures import Panel, arrange, tokens
-from spectral_window.lab.experiments.efficiency_measure import CONTESTANTS, DOES_NOT_FIT, Job, Row
-from spectral_window.lab.results import load
+from spectral_window.lab.experiments.efficiency_measure import DOES_NOT_FIT, MODELS
+from spectral_window.lab.jobs import Log, Row, child_environment, rows_of, thread_counts
+from spectral_window.lab.results import load, save
 from spectral_window.training.machine import precision
 
+NAME = "efficiency"
 FORMS = {"published": "as published", "posed": "well-posed"}
 PUBLISHED = (512, 1024, 2048, 4096)
 LENGTHS = {"published": PUBLISHED, "posed": (*PUBLISHED, 8192, 16_384, 32_768, 65_536)}
 QUICK = (128, 512)
 WHOLE, FEW = 4096, 2  # beyond WHOLE tokens, and for peaks, FEW layers: the others are like them
-MODULE = "spectral_window.lab.experiments.efficiency_measure"
+MEASURE = "spectral_window.lab.experiments.efficiency_measure"
 
 
 def run(
@@ -56,7 +53,7 @@ def run(
     shape: str = "125m",
     threads: int | None = None,
     command: str,
-    say: Callable[[str], None],
+    log: Log,
 ) -> dict[str, Any]:
     """Measure what `out/efficiency.json` does not hold yet, draw `out/efficiency.png`, and return
     the results.
@@ -65,7 +62,7 @@ def run(
     shape:   a size of the paper's preset.
     threads: None for as many as there are cores.
     command: what is recorded as having made the results.
-    say:     takes a line of progress.
+    log:     takes a line of progress.
 
     Raises UserError for a folder with results of other settings, before any work, and ResourceError
     if nothing can be written. What fails to run has a row with the reason.
@@ -74,8 +71,8 @@ def run(
     if threads < 1:
         raise UserError(f"threads is {threads} (reproduce efficiency): use 1 or more")
     settings = _settings("tiny" if quick else shape, quick, threads)
-    results = _open(out / "efficiency.json", settings, quick, command)
-    keep = partial(_keep, results, out / "efficiency.json", say)
+    results = _open(out, settings, quick, command)
+    keep = partial(_save, results, out, log)
     for form in FORMS:
         _time(form, results, keep)
         (_count if form == "published" else _peaks)(results, keep)
@@ -110,46 +107,47 @@ def _settings(shape: str, quick: bool, threads: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ what is on disk
 
 
-def _open(path: Path, settings: dict[str, Any], quick: bool, command: str) -> dict[str, Any]:
-    results = {
-        "suite": "efficiency",
+def _open(out: Path, settings: dict[str, Any], quick: bool, command: str) -> dict[str, Any]:
+    """The results in `out`, or new ones. Raises UserError for those of other settings."""
+    before = load(out, NAME)
+    if before is not None:
+        if (before.get("settings"), before.get("quick")) != (settings, quick):
+            raise UserError(
+                f"{out / NAME}.json holds results of other settings: choose another folder with "
+                "--out"
+            )
+        return before
+    return {
+        "suite": NAME,
         "quick": quick,
         "command": command,
         "environment": {},
         "settings": settings,
         "rows": [],
     }
-    before = load(path.parent, "efficiency")
-    if before is not None:
-        if (before.get("settings"), before.get("quick")) != (settings, quick):
-            raise UserError(
-                f"{path} holds results of other settings: choose another folder with --out"
-            )
-        return before
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return results
 
 
-def _keep(results: dict[str, Any], path: Path, say: Callable[[str], None], found: Row) -> None:
-    """Put what was found into the row of the same form, contestant and length, and write."""
+def _save(results: dict[str, Any], out: Path, log: Log, new: Row) -> None:
+    """Put `new` into the row of the same form, contestant and length, and write."""
     key = ("form", "contestant", "length")
-    row = next((r for r in results["rows"] if all(r[k] == found[k] for k in key)), None)
+    row = next((r for r in results["rows"] if all(r[k] == new[k] for k in key)), None)
     if row is None:
         results["rows"].append(row := {})
-    row |= found
+    row |= new
     results["rows"].sort(
         key=lambda r: (
-            list(FORMS).index(r["form"]), r["length"], list(CONTESTANTS).index(r["contestant"]),
+            list(FORMS).index(r["form"]),
+            r["length"],
+            list(MODELS).index(r["contestant"]),
         )
-    )  # fmt: skip
-    write_json(path, results)
-    what = found.get("peak_status", found.get("status", "ok"))
-    if what == "ok" and "milliseconds" in found:
-        what = f"{found['milliseconds']:,.4g} ms, {found['layers']} layers"
-    elif found.get("peak_bytes") is not None:
-        what = f"peak {found['peak_bytes'] / 1e6:,.4g} MB"
-    name = CONTESTANTS[found["contestant"]]
-    say(f"{FORMS[found['form']]}, {found['length']:,} tokens, {name}: {what}")
+    )
+    save(out, NAME, results)
+    what = new.get("peak_status", new.get("status", "ok"))
+    if what == "ok" and "milliseconds" in new:
+        what = f"{new['milliseconds']:,.4g} ms, {new['layers']} layers"
+    elif new.get("peak_bytes") is not None:
+        what = f"peak {new['peak_bytes'] / 1e6:,.4g} MB"
+    log(f"{FORMS[new['form']]}, {new['length']:,} tokens, {MODELS[new['contestant']]}: {what}")
 
 
 def _rows(results: dict[str, Any], form: str, has: str = "milliseconds") -> list[Row]:
@@ -169,24 +167,23 @@ def _is_settled(row: Row) -> bool:
 
 
 def _time(form: str, results: dict[str, Any], keep: Callable[[Row], None]) -> None:
-    """Race at every length that is not there for both contestants."""
+    """Time every length that is not there for both models."""
     there = [row["length"] for row in results["rows"] if row["form"] == form and _is_settled(row)]
     plan = results["settings"]["lengths_and_layers"][form]
-    left = [[length, layers] for length, layers in plan if there.count(length) < len(CONTESTANTS)]
+    left = [[length, layers] for length, layers in plan if there.count(length) < len(MODELS)]
     if not left:
         return
-    job = _job("race", form, results) | {"lengths": left}
     try:
-        for found in _in_child(job):
-            if "environment" in found:
-                results |= found
+        for row in _measure("time", form, results, lengths=left):
+            if "environment" in row:
+                results |= row
             else:
-                there.append(found["length"])
-                keep(found)
-    except ResourceError as error:  # killed, say: the lengths it did not reach say so
+                there.append(row["length"])
+                keep(row)
+    except ResourceError as error:  # killed, for example: the lengths it did not reach say so
         for length, layers in left:
             if length not in there:
-                for name in CONTESTANTS:
+                for name in MODELS:
                     about = {"form": form, "contestant": name, "length": length, "layers": layers}
                     keep({**about, "status": f"failed: {error}"})
 
@@ -196,15 +193,15 @@ def _count(results: dict[str, Any], keep: Callable[[Row], None]) -> None:
     timed = _rows(results, "published")
     if len(timed) == len(_rows(results, "published", "peak_bytes")):
         return
-    passes = {
+    sizes = {
         name: [[row["length"], row["layers"]] for row in timed if row["contestant"] == name]
-        for name in CONTESTANTS
+        for name in MODELS
     }
-    left = {(name, length) for name, of in passes.items() for length, _ in of}
+    left = {(name, length) for name, of in sizes.items() for length, _ in of}
     try:
-        for found in _in_child(_job("count", "published", results) | {"passes": passes}):
-            left.remove((found["contestant"], found["length"]))
-            keep(found)
+        for row in _measure("count", "published", results, sizes=sizes):
+            left.remove((row["contestant"], row["length"]))
+            keep(row)
     except ResourceError as error:
         for name, length in sorted(left):
             about = {"form": "published", "contestant": name, "length": length}
@@ -212,8 +209,8 @@ def _count(results: dict[str, Any], keep: Callable[[Row], None]) -> None:
 
 
 def _peaks(results: dict[str, Any], keep: Callable[[Row], None]) -> None:
-    """What one call adds, in a process for each contestant."""
-    for name in CONTESTANTS:
+    """What one call adds, in a process for each model."""
+    for name in MODELS:
         left = [
             row["length"]
             for row in _rows(results, "posed")
@@ -221,63 +218,40 @@ def _peaks(results: dict[str, Any], keep: Callable[[Row], None]) -> None:
         ]
         if not left:
             continue
-        job = _job("peak", "posed", results) | {"contestant": name, "lengths": left, "layers": FEW}
         try:
-            for found in _in_child(job):
-                left.remove(found["length"])
-                keep(found)
+            for row in _measure(
+                "peak", "posed", results, contestant=name, lengths=list(left), layers=FEW
+            ):
+                left.remove(row["length"])
+                keep(row)
         except ResourceError as error:
             for length in left:
                 about = {"form": "posed", "contestant": name, "length": length}
                 keep({**about, "peak_bytes": None, "peak_status": f"failed: {error}"})
 
 
-def _job(task: str, form: str, results: dict[str, Any]) -> Job:
+def _measure(task: str, form: str, results: dict[str, Any], **more: Any) -> Iterator[Row]:
+    """What a fresh process finds, as it finds it (see `efficiency_measure.py`)."""
     settings = results["settings"]
-    about = {key: settings[key] for key in ("shape", "threads")}
-    return {"task": task, "form": form, "quick": results["quick"], **about}
-
-
-def _in_child(job: Job) -> Iterator[Row]:
-    """What a fresh process of `job`'s threads finds, as it finds it. Raises ResourceError if it
-    fails."""
-    command = [sys.executable, "-m", MODULE, json.dumps(job)]
-    about = child_environment(job["threads"])
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            command, env=about, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as child,
-    ):
-        try:
-            yield from map(json.loads, cast(Any, child.stdout))
-        except BaseException:  # stopped: the process must not go on alone
-            child.kill()
-            raise
-        if child.wait():
-            errors.seek(0)
-            said = errors.read().strip().splitlines()
-            ended = f"ended with {child.returncode}; -9 means out of memory"
-            raise ResourceError(said[-1][:200] if said and child.returncode > 0 else ended)
+    about = {"task": task, "form": form, "quick": results["quick"], "shape": settings["shape"]}
+    return rows_of(MEASURE, about | more, child_environment(settings["threads"]))
 
 
 # ------------------------------------------------------------------------ what the rows say
 
 
-def facts(results: dict[str, Any]) -> dict[str, Any]:
+def summary(results: dict[str, Any]) -> dict[str, Any]:
     """What a verdict needs, from the rows alone; None where rows are missing.
 
-    slope:        form -> contestant -> slope of log(time a layer) over log T, all lengths
+    slope:        form -> model -> slope of log(time a layer) over log T, all lengths
                   measured.
     time_ratio:   form -> SWH's time over the Transformer's at 4,096 tokens, the median over rounds.
     time_ratios:  the same at every length, form -> {T: ratio}.
-    memory_ratio: form -> contestant -> peak at 4,096 tokens over that at 512.
+    memory_ratio: form -> model -> peak at 4,096 tokens over that at 512.
     """
-    timed = {form: _by_contestant(results, form, _layer_time) for form in FORMS}
-    peaks = {form: _by_contestant(results, form, lambda r: r.get("peak_bytes")) for form in FORMS}
-    ratios = {
-        form: _by_contestant(results, form, lambda row: row.get("ratio"))["swh"] for form in FORMS
-    }
+    timed = {form: _by_model(results, form, _layer_time) for form in FORMS}
+    peaks = {form: _by_model(results, form, lambda r: r.get("peak_bytes")) for form in FORMS}
+    ratios = {form: _by_model(results, form, lambda row: row.get("ratio"))["swh"] for form in FORMS}
     return {
         "slope": {f: {name: _slope(points) for name, points in timed[f].items()} for f in FORMS},
         "time_ratio": {form: ratios[form].get(4096) for form in FORMS},
@@ -288,16 +262,16 @@ def facts(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _by_contestant(
+def _by_model(
     results: dict[str, Any], form: str, value: Callable[[Row], float | None]
 ) -> dict[str, dict[int, float]]:
-    """contestant -> {length: value} of the rows measured."""
-    found: dict[str, dict[int, float]] = {name: {} for name in CONTESTANTS}
+    """model -> {length: value} of the rows measured."""
+    points: dict[str, dict[int, float]] = {name: {} for name in MODELS}
     for row in _rows(results, form):
         measured = value(row)
         if measured is not None:
-            found[row["contestant"]][row["length"]] = measured
-    return found
+            points[row["contestant"]][row["length"]] = measured
+    return points
 
 
 def _layer_time(row: Row) -> float:
@@ -320,7 +294,7 @@ def _over(points: dict[int, float], length: int, base: int) -> float | None:
 
 @dataclass(frozen=True)
 class Curves:
-    """One measure of one form against T: contestant's name -> (T, value), rows that are missing
+    """One measure of one form against T: model's name -> (T, value), rows that are missing
     left out."""
 
     measure: str  # "time" or "memory"
@@ -341,8 +315,8 @@ def curves(results: dict[str, Any]) -> list[Curves]:
         ),
     ):
         for form in FORMS:
-            values = _by_contestant(results, form, value)
-            lines = {CONTESTANTS[name]: list(points.items()) for name, points in values.items()}
+            values = _by_model(results, form, value)
+            lines = {MODELS[name]: list(points.items()) for name, points in values.items()}
             found.append(Curves(measure, form, units[form], lines))
     return found
 

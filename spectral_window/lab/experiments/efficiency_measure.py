@@ -1,19 +1,15 @@
-"""Forward passes, measured: what the fresh processes of `efficiency.py` do.
+"""What the child processes of `efficiency.py` measure.
 
-    race    both contestants take turns at every length
-    count   the published counter: one process, the Transformer at all lengths, then SWH, and after
-            each pass the process's peak so far
-    peak    what one call adds to the process of one contestant, at every length
-
-A job comes as JSON, the only argument; what is found goes to stdout, a line of JSON each.
+time    both models take turns at every length
+count   the published counter: one process, the Transformer at all lengths, then SWH, and after
+        each forward pass the process's peak so far
+peak    what one call adds to the process of one model, at every length
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -27,8 +23,9 @@ from spectral_window.hf.model import SWHModel, count_parameters, match_parameter
 from spectral_window.lab.bench import PRECISION
 from spectral_window.lab.bench.models import BARS, draw_ids, in_float64
 from spectral_window.lab.bench.peaks import RESET, measure_peak, status
-from spectral_window.lab.bench.timing import Race, disqualified, relative_error
+from spectral_window.lab.bench.timing import Timing, disqualified, relative_error
 from spectral_window.lab.experiments.published import Published, attention_bytes
+from spectral_window.lab.jobs import Row, send_rows
 from spectral_window.training.machine import (
     environment,
     keep_memory,
@@ -36,87 +33,84 @@ from spectral_window.training.machine import (
     peak_memory,
 )
 
-CONTESTANTS = {"transformer": "Transformer", "swh": "SWH"}  # the order the paper measured them in
+MODELS = {"transformer": "Transformer", "swh": "SWH"}  # the order the paper measured them in
 DOES_NOT_FIT = "does not fit"
 
-Job = dict[str, Any]
-Row = dict[str, Any]
 Model = SWHModel | Published
 
 
-def main(job: Job) -> None:
-    """Do one job in this process: a line of JSON on stdout for each thing found."""
+def measure(task: Row) -> Iterator[Row]:
+    """What the task asks for, a row for each thing measured."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     with matmul_precision(PRECISION, "cpu"):
-        for found in {"race": _race, "count": _count, "peak": _peak}[job["task"]](job):
-            print(json.dumps(found), flush=True)
+        yield from {"time": _time, "count": _count, "peak": _peak}[task["task"]](task)
 
 
-def _race(job: Job) -> Iterator[Row]:
+def _time(task: Row) -> Iterator[Row]:
     allocator = keep_memory()
     yield {"environment": environment("cpu", asked=PRECISION) | {"allocator": allocator}}
-    race = Race(seconds=0.05 if job["quick"] else 2.0, always=tuple(CONTESTANTS))
+    timing = Timing(seconds=0.05 if task["quick"] else 2.0, always=tuple(MODELS))
     models: dict[str, Model] = {}
-    for length, layers in job["lengths"]:
+    for length, layers in task["lengths"]:
         if not models or layers != models["swh"].config.num_hidden_layers:
             models.clear()  # before the next are built
             gc.collect()
-            models |= {name: build(job, name, layers) for name in CONTESTANTS}
+            models |= {name: build(task, name, layers) for name in MODELS}
             wrong = {name: why for name, model in models.items() if (why := check(model))}
         config = models["swh"].config
-        race.out = dict(wrong)
-        if job["form"] == "published" and (why := too_large(config, length)):
-            race.out["transformer"] = why
+        timing.out = dict(wrong)
+        if task["form"] == "published" and (why := too_large(config, length)):
+            timing.out["transformer"] = why
         ids = draw_ids(config, 1, length)
-        lineup = {name: partial(hidden_states, model, ids) for name, model in models.items()}
-        for row in race.run(lineup, form=job["form"], length=length, layers=layers):
+        calls = {name: partial(hidden_states, model, ids) for name, model in models.items()}
+        for row in timing.run(calls, form=task["form"], length=length, layers=layers):
             size = sum(p.numel() for p in models[row["contestant"]].parameters())
             spread = {key: row.pop(f"milliseconds_{key}", None) for key in ("p10", "p90")}
             row |= {key: value for key, value in spread.items() if value is not None}
             yield row | {"parameters": size}
 
 
-def _count(job: Job) -> Iterator[Row]:
-    for contestant in CONTESTANTS:
+def _count(task: Row) -> Iterator[Row]:
+    for contestant in MODELS:
         model: Model | None = None
-        for length, layers in job["passes"][contestant]:
-            model = model or build(job, contestant, layers)  # as many layers at every length
+        for length, layers in task["sizes"][contestant]:
+            model = model or build(task, contestant, layers)  # as many layers at every length
             hidden_states(model, draw_ids(model.config, 1, length))
-            about = {"form": job["form"], "contestant": contestant, "length": length}
+            about = {"form": task["form"], "contestant": contestant, "length": length}
             yield about | {"peak_bytes": peak_memory("cpu"), "peak_status": "ok"}
 
 
-def _peak(job: Job) -> Iterator[Row]:
+def _peak(task: Row) -> Iterator[Row]:
     start = status("VmRSS") if RESET.exists() else 0
-    model = build(job, job["contestant"], job["layers"])
+    model = build(task, task["contestant"], task["layers"])
 
     def prepare(length: int) -> Callable[[], Tensor]:
         return partial(hidden_states, model, draw_ids(model.config, 1, length))
 
-    for length in job["lengths"]:
-        about = {"form": job["form"], "contestant": job["contestant"], "length": length}
+    for length in task["lengths"]:
+        about = {"form": task["form"], "contestant": task["contestant"], "length": length}
         if RESET.exists():
-            found = measure_peak(prepare, length, start) | {"peak_status": "ok"}
-            yield about | found | {"peak_layers": job["layers"]}
+            peak = measure_peak(prepare, length, start) | {"peak_status": "ok"}
+            yield about | peak | {"peak_layers": task["layers"]}
         else:
             why = "not here: the peak can be reset on Linux only"
             yield about | {"peak_bytes": None, "peak_status": why}
 
 
-def build(job: Job, contestant: str, layers: int) -> Model:
-    """The contestant of the job's form and shape, in evaluation mode. Well-posed, the Transformer's
+def build(task: Row, contestant: str, layers: int) -> Model:
+    """The model of the task's form and shape, in evaluation mode. Well-posed, the Transformer's
     feed-forward layers are as wide as makes both equally large."""
-    config = SWHConfig.preset("paper", size=job["shape"], num_hidden_layers=layers)
+    config = SWHConfig.preset("paper", size=task["shape"], num_hidden_layers=layers)
     if contestant == "transformer":
         size = count_parameters(config)
         config = SWHConfig.preset(
-            "paper", size=job["shape"], num_hidden_layers=layers, mixer="attention"
+            "paper", size=task["shape"], num_hidden_layers=layers, mixer="attention"
         )
-        if job["form"] == "posed":
+        if task["form"] == "posed":
             config = match_parameters(config, size)
     model = SWHModel(config).eval()
-    return Published(model) if job["form"] == "published" else model
+    return Published(model) if task["form"] == "published" else model
 
 
 @torch.no_grad()
@@ -146,4 +140,4 @@ def too_large(config: SWHConfig, length: int, free: int | None = None) -> str | 
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    send_rows(measure)

@@ -3,22 +3,21 @@
 As published: unequal sizes, one constant learning rate and one width of the initial weights for
 both, and a curve that is called validation loss but is the training loss, divided by the number of
 accumulated micro-batches (8). Well-posed: equal parameters, the same sweep for every model, several
-seeds, the loss on held-out text in nats a token, equal tokens. Stages, each from the one before:
+seeds, the loss on held-out text in nats per token, equal tokens. Stages, each from the one before:
 
     sweep       every variant at every learning rate and width of the initial weights, a twentieth
-                of the tokens; its best pair goes on, and for whoever prefers another width than SWH
-                the best pair at SWH's width too: what is better early need not be so at the end
+                of the tokens. Its best pair continues; a variant whose best width is not SWH's
+                also continues with the best pair at SWH's width, because what is better early need
+                not be better at the end
     main        SWH and Transformer, all tokens, the first seed; each one's better pair counts
     seeds       the same with that pair, the other seeds
-    branches    SWH beside each of its branches alone, a quarter of the tokens
+    branches    SWH and each of its branches alone, a quarter of the tokens
     published   as above
 
-A `Plan` says which variants pass through which stages: `PAPER` the paper's; `MEMORY` the layer with
-a memory beside its branches (`nn/memory.py`) against all others take (`baselines/mixers.py`):
-the sweep, main and seeds with the nearest of them, `branches` with all.
+A `Plan` says which variants pass through which stages: here the paper's, `memory.py` has another.
 
 `size` is "small" (any text; hours on CPU cores, minutes on a GPU), "short" (half its parameters, a
-million tokens, the sweep alone: minutes a model on any CPU core), "125m" (the paper's shape,
+million tokens, the sweep alone: minutes per model on any CPU core), "125m" (the paper's shape,
 FineWeb-Edu, a GPU) or "125m-short" (the same shape, 20 million tokens of any text, one learning
 rate: minutes on a GPU).
 """
@@ -31,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from spectral_window.errors import unknown
-from spectral_window.lab import results
-from spectral_window.lab.baselines.mixers import BASELINES
-from spectral_window.lab.experiments.trainings import Text, Training
-from spectral_window.lab.jobs import Say, run_all
-from spectral_window.nn.mixers import MIXERS
+from spectral_window.lab.experiments.experiment import Experiment, Trial
+from spectral_window.lab.experiments.trainings import RECIPES_OWN, Text, Training
+from spectral_window.lab.jobs import Log
+from spectral_window.training.recipes import Recipe
 
 Rows = Sequence[dict[str, Any]]
-Knobs = dict[str, float]
+PAIR = ("lr", "initializer_range")  # what a sweep tries
+Pair = dict[str, float]
 VARIANTS: dict[str, dict[str, Any]] = {
     "SWH": {},
     "Transformer": {"mixer": "attention"},
@@ -64,14 +63,6 @@ class Plan:
 
 
 PAPER = Plan(VARIANTS, STAGES, BOTH, BRANCHES)
-CLOSE = {name: VARIANTS[name] for name in BOTH} | {
-    "SWH with memory": {"mixer": "memory"},
-    "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
-}
-CLOSING = {"SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"}}
-EVERY = CLOSE | CLOSING | {MIXERS[name].label: {"mixer": name} for name in BASELINES}
-MEMORY = Plan(EVERY, ("sweep", "main", "seeds", "branches"), tuple(CLOSE), tuple(EVERY))
-FEW = Plan(CLOSE, ("sweep", "main", "seeds"), tuple(CLOSE))  # of the quick version
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class Size:
     branches: int
     published: dict[str, Any]
     seeds: tuple[int, ...] = (FIRST, 1)
-    knobs: tuple[tuple[str, Any], ...] = ()
+    overrides: tuple[tuple[str, Any], ...] = ()
     beyond: tuple[tuple[float, float], ...] = ()
 
     @property
@@ -119,7 +110,7 @@ SIZES = {
         main=0,
         branches=0,
         published={"steps": 0},
-        knobs=(
+        overrides=(
             ("hidden_size", 128),
             ("num_hidden_layers", 2),
             ("dtype", "float32"),
@@ -144,7 +135,7 @@ SIZES = {
         branches=76,
         published={"steps": 305},
         seeds=(FIRST,),
-        knobs=(
+        overrides=(
             ("micro_batch_size", 32),
             ("warmup_steps", 30),
             ("eval_every", 61),
@@ -161,7 +152,7 @@ SIZES = {
         branches=4,
         published={"steps": 4},
         seeds=(FIRST,),
-        knobs=(("warmup_steps", 2), ("eval_every", 4), ("log_every", 2)),
+        overrides=(("warmup_steps", 2), ("eval_every", 4), ("log_every", 2)),
     ),
 }
 # what the paper's code does and the recipes do not
@@ -184,134 +175,131 @@ def run(
     command: str,
     tokens: int | None = None,
     plan: Plan = PAPER,
-    say: Say = print,
+    log: Log = print,
 ) -> dict[str, Any]:
     """Run what is missing of `plan`; out/lm-SIZE.json is written after every stage, and when it is
     stopped.
 
     work: where the run folders are. tokens: of a main run, instead of the size's own; the other
-    stages shrink with it. Raises Interrupted on a signal; the next call goes on.
+    stages shrink with it. Raises Interrupted on a signal; the next call continues.
     """
     if size not in SIZES:
         raise unknown("size", size, SIZES)
-    suite = _Suite(SIZES[size], tokens, plan)
-    text.prepare(suite.size_recipe())
-    name = f"lm-{size}"
-    earlier = results.load(out, name) or {"rows": []}
-    known = {row["key"]: row for row in earlier["rows"]}
+    suite = Suite(SIZES[size], tokens, plan, text)
+    text.prepare(suite.recipe())
+    experiment = Experiment(
+        f"lm-{size}", out, work, quick=size == "quick", workers=workers, command=command, log=log
+    )
     rows: list[dict[str, Any]] = []
-    failed: list[str] = []
+    saved: dict[str, Any] = {}
     for stage in plan.stages:
-        trainings = suite.stage(stage, rows)
-        missing = [t for t in trainings if t.key(text) not in known]
-        say(f"{stage}: {len(trainings)} trainings, {len(missing)} not in earlier results")
-        jobs = [training.job(work, text) for training in missing]
-        ended = False
+        trials, ended = suite.stage(stage, rows), False
+        log(stage)
         try:
-            failed += run_all(jobs, workers=workers, say=say)
+            experiment.run(trials)
             ended = stage == plan.stages[-1]
         finally:
-            for training in trainings:
-                row = known.get(training.key(text)) or training.row(work, text)
-                rows += [row | training.about] if row else []
+            rows += experiment.rows(trials)
+            done = {row["key"] for row in rows}
             # until all is done, rows of an earlier call stay
-            there = {row["key"] for row in rows}
-            kept = rows if ended else rows + [r for k, r in known.items() if k not in there]
-            results.keep(out, name, kept, quick=size == "quick", command=command, failed=failed)
-    say(f"{len(rows)} rows: {out / (name + '.json')}")
-    return results.load(out, name) or {}
+            later = [row for key, row in experiment.earlier.items() if key not in done]
+            saved = experiment.save(rows if ended else rows + later)
+    return saved
 
 
-def best(rows: Rows, part: str = "sweep") -> dict[str, Knobs]:
-    """The knobs with the lowest held-out loss of a part's first seed, for each variant."""
-    found: dict[str, tuple[float, Knobs]] = {}
+def best(rows: Rows, part: str = "sweep") -> dict[str, Pair]:
+    """The pair with the lowest held-out loss of a part's first seed, for each variant."""
+    lowest: dict[str, tuple[float, Pair]] = {}
     for row in rows:
         if row["part"] == part and row["seed"] == FIRST:
-            known = found.get(row["variant"])
-            if known is None or row["eval_loss"] < known[0]:
-                found[row["variant"]] = row["eval_loss"], _knobs(row)
-    return {variant: knobs for variant, (_, knobs) in found.items()}
+            before = lowest.get(row["variant"])
+            if before is None or row["eval_loss"] < before[0]:
+                lowest[row["variant"]] = row["eval_loss"], _pair(row)
+    return {variant: pair for variant, (_, pair) in lowest.items()}
 
 
-def candidates(rows: Rows) -> dict[str, list[Knobs]]:
-    """What the sweep found best for each variant, and, where that is of another width, what it
-    found best at SWH's width."""
+def candidates(rows: Rows) -> dict[str, list[Pair]]:
+    """The sweep's best pair for each variant, and, where that is of another width than SWH's, the
+    best at SWH's width."""
     chosen = best(rows)
     width = chosen.get("SWH", {}).get("initializer_range")
-    alike = best([row for row in rows if row["initializer_range"] == width])
-    found = {}
-    for variant, knobs in chosen.items():
-        other = alike.get(variant, knobs)
-        found[variant] = [knobs] if other == knobs else [knobs, other]
-    return found
+    at_same_width = best([row for row in rows if row["initializer_range"] == width])
+    pairs = {}
+    for variant, pair in chosen.items():
+        other = at_same_width.get(variant, pair)
+        pairs[variant] = [pair] if other == pair else [pair, other]
+    return pairs
 
 
 def counted(rows: Rows, part: str, variant: str) -> list[dict[str, Any]]:
-    """The rows that stand for a variant: all seeds at the knobs that were best at the part's
-    end."""
-    knobs = best(rows, part).get(variant)
+    """The rows that stand for a variant: all seeds at the pair that was best at the part's end."""
+    pair = best(rows, part).get(variant)
     return [
         row
         for row in rows
-        if (row["part"], row["variant"]) == (part, variant) and _knobs(row) == knobs
+        if (row["part"], row["variant"]) == (part, variant) and _pair(row) == pair
     ]
 
 
-def _knobs(row: dict[str, Any]) -> Knobs:
-    return {name: row[name] for name in ("lr", "initializer_range")}
+def _pair(row: dict[str, Any]) -> Pair:
+    return {name: row[name] for name in PAIR}
 
 
-class _Suite:
-    """The trainings of each stage at one size."""
+class Suite:
+    """The trials of each stage at one size. Labels: part, variant, seed, lr, initializer_range."""
 
-    def __init__(self, size: Size, tokens: int | None, plan: Plan = PAPER):
-        self.size, self.plan = size, plan
-        per_step = self.size_recipe().tokens_per_step
+    def __init__(
+        self, size: Size, tokens: int | None, plan: Plan = PAPER, text: Text = RECIPES_OWN
+    ):
+        self.size, self.plan, self.text = size, plan, text
+        per_step = self.recipe().tokens_per_step
         self.scale = tokens / (size.main * per_step) if tokens and size.main else 1.0
 
-    def size_recipe(self) -> Any:
-        return Training(self.size.recipe, dict(self.size.knobs), "").resolved()
+    def recipe(self) -> Recipe:
+        """The recipe of this size, without overrides of a stage or variant."""
+        return Training(self.size.recipe, dict(self.size.overrides)).resolved()
 
-    def stage(self, stage: str, rows: Rows) -> list[Training]:
+    def stage(self, stage: str, rows: Rows) -> list[Trial]:
         """rows: of the stages before; a variant that they lack is left out."""
         size, plan = self.size, self.plan
-        swept = [{"lr": rate, "initializer_range": width} for rate, width in size.swept]
+        pairs = [{"lr": rate, "initializer_range": width} for rate, width in size.swept]
         if stage == "sweep":
             return [
-                self._training(stage, name, FIRST, size.sweep, **knobs)
+                self._trial(stage, name, FIRST, size.sweep, **pair)
                 for name in plan.variants
-                for knobs in swept
-                if len(swept) > 1
+                for pair in pairs
+                if len(pairs) > 1
             ]
         if stage == "published":
-            knobs = {k: v for k, v in size.published.items() if k != "steps"} | AS_PUBLISHED
+            changes = {k: v for k, v in size.published.items() if k != "steps"} | AS_PUBLISHED
             steps = size.published["steps"]
             if not steps:
                 return []
-            return [self._training(stage, variant, FIRST, steps, **knobs) for variant in BOTH]
+            return [self._trial(stage, variant, FIRST, steps, **changes) for variant in BOTH]
         if stage == "seeds":
             return [
-                self._training("main", variant, seed, size.main, **knobs)
+                self._trial("main", variant, seed, size.main, **pair)
                 for seed in size.seeds[1:]
-                for variant, knobs in best(rows, "main").items()
+                for variant, pair in best(rows, "main").items()
             ]
         steps, variants = size.branches, plan.branches
         if stage == "main":
             steps, variants = size.main, plan.main
         if not steps:
             return []
-        tried = candidates(rows) if len(swept) > 1 else dict.fromkeys(variants, swept)
+        tried = candidates(rows) if len(pairs) > 1 else dict.fromkeys(variants, pairs)
         return [
-            self._training(stage, variant, FIRST, steps, **knobs)
+            self._trial(stage, variant, FIRST, steps, **pair)
             for variant in variants
-            for knobs in tried.get(variant, ())
+            for pair in tried.get(variant, ())
         ]
 
-    def _training(self, part: str, variant: str, seed: int, steps: int, **knobs: Any) -> Training:
-        about = {"part": part, "variant": variant, "seed": seed}
-        about |= {name: knobs[name] for name in ("lr", "initializer_range")}
+    def _trial(self, part: str, variant: str, seed: int, steps: int, **changes: Any) -> Trial:
+        labels = {"part": part, "variant": variant, "seed": seed}
+        labels |= {name: changes[name] for name in PAIR}
         steps = max(2, round(steps * self.scale))
-        every = {**dict(self.size.knobs), **self.plan.variants[variant], **knobs}
-        words = f"lr{knobs['lr']:g}-init{knobs['initializer_range']:g}-seed{seed}"
+        overrides = {**dict(self.size.overrides), **self.plan.variants[variant], **changes}
+        words = f"lr{changes['lr']:g}-init{changes['initializer_range']:g}-seed{seed}"
         place = f"{part}/{variant.replace(' ', '-').lower()}-{words}"
-        return Training(self.size.recipe, every | {"seed": seed, "steps": steps}, place, about)
+        overrides |= {"seed": seed, "steps": steps}
+        return Trial(place, Training(self.size.recipe, overrides, place, self.text), labels)

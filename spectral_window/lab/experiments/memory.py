@@ -1,7 +1,12 @@
-"""What `reproduce memory` shows: the held-out losses of `lm.MEMORY`'s models, a table and a figure.
+"""Language models with a memory beside the window, against the baselines, at equal size.
 
-Each model counts with its best pair of learning rate and initial width in the part that is shown,
-the mean over seeds where there are several; a model that has no row there is left out.
+The stages of `lm.py` with other variants: SWH with a memory (`nn/memory.py`), the Transformer and
+what others use (`baselines/mixers.py`). Sweep, main and seeds take the nearest of them, `branches`
+takes all.
+
+The page is a table and a figure of held-out losses. Each model counts with its best pair of
+learning rate and initial width in the part that is shown, the mean over seeds where there are
+several; a model that has no row there is left out.
 """
 
 from __future__ import annotations
@@ -14,10 +19,25 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from spectral_window.files import write_text
+from spectral_window.lab.baselines.mixers import BASELINES
 from spectral_window.lab.experiments import lm
+from spectral_window.lab.experiments.trainings import Text
 from spectral_window.lab.figures import MUTED, SERIES, count
+from spectral_window.lab.jobs import Log
 from spectral_window.lab.panels import Panel, name_lines, sheet
+from spectral_window.nn.mixers import MIXERS
 
+NEAREST = {name: lm.VARIANTS[name] for name in lm.BOTH} | {
+    "SWH with memory": {"mixer": "memory"},
+    "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **NEAREST,
+    "SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"},
+    **{MIXERS[name].label: {"mixer": name} for name in BASELINES},
+}
+PLAN = lm.Plan(VARIANTS, ("sweep", "main", "seeds", "branches"), tuple(NEAREST), tuple(VARIANTS))
+FEW = lm.Plan(NEAREST, ("sweep", "main", "seeds"), tuple(NEAREST))  # of the quick version
 TITLES = {
     "main": "all tokens",
     "branches": "a quarter of the tokens",
@@ -28,9 +48,29 @@ COLORS = {"SWH": SERIES[0], "Transformer": SERIES[1]}
 Rows = Sequence[Mapping[str, Any]]
 
 
-def write(found: Mapping[str, Any], out: Path, name: str) -> None:
+def run(
+    out: Path,
+    work: Path,
+    *,
+    size: str,
+    text: Text,
+    workers: int,
+    command: str,
+    tokens: int | None = None,
+    log: Log = print,
+) -> dict[str, Any]:
+    """As `lm.run`; writes the page too."""
+    saved = lm.run(
+        out, work, size=size, text=text, workers=workers, command=command, tokens=tokens,
+        plan=FEW if size == "quick" else PLAN, log=log,
+    )  # fmt: skip
+    write(saved, out, f"lm-{size}")
+    return saved
+
+
+def write(results: Mapping[str, Any], out: Path, name: str) -> None:
     """out/NAME.md and out/NAME.png of the rows of a suite; nothing where there are none."""
-    if rows := found.get("rows"):
+    if rows := results.get("rows"):
         write_text(out / f"{name}.md", table(rows))
         figure(rows, out / f"{name}.png")
 
@@ -50,7 +90,7 @@ def ends(rows: Rows, part: str) -> dict[str, tuple[float, list[Mapping[str, Any]
 
 
 def table(rows: Rows) -> str:
-    """A Markdown table a part. The last column is the perplexity beside the best model's that is
+    """A Markdown table per part. The last column is the perplexity against the best model that is
     not ours: below 0 is better."""
     text = ""
     for part, title in TITLES.items():

@@ -1,9 +1,9 @@
 """Probes: small models trained on one diagnostic task from a seed, and scored on fresh examples.
 
-A `Probe` holds everything that decides its outcome, so it is run anywhere, kept under its own key,
-and not run again. Two things reproduce the paper as its code is: `decay_all` (weight decay moves
-decays and frequencies too), and the score of one leftover training batch (`batch_right`), which is
-what the paper prints; beside it stands the score on held-out examples, which it should mean.
+A `Probe` holds everything that decides its outcome, so its row is saved under its key and it is not
+run again. Two things follow the paper's code: `decay_all` (weight decay moves decays and
+frequencies too), and the score of one leftover training batch (`batch_right`), which is what the
+paper prints. Beside it stands the score on held-out examples.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from spectral_window.lab.jobs import Job
 from spectral_window.training.machine import environment, keep_memory, matmul_precision
 from spectral_window.training.optimizer import parameter_groups
 
-EACH = 3  # probes in one process
 PRECISION = "auto"  # of float32 products
 TEST_TOKENS = 32_768  # of a test batch: enough to fill a processor at any length
 
@@ -83,6 +82,11 @@ class Probe:
         """Names this probe: the same settings, the same key."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def read(self, work: Path) -> dict[str, Any] | None:
+        """Its row in the folder `work`, or None where it has not been run there."""
+        path = work / f"{self.key}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def config(self) -> SWHConfig:
         """The model's config, at the size that `match` asks for."""
@@ -225,29 +229,15 @@ def _test(model: SWHForCausalLM, probe: Probe, test: Exam, device: str) -> dict[
     }
 
 
-def jobs(named: Sequence[tuple[str, Probe]], folder: Path, each: int = EACH) -> list[Job]:
-    """The probes that have no row in `folder` as jobs of `each`: a process needs seconds to start.
-
-    A probe's settings are written to folder/KEY.probe.json, its row to folder/KEY.json.
-    """
-    waiting = [(name, probe) for name, probe in named if read(probe, folder) is None]
-    found = []
-    for begin in range(0, len(waiting), each):
-        together = waiting[begin : begin + each]
-        settings = [folder / f"{probe.key}.probe.json" for _, probe in together]
-        for path, (_, probe) in zip(settings, together, strict=True):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, dataclasses.asdict(probe))
-        name = "; ".join(name for name, _ in together)
-        words = tuple(map(str, settings))
-        found.append(Job(name, words, _row_of(settings[-1]), module=__name__))
-    return found
-
-
-def read(probe: Probe, folder: Path) -> dict[str, Any] | None:
-    """The row of `probe`, or None where it has not been run."""
-    path = folder / f"{probe.key}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def job(named: Sequence[tuple[str, Probe]], work: Path) -> Job:
+    """These probes, each with its name, in one process. A probe's settings are written to
+    work/KEY.probe.json; its row will be work/KEY.json."""
+    work.mkdir(parents=True, exist_ok=True)
+    settings = [work / f"{probe.key}.probe.json" for _, probe in named]
+    for path, (_, probe) in zip(settings, named, strict=True):
+        write_json(path, dataclasses.asdict(probe))
+    name = "; ".join(name for name, _ in named)
+    return Job(name, tuple(map(str, settings)), _row_of(settings[-1]), module=__name__)
 
 
 def main(settings: Sequence[str]) -> int:

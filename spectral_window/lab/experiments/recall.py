@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from spectral_window.data.tasks import make
 from spectral_window.files import write_text
 from spectral_window.lab import results
-from spectral_window.lab.experiments import probes, synthetic
+from spectral_window.lab.experiments import synthetic
+from spectral_window.lab.experiments.experiment import Experiment, Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.lab.figures import MUTED, PAPER, SERIES
-from spectral_window.lab.jobs import Say, run_all
+from spectral_window.lab.jobs import Log
 from spectral_window.lab.panels import Panel, sheet
 from spectral_window.nn.mixers import MIXERS
 
@@ -80,7 +82,7 @@ class Ability:
         reach = [k for k in self.reach if k not in FAR or model in (OURS, CLOSING)]
         return Probe(
             self.task,
-            synthetic.POSED_SHAPE | MODELS[model],
+            synthetic.WELL_POSED_SHAPE | MODELS[model],
             tuple(Exam(self.task, self.base * k, ROWS[k]) for k in reach),
             options=self.options,
             lengths=tuple(self.base * k for k in (self.mixed if training == "mixed" else (1,))),
@@ -120,27 +122,13 @@ MORE = {
 ABILITIES = KNOWN | HARDER | HARDEST | MORE
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One probe of the suite, and the line it belongs to."""
-
-    ability: str
-    model: str
-    training: str  # "fixed" or "mixed" lengths
-    probe: Probe
-
-    @property
-    def name(self) -> str:
-        return f"{self.ability}, {self.model}, {self.training}, seed {self.probe.seed}"
-
-
 def stages(*, quick: bool = False) -> list[list[Trial]]:
     """The suite, what decides most first; `quick` shows the way and no result: ten steps of each
     model on one task."""
     every = (OURS, PUBLISHED, TRANSFORMER, SHIFTED)
     if quick:
         few = [*_trials(("Gap of 1 to 4",), every, "fixed", (0,))]
-        return [[Trial(t.ability, t.model, t.training, synthetic.shorten(t.probe)) for t in few]]
+        return [[dataclasses.replace(t, run=synthetic.shorten(t.run)) for t in few]]
     first, others = synthetic.SEEDS[:1], synthetic.SEEDS[1:]
     long = [name for name, ability in KNOWN.items() if FAR[0] in ability.reach]
     rest = (PUBLISHED, TRANSFORMER, SHIFTED)
@@ -169,12 +157,20 @@ def stages(*, quick: bool = False) -> list[list[Trial]]:
         (long, (SHIFTED,), "mixed", synthetic.SEEDS),
     ]
     named = {ability.task: name for name, ability in KNOWN.items()}
-    known = [
-        Trial(named[e.probe.task], e.model, e.training, e.probe)
-        for e in synthetic.entries()
-        if e.form == "posed" and e.probe.task in named and e.model in (PUBLISHED, TRANSFORMER)
+    shared = [
+        _trial(named[t.run.task], t.labels["model"], t.labels["training"], t.run)
+        for t in synthetic.trials()
+        if t.labels["form"] == "posed"
+        and t.run.task in named
+        and t.labels["model"] in (PUBLISHED, TRANSFORMER)
     ]
-    return [*(list(_trials(*part)) for part in plan), known]
+    return [*(list(_trials(*part)) for part in plan), shared]
+
+
+def _trial(ability: str, model: str, training: str, probe: Probe) -> Trial:
+    """Labels: the line of the table, the model, and training with "fixed" or "mixed" lengths."""
+    name = f"{ability}, {model}, {training}, seed {probe.seed}"
+    return Trial(name, probe, {"ability": ability, "model": model, "training": training})
 
 
 def _trials(
@@ -186,7 +182,7 @@ def _trials(
     for seed in seeds:
         for name in abilities:
             for model in models:
-                yield Trial(name, model, training, ABILITIES[name].probe(model, training, seed))
+                yield _trial(name, model, training, ABILITIES[name].probe(model, training, seed))
 
 
 def run(
@@ -197,45 +193,30 @@ def run(
     quick: bool,
     workers: int,
     command: str,
-    say: Say = print,
+    log: Log = print,
 ) -> dict[str, Any]:
     """Run what is missing of the suite; out/recall.json, .md and .png are written after each stage,
     and when it is stopped.
 
-    earlier: the folder of synthetic.json, whose rows are not measured again. work: where every
-    probe keeps its row. Raises Interrupted on a signal; the next call goes on.
+    earlier: the folder of synthetic.json, whose rows are not measured again. work: where each probe
+    leaves its row. Raises Interrupted on a signal; the next call continues.
     """
-    known: dict[str, dict[str, Any]] = {}
-    for folder, suite in ((earlier, "synthetic"), (out, "recall")):
-        found = results.load(folder, suite) if folder else None
-        known |= {row["key"]: row for row in (found or {"rows": []})["rows"]}
-    plan, failed = stages(quick=quick), list[str]()
+    shared = (results.load(earlier, "synthetic") if earlier else None) or {"rows": []}
+    experiment = Experiment(
+        "recall", out, work, quick=quick, workers=workers, command=command, log=log,
+        earlier=({k: v for k, v in row.items() if k != "form"} for row in shared["rows"]),
+    )  # fmt: skip
+    plan, saved = stages(quick=quick), dict[str, Any]()
     for trials in plan:
-        missing = [(t.name, t.probe) for t in trials if t.probe.key not in known]
-        jobs = probes.jobs(missing, work, 8 if quick else EACH)
-        say(f"{len(trials)} probes, {len(missing)} not in earlier results, {len(jobs)} jobs to run")
         try:
-            failed += run_all(jobs, workers=workers, say=say)
+            experiment.run(trials, each=8 if quick else EACH)
         finally:
-            rows = _rows(plan, known, work)
-            path = results.keep(out, "recall", rows, quick=quick, command=command, failed=failed)
-            say(f"{len(rows)} of {sum(map(len, plan))} rows: {path}")
+            rows = experiment.rows(chain.from_iterable(plan))
+            saved = experiment.save(rows)
             if rows:
                 write_text(out / "recall.md", table(rows))
                 figure(rows, out / "recall.png")
-    return results.load(out, "recall") or {}
-
-
-def _rows(
-    plan: Sequence[Sequence[Trial]], known: Mapping[str, dict[str, Any]], work: Path
-) -> list[dict[str, Any]]:
-    rows = []
-    for trial in (trial for trials in plan for trial in trials):
-        row = known.get(trial.probe.key) or probes.read(trial.probe, work)
-        if row is not None:
-            about = {"ability": trial.ability, "model": trial.model, "training": trial.training}
-            rows.append({k: v for k, v in row.items() if k != "form"} | about)
-    return rows
+    return saved
 
 
 # ------------------------------------------------------------------------------------ table, figure

@@ -15,16 +15,14 @@ times are beyond it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from spectral_window.data.tasks import ceiling, make
-from spectral_window.lab import results
-from spectral_window.lab.experiments import probes
+from spectral_window.lab.experiments.experiment import EACH, Experiment, Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
-from spectral_window.lab.jobs import Say, run_all
+from spectral_window.lab.jobs import Log
 
 SEEDS = (0, 1, 2)
 MODELS: dict[str, dict[str, Any]] = {
@@ -38,7 +36,7 @@ PUBLISHED_SHAPE = {
     "num_attention_heads": 4,
     "window": 32,
 }
-POSED_SHAPE = {
+WELL_POSED_SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -48,27 +46,28 @@ REACH = (1, 2, 4, 8, 16, 32)  # times the training length
 BASE = 32
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the suite: which form and model, and the probe that measures it."""
+def trials(*, seeds: tuple[int, ...] = SEEDS, quick: bool = False) -> list[Trial]:
+    """The whole suite, the published part first. Labels: form ("published" or "posed"), model, and
+    training ("fixed" or "mixed" lengths).
 
-    form: str  # "published" or "posed"
-    model: str
-    training: str  # "fixed" or "mixed" lengths
-    probe: Probe
-
-
-def entries(*, seeds: tuple[int, ...] = SEEDS, quick: bool = False) -> list[Entry]:
-    """The whole suite, the published part first; `quick` shows the way and no result: ten steps of
-    SWH and Transformer, one seed."""
+    quick: shows the way and no result: ten steps of SWH and Transformer, one seed.
+    """
     if not quick:
-        return [*_published(seeds), *_posed(seeds)]
-    found = [*_published(seeds[:1]), *_posed(seeds[:1])]
-    few = [e for e in found if e.model in ("SWH", "Transformer") and e.training == "fixed"]
-    return [dataclasses.replace(entry, probe=shorten(entry.probe)) for entry in few]
+        return [*_published(seeds), *_well_posed(seeds)]
+    first = [*_published(seeds[:1]), *_well_posed(seeds[:1])]
+    return [
+        dataclasses.replace(trial, run=shorten(trial.run))
+        for trial in first
+        if trial.labels["model"] in ("SWH", "Transformer") and trial.labels["training"] == "fixed"
+    ]
 
 
-def _published(seeds: tuple[int, ...]) -> Iterator[Entry]:
+def _trial(form: str, model: str, training: str, probe: Probe) -> Trial:
+    name = f"{form} {probe.task}, {model}, {training}, seed {probe.seed}"
+    return Trial(name, probe, {"form": form, "model": model, "training": training})
+
+
+def _published(seeds: tuple[int, ...]) -> Iterator[Trial]:
     for seed in seeds:
         for task in ("associative", "induction", "sorting"):
             name = f"published-{task}"
@@ -80,10 +79,10 @@ def _published(seeds: tuple[int, ...]) -> Iterator[Entry]:
                 probe = Probe(
                     name, shape, tuple(tests), match=False, decay_all=True, seed=seed
                 )  # 3,000 steps of 64 at 1e-3
-                yield Entry("published", model, "fixed", probe)
+                yield _trial("published", model, "fixed", probe)
 
 
-def _posed(seeds: tuple[int, ...]) -> Iterator[Entry]:
+def _well_posed(seeds: tuple[int, ...]) -> Iterator[Trial]:
     mixed = tuple(BASE * k for k in REACH if k <= 8)
     for seed in seeds:
         # induction asks once a row for a token like all others, and takes longest to learn
@@ -96,15 +95,15 @@ def _posed(seeds: tuple[int, ...]) -> Iterator[Entry]:
                 ("SWH", "mixed", mixed),
                 ("Transformer", "mixed", mixed),
             ):
-                shape = POSED_SHAPE | MODELS[model]
+                shape = WELL_POSED_SHAPE | MODELS[model]
                 probe = Probe(task, shape, tests, lengths=lengths, steps=steps, lr=3e-3, seed=seed)
-                yield Entry("posed", model, training, probe)
+                yield _trial("posed", model, training, probe)
         for task, length in (("sorting", 32), ("mqar", 64)):
             tests = tuple(Exam(task, length * k) for k in (1, 2, 4))
             for model in ("SWH", "Transformer", "window only"):
-                shape = POSED_SHAPE | MODELS[model]
+                shape = WELL_POSED_SHAPE | MODELS[model]
                 probe = Probe(task, shape, tests, lengths=(length,), steps=1500, lr=3e-3, seed=seed)
-                yield Entry("posed", model, "fixed", probe)
+                yield _trial("posed", model, "fixed", probe)
 
 
 def shorten(probe: Probe) -> Probe:
@@ -114,41 +113,25 @@ def shorten(probe: Probe) -> Probe:
 
 
 def run(
-    out: Path, work: Path, *, quick: bool, workers: int, command: str, say: Say = print
+    out: Path, work: Path, *, quick: bool, workers: int, command: str, log: Log = print
 ) -> dict[str, Any]:
     """Run what is missing of the suite, `workers` probes at a time, and write out/synthetic.json.
 
-    work: where every probe keeps its own row, so that a stopped suite goes on and a finished one is
-    only read. Returns what was written. Raises Interrupted on a signal.
+    work: where each probe leaves its row. Returns what was written. Raises Interrupted on a signal;
+    the next call continues.
     """
-    suite = entries(quick=quick)
-    known = {row["key"]: row for row in (results.load(out, "synthetic") or {"rows": []})["rows"]}
-    missing = [(_name(e), e.probe) for e in suite if e.probe.key not in known]
-    each = 8 if quick else probes.EACH
-    jobs = probes.jobs(missing, work, each)
-    say(f"{len(suite)} probes, {len(missing)} not in earlier results, {len(jobs)} jobs to run")
-    failed = run_all(jobs, workers=workers, say=say)
-    rows = []
-    for entry in suite:
-        row = known.get(entry.probe.key) or probes.read(entry.probe, work)
-        if row is not None:
-            about = {"form": entry.form, "model": entry.model, "training": entry.training}
-            rows.append(about | row)
-    more = {"failed": failed, "ceilings": ceilings(suite)}
-    written = results.keep(out, "synthetic", rows, quick=quick, command=command, **more)
-    say(f"{len(rows)} of {len(suite)} rows: {written}")
-    return results.load(out, "synthetic") or {}
+    experiment = Experiment(
+        "synthetic", out, work, quick=quick, workers=workers, command=command, log=log
+    )
+    suite = trials(quick=quick)
+    experiment.run(suite, each=8 if quick else EACH)
+    return experiment.save(experiment.rows(suite), ceilings=ceilings(suite))
 
 
-def ceilings(suite: list[Entry]) -> list[dict[str, Any]]:
+def ceilings(suite: Sequence[Trial]) -> list[dict[str, Any]]:
     """The best possible score of every test in the suite."""
-    asked = {(t.task, t.length): None for e in suite for t in e.probe.tests}
+    asked = {(test.task, test.length): None for trial in suite for test in trial.run.tests}
     return [
         {"task": task, "length": length, "ceiling": ceiling(make(task), length)}
         for task, length in asked
     ]
-
-
-def _name(entry: Entry) -> str:
-    probe = entry.probe
-    return f"{entry.form} {probe.task}, {entry.model}, {entry.training}, seed {probe.seed}"

@@ -1,7 +1,7 @@
-"""Trainings of language models as jobs: a recipe with some knobs changed, run by `train`.
+"""Trainings of language models: a recipe with overrides, run by the command `train`.
 
-A training is kept as a row: how it ended, and its two curves. As a probe's, its key names all that
-decides it, so that a row found in earlier results stands for the run.
+A training leaves a row: how it ended, and its two curves. Its key names all that decides it, so a
+row in earlier results stands for the run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from spectral_window.training.text import prepare_text
 
 TEXT = {"data", "valid", "drop_shared"}  # known by the tokens that they make
 FREE = FREE_ON_RESUME | TEXT
-CURVE = 100  # points that are kept of a training curve
-KEPT = (
+CURVE = 100  # points of a training curve that a row has
+RESULTS = (  # of result.json that a row has
     "parameters", "steps", "tokens", "train_loss", "eval_loss", "perplexity", "bits_per_byte",
     "eval_tokens", "eval_length", "tokens_per_second", "peak_memory_bytes", "wall_seconds",
     "command", "environment",
@@ -35,12 +35,12 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Text:
-    """What all trainings of a suite read: sources of `data` and `valid`, and where their tokens
-    are kept."""
+    """What all trainings of an experiment read: sources of `data` and `valid` (none: the recipe's
+    own), and the folder of their tokens."""
 
-    data: tuple[str, ...]
-    valid: tuple[str, ...]
-    tokens: Path
+    data: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()
+    tokens: Path = Path("tokens")
 
     def prepare(self, recipe: Recipe) -> None:
         """Make the tokens, once and before any training starts; raises as `prepare_text`."""
@@ -48,7 +48,7 @@ class Text:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the tokens, wherever the text lies; known after `prepare`."""
+        """Names the tokens, wherever the text lies. `prepare` makes them."""
         return open_corpus(self.tokens).fingerprint
 
     def given_to(self, recipe: Recipe) -> Recipe:
@@ -57,34 +57,38 @@ class Text:
         return recipe.replace(**{name: sources for name, sources in named.items() if sources})
 
 
+RECIPES_OWN = Text()
+
+
 @dataclass(frozen=True)
 class Training:
-    """One run of the recipe `recipe` with `knobs` changed; `place`: its folder in the suite's."""
+    """One run of the recipe `recipe` with `overrides`; `place` is its run folder in `work`."""
 
     recipe: str
-    knobs: dict[str, Any]
-    place: str
-    about: dict[str, Any] = field(default_factory=dict)  # what the row says beside: part, variant
+    overrides: dict[str, Any]
+    place: str = ""
+    text: Text = RECIPES_OWN
 
     def words(self) -> list[str]:
-        """The knobs as on the command line."""
-        return [f"{key}={_word(value)}" for key, value in self.knobs.items()]
+        """The overrides as on the command line."""
+        return [f"{key}={_word(value)}" for key, value in self.overrides.items()]
 
     def resolved(self) -> Recipe:
         """The recipe as it will run, but for its text."""
         return resolve(self.recipe, self.words())
 
-    def key(self, text: Text) -> str:
+    @property
+    def key(self) -> str:
         """Names the run: the same recipe and the same tokens, the same key."""
         recipe = {k: v for k, v in self.resolved().traces().items() if k not in TEXT}
         if recipe["matmul_precision"] == "auto":  # keys are older: float32 was called so in them
             recipe["matmul_precision"] = "medium"
-        named = json.dumps([recipe, text.fingerprint], sort_keys=True)
+        named = json.dumps([recipe, self.text.fingerprint], sort_keys=True)
         return hashlib.sha256(named.encode()).hexdigest()[:16]
 
-    def job(self, folder: Path, text: Text) -> Job:
-        """The run as a job; its result.json ends it."""
-        out = folder / self.place
+    def job(self, work: Path) -> Job:
+        """The run as a job, which ends in its result.json."""
+        out, text = work / self.place, self.text
         words = [*self._plugin(), "train", self.recipe, *self.words(), "--out", str(out)]
         words += ["--corpus", str(text.tokens)]
         for option, sources in (("--data", text.data), ("--valid", text.valid)):
@@ -98,15 +102,15 @@ class Training:
         )
 
     def _plugin(self) -> list[str]:
-        """The words that make a mixer known that is not the package's own."""
-        mixer = MIXERS.get(str(self.knobs.get("mixer")))
+        """The words that register a mixer which is not the package's own."""
+        mixer = MIXERS.get(str(self.overrides.get("mixer")))
         outside = mixer is not None and not mixer.__module__.startswith(f"{nn.__name__}.")
         return ["--plugin", mixer.__module__] if mixer is not None and outside else []
 
-    def row(self, folder: Path, text: Text) -> dict[str, Any] | None:
-        """How the run in `folder` ended, or None where it has not. Raises IntegrityError where it
-        is another run."""
-        run = runs.read(folder / self.place)
+    def read(self, work: Path) -> dict[str, Any] | None:
+        """Its row, or None where it has not ended in `work`. Raises IntegrityError where another
+        run is in its place."""
+        run = runs.read(work / self.place)
         if run.number("eval_loss") is None:
             return None
         mine = self.resolved().to_dict()
@@ -117,14 +121,14 @@ class Training:
             raise IntegrityError(
                 f"the run in {run.folder} differs in {', '.join(other)}: choose another --work"
             )
-        train, held = run.train(), run.evaluations()
+        train, evaluations = run.train(), run.evaluations()
         step = max(1, math.ceil(len(train) / CURVE))
         curves = {
             "train_curve": _points(train.tokens[step - 1 :: step], _blocks(train.value, step)),
-            "eval_curve": _points(held.tokens, held.value),
+            "eval_curve": _points(evaluations.tokens, evaluations.value),
         }
-        key = {"key": self.key(text), "recipe": self.recipe, "knobs": self.words()}
-        return self.about | key | {name: run.result.get(name) for name in KEPT} | curves
+        about = {"key": self.key, "recipe": self.recipe, "knobs": self.words()}
+        return about | {name: run.result.get(name) for name in RESULTS} | curves
 
 
 def _word(value: Any) -> str:

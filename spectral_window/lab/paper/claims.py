@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectral_window.lab import results
+from spectral_window.lab import estimates, results
+from spectral_window.lab.estimates import Estimate
 from spectral_window.lab.experiments import efficiency, lm
-from spectral_window.lab.results import Estimate
 
 HOLDS, ONLY_PUBLISHED, FAILS = "holds", "holds only as published", "does not hold"
 MISSING = "missing"
@@ -59,7 +59,7 @@ def read(folder: Path) -> dict[str, Any]:
     return {suite: results.load(folder, suite) for suite in SUITES}
 
 
-def judge(found: Found) -> list[Claim]:
+def evaluate(found: Found) -> list[Claim]:
     """Every claim with its verdict, in the order of the paper."""
     return [*_synthetic(found), _language_model(found), *_efficiency(found), _branches(found)]
 
@@ -89,7 +89,7 @@ def scores(
         for test in row["tests"]
         if (test["task"], test["length"]) == (task, length)
     ]
-    return results.share(counts) if counts else None
+    return estimates.share(counts) if counts else None
 
 
 def ceiling(found: Found, task: str, length: int) -> float | None:
@@ -135,10 +135,10 @@ def _task(
         shown.append(relation(ours, theirs))
     why = ""
     if name.startswith("Needle"):
-        chance = results.fisher(3, 64, 0, 64)
+        chance = estimates.fisher(3, 64, 0, 64)
         why = f"Printed are 3 of 64 against 0 of 64: a difference by chance with p = {chance:.2f}."
     elif name.startswith("Length"):
-        chance = results.fisher(3, 64, 1, 64)
+        chance = estimates.fisher(3, 64, 1, 64)
         why = f"Printed are 3 of 64 against 1 of 64: a difference by chance with p = {chance:.2f}."
     elif MISSING not in texts[0]:
         why = f"What is printed for SWH is the task's ceiling, {_ceiling_text(found, published)}."
@@ -198,7 +198,7 @@ def _language_model(found: Found) -> Claim:
     ours, theirs = (losses(found, suite, "main", name) for name in ("SWH", "Transformer"))
     second, better = MISSING, None
     if len(ours) > 1 and len(theirs) > 1:
-        a, b = results.mean(ours), results.mean(theirs)
+        a, b = estimates.mean(ours), estimates.mean(theirs)
         # seeds are few, so their t intervals are wide: every seed must be ahead as well
         better = max(ours) < min(theirs)
         size = next(r["parameters"] for r in rows if r["part"] == "main")
@@ -221,7 +221,7 @@ def _branches(found: Found) -> Claim:
     names = ("SWH", "spectral only", "window only")
     ends = {v: losses(found, "lm-small", "branches", v) for v in names}
     if all(ends.values()):
-        values = {name: results.mean(end).value for name, end in ends.items()}
+        values = {name: estimates.mean(end).value for name, end in ends.items()}
         shown = values["SWH"] < min(values["spectral only"], values["window only"])
         text = "held-out loss " + ", ".join(f"{n} {v:.3f}" for n, v in values.items())
     return Claim(
@@ -234,8 +234,8 @@ def _branches(found: Found) -> Claim:
 
 
 def _efficiency(found: Found) -> list[Claim]:
-    facts = efficiency.facts(found.get("efficiency") or {"rows": []})
-    time, memory, slope = facts["time_ratio"], facts["memory_ratio"], facts["slope"]
+    summary = efficiency.summary(found.get("efficiency") or {"rows": []})
+    time, memory, slope = summary["time_ratio"], summary["memory_ratio"], summary["slope"]
     said = {
         form: MISSING if time[form] is None else f"SWH takes {time[form]:.2f} of the time"
         for form in ("published", "posed")

@@ -14,14 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from spectral_window.data.tasks import make
-from spectral_window.lab import results
+from spectral_window.lab import estimates
 from spectral_window.lab.bench import figures as bench_figures
+from spectral_window.lab.estimates import Estimate
 from spectral_window.lab.experiments import ablate, efficiency, lm, synthetic
-from spectral_window.lab.experiments.efficiency_measure import CONTESTANTS
+from spectral_window.lab.experiments.efficiency_measure import MODELS
 from spectral_window.lab.figures import INK, MUTED, PAPER, SERIES, count, say_missing
 from spectral_window.lab.panels import Panel, dot, name_lines, say
 from spectral_window.lab.paper import claims
-from spectral_window.lab.results import Estimate
 
 Found = Mapping[str, Any]
 Rows = Sequence[dict[str, Any]]
@@ -180,7 +180,7 @@ def language_panels(suite: Mapping[str, Any] | None, name: str) -> list[Panel]:
     ends = {v: claims.losses({name: suite}, name, "main", v) for v in lm.BOTH}
     title = "Held-out loss: missing"
     if all(ends.values()):
-        means = [f"{v} {results.mean(end).value:.3f}" for v, end in ends.items()]
+        means = [f"{v} {estimates.mean(end).value:.3f}" for v, end in ends.items()]
         title = f"Held-out loss: {', '.join(means)}"
     best = lm.best(rows)
     rates = ", ".join(f"{v} {best[v]['lr']:g}" for v in lm.BOTH if v in best)
@@ -281,14 +281,14 @@ def _paint_branches(axes: Axes, alone: Mapping[str, Sequence[float]]) -> None:
 def efficiency_panels(suite: Mapping[str, Any] | None) -> list[Panel]:
     """Time a layer, then peak memory, against T: as published, and well-posed."""
     rows = [row for row in (suite or {"rows": []})["rows"] if row["status"] == "ok"]
-    facts = efficiency.facts({"rows": rows})
+    summary = efficiency.summary({"rows": rows})
     summaries = {"time": ("slope", "{} T^{:.2f}"), "memory": ("memory_ratio", "{} {:.1f}x")}
     panels = []
     for curves in efficiency.curves({"rows": rows}):
         fact, said = summaries[curves.measure]
         ends = ", ".join(
-            said.format(CONTESTANTS[key], value)
-            for key, value in facts[fact][curves.form].items()
+            said.format(MODELS[key], value)
+            for key, value in summary[fact][curves.form].items()
             if value is not None
         )
         words = "; ".join(

@@ -60,7 +60,9 @@ class Reading:
         real = {name: None if self.quick(name) else found for name, found in self.suites.items()}
         return [
             (claim, decided.verdict if claim == decided else QUICK)
-            for claim, decided in zip(claims.judge(self.suites), claims.judge(real), strict=True)
+            for claim, decided in zip(
+                claims.evaluate(self.suites), claims.evaluate(real), strict=True
+            )
         ]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spectral_window.lab.experiments.efficiency import FORMS
-from spectral_window.lab.experiments.efficiency_measure import CONTESTANTS
+from spectral_window.lab.experiments.efficiency_measure import MODELS
 
 Check = Callable[[Any], bool]
 NAMES = (
@@ -69,7 +69,7 @@ WANTED: dict[str, dict[str, Check]] = {
         "tests": is_tests,
     },
     "efficiency": {
-        "form": FORMS.__contains__, "contestant": CONTESTANTS.__contains__, "length": is_count,
+        "form": FORMS.__contains__, "contestant": MODELS.__contains__, "length": is_count,
         "layers": is_count, "status": is_text,
     },
     "ablate": {"measure": is_text, "overrides": lambda value: isinstance(value, dict)},

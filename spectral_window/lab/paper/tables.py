@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectral_window.lab import results
+from spectral_window.lab import estimates
+from spectral_window.lab.estimates import Estimate
 from spectral_window.lab.experiments import ablate, efficiency, lm, synthetic
-from spectral_window.lab.experiments.efficiency_measure import CONTESTANTS
+from spectral_window.lab.experiments.efficiency_measure import MODELS as TIMED
 from spectral_window.lab.figures import count, duration, size
 from spectral_window.lab.paper import claims
 from spectral_window.lab.paper.figures import POSED, PRINTED
 from spectral_window.lab.paper.rows import is_number
-from spectral_window.lab.results import Estimate
 
 MISSING = "missing"
 MODELS = ("SWH", "Transformer", "window only", "spectral only")
@@ -114,7 +114,7 @@ def _batch(counts: Sequence[tuple[int, int]]) -> Cell:
     """The paper's own scoring, for each seed."""
     if not counts or not all(asked for _, asked in counts):
         return Cell(MISSING, style="missing")
-    whole = results.share(counts)
+    whole = estimates.share(counts)
     each = ", ".join(f"{right}/{asked}" for right, asked in counts)
     return Cell(f"{whole.value:.2f}", each, whole.value)
 
@@ -128,9 +128,9 @@ def _posed(
     found: Found, name: str, title: str, tasks: Sequence[str], reach: Sequence[int]
 ) -> Table:
     asked = dict.fromkeys(
-        (entry.probe.task, entry.model, entry.training)
-        for entry in synthetic.entries()
-        if entry.form == "posed" and entry.probe.task in tasks
+        (trial.run.task, trial.labels["model"], trial.labels["training"])
+        for trial in synthetic.trials()
+        if trial.labels["form"] == "posed" and trial.run.task in tasks
     )
     rows = []
     for task, model, training in sorted(asked, key=lambda line: tasks.index(line[0])):
@@ -200,7 +200,7 @@ def _ends(found: Found, rows: Rows, name: str) -> Table:
                 (
                     words(variant),
                     words(said),
-                    estimate(results.mean(losses) if losses else None, 3),
+                    estimate(estimates.mean(losses) if losses else None, 3),
                     number(len(losses) or None, "{:d}"),
                     number(first.get("lr"), "{:g}"),
                     number(first.get("initializer_range"), "{:g}"),
@@ -293,7 +293,7 @@ def efficiency_tables(suite: Found | None) -> list[Table]:
         _measurement(rows.get((form, length, key)), called, length, name)
         for form, called in efficiency.FORMS.items()
         for length in lengths[form]
-        for key, name in CONTESTANTS.items()
+        for key, name in TIMED.items()
     )
     head = (
         "Model", "Form", "T", "Layers", "Milliseconds", "Times the Transformer", "Peak memory",
