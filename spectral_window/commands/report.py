@@ -41,7 +41,7 @@ def run(*, folders: list[Path], out: Path | None) -> None:
     print_table(
         page.headline(judged),
         ("claim", "verdict", "as published, here", "well-posed, here"),
-        [(claim.name, verdict, claim.published, claim.posed) for claim, verdict in judged],
+        [(claim.name, verdict, claim.published, claim.well_posed) for claim, verdict in judged],
         numbers=False,
     )
     if any(map(reading.quick, reading.suites)):

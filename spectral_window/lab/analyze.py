@@ -10,13 +10,13 @@ frequency response of a mode needs no truncated transform: with z = exp(-a + i w
 **Branches.** A branch's part of the fusion's sum is what the fusion gives with the other branch at
 zero: RMSNorm(Y_spec) and Y_local for the paper's, and it is defined for every other fusion too. Two
 numbers are read from it on text: the share of energy, mean |part|^2, and what silencing a branch
-costs, the rise of the held-out loss in nats a token. Energy says what enters the sum, the loss
+costs, the rise of the held-out loss in nats per token. Energy says what enters the sum, the loss
 says what is used; they need not agree.
 
 **Drift.** How far the kernels are from where they began. A run's seed gives back its very first
 weights, so every channel is compared with itself; and in any case the learned decays and
 frequencies are compared with fresh draws of the same kernel by the statistic of Kolmogorov and
-Smirnov: the largest distance of the two cumulative distributions, 0 for alike and 1 for disjoint.
+Smirnov: the largest distance of the two cumulative distributions, 0 for equal and 1 for disjoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from spectral_window.training.evaluate import evaluate
 
 QUANTILES = {"p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "longest": 1.0}
 SHOWN = {"fast (10 %)": 0.1, "median": 0.5, "slow (90 %)": 0.9, "slowest": 1.0}
-ANGLES = np.linspace(0.0, np.pi, 129)  # radians a token, where responses are evaluated
+ANGLES = np.linspace(0.0, np.pi, 129)  # radians per token, where responses are evaluated
 LAGS = 65  # tokens of an impulse response that are written down
 FRESH = 64  # fresh kernels that stand for the initial distribution
 KS_5_PERCENT = 1.358  # times sqrt(1/n + 1/m): what one in twenty pairs of equal samples exceeds
@@ -51,7 +51,7 @@ KS_5_PERCENT = 1.358  # times sqrt(1/n + 1/m): what one in twenty pairs of equal
 class Kernels(NamedTuple):
     """One layer's kernels as arrays. N oscillators (or D learned filters), D channels.
 
-    half_life: [N] tokens.  frequency: [N] radians a token, None for learned filters.
+    half_life: [N] tokens.  frequency: [N] radians per token, None for learned filters.
     slowest: [D] the longest half-life of each channel.  modes: what the layer computes with.
     """
 
@@ -77,28 +77,28 @@ def read_kernels(model: SWHForCausalLM) -> list[Kernels]:
 
 
 @singledispatch
-def _read(found: Any) -> Kernels:
+def _read(yielded: Any) -> Kernels:
     """What a kernel module yields, as arrays. Sums of oscillators and learned filters are read
     differently, so this and the next two functions have one form for each."""
-    raise UserTypeError(f"a kernel that yields {type(found).__name__} cannot be read (analyze)")
+    raise UserTypeError(f"a kernel that yields {type(yielded).__name__} cannot be read (analyze)")
 
 
 @_read.register
-def _(found: Modes) -> Kernels:
-    decay = found.decay.detach().double().abs().cpu().numpy()
+def _(yielded: Modes) -> Kernels:
+    decay = yielded.decay.detach().double().abs().cpu().numpy()
     life = math.log(2) / np.maximum(decay, 1e-12)
     slowest = life if life.ndim == 1 else life.max(1)
-    frequency = found.frequency.detach().double().cpu().numpy().ravel()
-    return Kernels(life.ravel(), frequency, slowest, found)
+    frequency = yielded.frequency.detach().double().cpu().numpy().ravel()
+    return Kernels(life.ravel(), frequency, slowest, yielded)
 
 
 @_read.register
-def _(found: Taps) -> Kernels:
-    energy = found.weights.detach().double().cpu().numpy() ** 2
+def _(yielded: Taps) -> Kernels:
+    energy = yielded.weights.detach().double().cpu().numpy() ** 2
     left = energy[:, ::-1].cumsum(1)[:, ::-1]  # from lag t on
     # a filter of a single zero lag has no energy; its half-life is 0
     life = (left > left[:, :1] / 4).sum(1).astype(float)
-    return Kernels(life, None, life, found)
+    return Kernels(life, None, life, yielded)
 
 
 @singledispatch
@@ -121,7 +121,7 @@ def _(taps: Taps, length: int) -> np.ndarray:
 
 @singledispatch
 def frequency_response(modes: Any, angles: np.ndarray) -> np.ndarray:
-    """|H| of every channel at `angles` (radians a token): [D, len(angles)]; infinite at the
+    """|H| of every channel at `angles` (radians per token): [D, len(angles)]; infinite at the
     frequency of a mode that never decays."""
     raise UserTypeError(f"no frequency response of {type(modes).__name__} (analyze)")
 
@@ -153,16 +153,16 @@ def chosen_channels(kernels: Kernels) -> dict[str, int]:
 
 def _describe(kernels: Kernels, window: int) -> dict[str, Any]:
     """One layer's kernels in numbers."""
-    facts: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "oscillators": 0 if kernels.frequency is None else len(kernels.half_life),
         "half_life": _quantiles(kernels.half_life),
         "past_window": float((kernels.half_life > window).mean()),
     }
     if kernels.frequency is not None:
-        facts["frequency"] = _quantiles(fold(kernels.frequency))
+        summary["frequency"] = _quantiles(fold(kernels.frequency))
     impulse = impulse_response(kernels.modes, LAGS)
     response = frequency_response(kernels.modes, ANGLES)
-    facts["channels"] = [
+    summary["channels"] = [
         {
             "name": name,
             "channel": channel,
@@ -172,11 +172,11 @@ def _describe(kernels: Kernels, window: int) -> dict[str, Any]:
         }
         for name, channel in chosen_channels(kernels).items()
     ]
-    return facts
+    return summary
 
 
 def fold(frequency: np.ndarray) -> np.ndarray:
-    """Frequencies as a sampled signal shows them: in 0 ... pi radians a token."""
+    """Frequencies as a sampled signal shows them: in 0 ... pi radians per token."""
     return np.abs((frequency + np.pi) % (2 * np.pi) - np.pi)
 
 
@@ -240,8 +240,8 @@ def branch_energy(
     with _before_fusion(mixers, measure):
         loss = evaluate(model, stream, length=length, max_tokens=max_tokens)["loss"]
     layers = []
-    for found in sums.values():
-        means = {branch: total / count for branch, total in found.items()}
+    for energies in sums.values():
+        means = {branch: total / count for branch, total in energies.items()}
         whole = sum(means.values())
         layers.append({**means, "spectral_share": means.get("spectral", 0.0) / whole})
     return loss, layers
@@ -256,7 +256,7 @@ def silenced_loss(
     length: int,
     max_tokens: int,
 ) -> float:
-    """Held-out loss, nats a token, with `branch` zeroed where it enters the fusion, in one layer
+    """Held-out loss, nats per token, with `branch` zeroed where it enters the fusion, in one layer
     (from 0) or in all."""
     mixers = with_branch(model, *BRANCHES)
 
@@ -301,25 +301,25 @@ def _drift(now: Kernels, part: Any, begun: Kernels | None) -> dict[str, Any]:
     fresh = _fresh(part)
     drawn = np.concatenate([each.half_life for each in fresh])
     n, m = len(now.half_life), len(drawn)
-    facts: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "half_life_ks": ks_statistic(now.half_life, drawn),
         "ks_5_percent": KS_5_PERCENT * math.sqrt(1 / n + 1 / m),
         "initial_half_life": _quantiles(drawn),
     }
     if now.frequency is not None:
         turns = np.concatenate([each.frequency for each in fresh if each.frequency is not None])
-        facts["frequency_ks"] = ks_statistic(fold(now.frequency), fold(turns))
-        facts["mean_decay"] = float((math.log(2) / now.half_life).mean())
-        facts["initial_mean_decay"] = float((math.log(2) / drawn).mean())
+        summary["frequency_ks"] = ks_statistic(fold(now.frequency), fold(turns))
+        summary["mean_decay"] = float((math.log(2) / now.half_life).mean())
+        summary["initial_mean_decay"] = float((math.log(2) / drawn).mean())
     if begun is not None:
         ratio = np.log2(np.maximum(now.half_life, 1e-9) / np.maximum(begun.half_life, 1e-9))
-        facts["half_life_log2_ratio"] = _quantiles(ratio)
-        facts["slower_by_half"] = float((ratio > math.log2(1.5)).mean())
-        facts["faster_by_half"] = float((ratio < -math.log2(1.5)).mean())
+        summary["half_life_log2_ratio"] = _quantiles(ratio)
+        summary["slower_by_half"] = float((ratio > math.log2(1.5)).mean())
+        summary["faster_by_half"] = float((ratio < -math.log2(1.5)).mean())
         if now.frequency is not None and begun.frequency is not None:
             moved = np.abs(now.frequency - begun.frequency)
-            facts["frequency_moved"] = _quantiles(moved)
-    return facts
+            summary["frequency_moved"] = _quantiles(moved)
+    return summary
 
 
 # -------------------------------------------------------------------------------- all of it at once

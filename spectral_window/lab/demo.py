@@ -2,11 +2,11 @@
 
 Two models of equal size learn the same text (source and docstrings of Python's standard library)
 for the same number of steps: SWH and a Transformer. Both are then measured on files they have never
-seen, both continue the same beginning, and a page shows it all.
+seen, both continue the same text, and a page shows it all.
 
 Each training is a process of its own, started with the very command that the report prints. So
 peak memory is that of one model (a process's peak never falls, and the second model in one process
-would inherit the first one's), and whoever doubts a number can run its command.
+would inherit the first one's), and a number can be checked by running its command.
 """
 
 from __future__ import annotations

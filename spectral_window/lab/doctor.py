@@ -60,19 +60,19 @@ def examine(model: SWHForCausalLM, context: int) -> list[Finding]:
     """
     if context < 1:
         raise UserError(f"context is {context} (doctor): give at least 1 token")
-    found: list[Finding] = []
+    findings: list[Finding] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, check in CHECKS.items():
             try:
-                found += check(model, context)
+                findings += check(model, context)
             except (SpectralWindowError, RuntimeError) as error:
                 if is_out_of_memory(error):
                     raise
                 words = " ".join(str(error).split())
                 todo = "repair what the error names"
-                found.append(Finding(name, "fault", words, "the model cannot be run", todo))
-    return found
+                findings.append(Finding(name, "fault", words, "the model cannot be run", todo))
+    return findings
 
 
 # ------------------------------------------------------------------------------------------ looking
@@ -218,8 +218,8 @@ def growth(model: SWHForCausalLM, context: int) -> list[Finding]:
     state and work of generating (counted)."""
     mixer = mixers_of(model)[0]
     short = max(256, 4 * model.config.window)
-    kept = [_saved_bytes(mixer, time) for time in (short, 2 * short)]
-    power = math.log2(kept[1] / kept[0])
+    saved = [_saved_bytes(mixer, time) for time in (short, 2 * short)]
+    power = math.log2(saved[1] / saved[0])
     state = [model.state_bytes(n) for n in (context, 2 * context)]
     work = [model.flops_per_token(n) for n in (context, 2 * context)]
     grows = state[1] / state[0]
@@ -244,18 +244,18 @@ def growth(model: SWHForCausalLM, context: int) -> list[Finding]:
 
 def _saved_bytes(mixer: Mixer, time: int) -> int:
     """Bytes that a forward pass of `time` tokens keeps for the backward pass, weights left out."""
-    known = {p.untyped_storage().data_ptr() for p in mixer.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in mixer.parameters()}
     weight = next(p for p in mixer.parameters() if p.dim() == 2)  # a map's, of the model's dtype
     sizes: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     x = torch.randn(1, time, mixer.hidden_size, device=weight.device, dtype=weight.dtype)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
         y, _ = mixer(x.requires_grad_())  # while y lives, no storage is reused by another
     assert y.requires_grad
     return sum(sizes.values())
@@ -265,7 +265,7 @@ def _saved_bytes(mixer: Mixer, time: int) -> int:
 def visibility(model: SWHForCausalLM, context: int) -> list[Finding]:
     """Which keys each query sees, read from the attention itself; and that no future reaches the
     past through the whole model."""
-    found = []
+    findings = []
     mixer, config = mixers_of(model)[0], model.config
     # two whole chunks and the beginnings of two more: every case of the window's mask
     t = torch.arange(3 * config.window + 2)
@@ -283,10 +283,10 @@ def visibility(model: SWHForCausalLM, context: int) -> list[Finding]:
             if bool((seen & (first < 0)).any()):
                 measured += ", some of them later than itself"
             todo = f"window {config.window} in the config is not what is computed: check the mask"
-            found.append(Finding(name, "fault", measured, why, todo, numbers))
+            findings.append(Finding(name, "fault", measured, why, todo, numbers))
         else:
             measured = f"1 to {int(want.max())}, exact for {len(t)} queries"
-            found.append(Finding(name, "ok", measured, why, "", numbers))
+            findings.append(Finding(name, "ok", measured, why, "", numbers))
     tokens = _tokens(model, min(256, max(context, 2)))
     half = tokens.shape[1] // 2
     other = tokens.clone()
@@ -294,7 +294,7 @@ def visibility(model: SWHForCausalLM, context: int) -> list[Finding]:
     a, b = (model(x, use_cache=False).logits[:, :half] for x in (tokens, other))
     leak = _error(b, a)
     bad = not leak <= LEAK
-    found.append(
+    findings.append(
         Finding(
             "causality", "fault" if bad else "ok",
             f"other tokens after {half} move the logits before them by {leak:.1e}",
@@ -303,7 +303,7 @@ def visibility(model: SWHForCausalLM, context: int) -> list[Finding]:
             {"leak": leak},
         )
     )  # fmt: skip
-    return found
+    return findings
 
 
 @torch.no_grad()
@@ -322,17 +322,17 @@ def visible_keys(mixer: Mixer, time: int) -> Tensor:
     code[position // size, position, :, position % size] = 1.0
     code = code.flatten(-2).to(weight.device)
     x = 1e-3 * torch.randn(1, time, mixer.hidden_size).to(weight).expand(rows, -1, -1)
-    kept: list[Tensor] = []
+    attended: list[Tensor] = []
     after = getattr(mixer, "local_proj", mixer.out_proj)
     assert isinstance(after, nn.Module)
     assert isinstance(mixer.v_proj, nn.Module)
     replace = mixer.v_proj.register_forward_hook(lambda *_: code)
     try:
-        with _watch([after], lambda part, args: kept.append(args[0])):
+        with _watch([after], lambda part, args: attended.append(args[0])):
             mixer(x)
     finally:
         replace.remove()
-    shares = kept[0].unflatten(-1, (heads, size)).ne(0).any(2)  # [rows, T, K]
+    shares = attended[0].unflatten(-1, (heads, size)).ne(0).any(2)  # [rows, T, K]
     return shares.permute(1, 0, 2).flatten(1)[:, :time].cpu()
 
 
@@ -372,22 +372,22 @@ def accumulators(model: SWHForCausalLM, context: int) -> list[Finding]:
         return []
     life = np.concatenate([each.half_life for each in read_kernels(model)])
     share = float((life > 10 * context).mean())
-    heard: list[float] = []
+    loudness: list[float] = []
 
     def look(fusion: Fusion, args: tuple[Any, ...]) -> None:
         energy = fusion.forward(*alone(args, "spectral"))[0].double().square().mean(0)
-        heard.append(float(energy.median() / energy.mean()))
+        loudness.append(float(energy.median() / energy.mean()))
 
     with _watch([mixer.fusion for mixer in mixers], look):
         model(_tokens(model, max(context, 64)), use_cache=False)
-    layer = int(np.argmin(heard))
-    numbers = {"share_never_forgetting": share, "median_loudness": heard[layer]}
+    layer = int(np.argmin(loudness))
+    numbers = {"share_never_forgetting": share, "median_loudness": loudness[layer]}
     measured = (
         f"{share:.1%} of kernels outlast 10 x {context:,} tokens; the median channel of layer "
-        f"{layer + 1} is heard with {heard[layer]:.1%} of the mean energy"
+        f"{layer + 1} is heard with {loudness[layer]:.1%} of the mean energy"
     )
     why = "all channels share one norm: loud ones, as those that never forget, shrink the rest"
-    if share <= ACCUMULATORS and heard[layer] >= DROWNED:
+    if share <= ACCUMULATORS and loudness[layer] >= DROWNED:
         return [Finding("accumulators", "ok", measured, why, "", numbers)]
     todo = "keep weight decay off the kernels, or give every kernel unit energy"
     return [Finding("accumulators", "warning", measured, why, todo, numbers)]

@@ -1,17 +1,23 @@
-"""Figures of the report: matplotlib in, quiet pictures out.
+"""Figures of the laboratory: their style, panels, and what more than one page paints.
 
 A figure is drawn once with the light theme's colours. As SVG, each of those colours becomes a CSS
 variable (`var(--ink, #1f2328)`), so the page's own light or dark theme paints it, and its text
 takes the page's font. As PNG the colours stay as they are, on an opaque light ground that reads
 well in both themes of a code-hosting site.
+
+A `Panel` is a figure of one axes that knows its title and how to paint itself. A page shows every
+panel as an SVG of its own (`svg`), so that a phone stacks them and their letters stay legible; a
+`sheet` puts several into one PNG. A value is a dot, its 95 % interval a bar.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -20,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from spectral_window.lab.estimates import Estimate
 from spectral_window.lab.runs import Points
 
 PAPER, INK, MUTED, RULE = "#fcfcfa", "#1f2328", "#656c76", "#dcdfe3"
@@ -86,7 +93,7 @@ def size(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 118.4 -> '1 min 58 s'. The spaces do not break."""
+    """Seconds as text: 118.4 -> '1 min 58 s'. The spaces do not break."""
     if seconds < 99.95:
         text = f"{seconds:.3g} s"
     elif seconds < 3600:
@@ -105,6 +112,76 @@ def smooth(value: np.ndarray, share: float = 0.03) -> np.ndarray:
     half = np.minimum(int(n * share / 2) + 1, np.minimum(np.arange(n), np.arange(n)[::-1]))
     total = np.concatenate([[0.0], np.cumsum(value)])
     return (total[np.arange(n) + half + 1] - total[np.arange(n) - half]) / (2 * half + 1)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One axes: `name` is its id on a page, `words` describe it to a reader who cannot see it; the
+    size is in inches. empty: nothing was measured, so that it only says "missing"."""
+
+    name: str
+    title: str
+    words: str
+    paint: Callable[[Axes], None]
+    width: float = 5.0
+    height: float = 3.3
+    empty: bool = False
+
+
+def svg(panel: Panel) -> str:
+    """The panel as an `<svg>` element, without its title, which stands on the page."""
+    figure = draw(panel.paint, panel.width, panel.height)
+    return to_svg(figure, panel.name, html.escape(panel.title), html.escape(panel.words))
+
+
+def sheet(
+    panels: Sequence[Panel], columns: int, about: str, path: Path, *, dpi: int = 150,
+    margin: float = 0.8, title_size: float = 10.0, legend_columns: int | None = None,
+    **legend: Any,
+) -> Path:  # fmt: skip
+    """All panels in one PNG, `columns` in a row, one legend beneath, and `about` below it; returns
+    `path`.
+
+    margin: inches for legend and `about`. legend: options of matplotlib's legend.
+    """
+    rows = -(-len(panels) // columns)
+    heights = [max(p.height for p in panels[i * columns : (i + 1) * columns]) for i in range(rows)]
+    with mpl.rc_context(STYLE):
+        size = (columns * panels[0].width, sum(heights) + margin)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+        named: dict[str, Any] = {}
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            panel.paint(axes)
+            axes.set_title(panel.title, loc="left", fontsize=title_size, color=INK)
+            for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+                named.setdefault(str(name), handle)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        if named:
+            if legend_columns is None:  # in two lines where one would reach `about`
+                legend_columns = len(named) if len(named) <= columns + 1 else -(-len(named) // 2)
+            figure.legend(
+                list(named.values()), list(named), loc="outside lower left",
+                ncols=min(len(named), legend_columns),
+                **({"fontsize": 9, "labelcolor": INK} | legend),
+            )  # fmt: skip
+        figure.supxlabel(about, fontsize=8, color=MUTED, x=0.995, ha="right")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    return path
+
+
+def save(figure: Figure, png: Path, salt: str = "") -> Path:
+    """Write `figure` as `png` and as .svg beside it, with its letters as shapes; returns `png`.
+
+    salt: of the SVG's ids; by default the name of the file.
+    """
+    png.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": salt or png.stem}):
+        figure.savefig(png, dpi=160, metadata={"Software": None})
+        figure.savefig(png.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    return png
 
 
 def draw(paint: Callable[[Axes], None], width: float = 5.0, height: float = 3.3) -> Figure:
@@ -150,23 +227,23 @@ def paint_loss(axes: Axes, series: Sequence[Series], against: str) -> None:
     "seconds"."""
     ceiling, floor = [], []
     for one in series:
-        train, held = one.train, one.evaluations
+        train, evaluations = one.train, one.evaluations
         if len(train):
             value = smooth(train.value)
             axes.plot(getattr(train, against), value, color=one.color, lw=0.9, alpha=0.5)
             ceiling.append(value[len(value) // 25])
             floor.append(value.min())
-        if len(held):
+        if len(evaluations):
             axes.plot(
-                getattr(held, against), held.value, color=one.color, lw=1.6, marker="o", ms=3.6,
-                label=one.label,
+                getattr(evaluations, against), evaluations.value, color=one.color, lw=1.6,
+                marker="o", ms=3.6, label=one.label,
             )  # fmt: skip
-            ceiling.append(np.sort(held.value)[-2:].min())
-            floor.append(held.value.min())
+            ceiling.append(np.sort(evaluations.value)[-2:].min())
+            floor.append(evaluations.value.min())
         elif len(train):
             axes.lines[-1].set_label(one.label)
     if not ceiling:
-        say_missing(axes)
+        write_missing(axes)
         return
     low, high = min(floor), max(ceiling)
     pad = 0.08 * (high - low) + 1e-3
@@ -188,7 +265,7 @@ def paint_state(axes: Axes, series: Sequence[tuple[str, str, Sequence[tuple[int,
     bytes), ...])."""
     drawn = [one for one in series if one[2]]
     if not drawn:
-        say_missing(axes)
+        write_missing(axes)
         return
     for label, color, points in drawn:
         x, y = zip(*points, strict=True)
@@ -213,13 +290,13 @@ def paint_state(axes: Axes, series: Sequence[tuple[str, str, Sequence[tuple[int,
 
 
 def paint_half_lives(axes: Axes, decays: Sequence[np.ndarray], color: str) -> None:
-    """A ridge for each layer: how many channels forget half within how many tokens; dashed: as
+    """A ridge per layer: how many channels forget half within how many tokens; dashed: as
     initialised.
 
     `decays`: per layer, |alpha| of each channel, per token.
     """
     if not decays:
-        say_missing(axes)
+        write_missing(axes)
         return
     grid = np.logspace(-1, 3, 240)
     step = 1.0
@@ -247,7 +324,7 @@ def paint_poles(
     """Every oscillator as a dot: its frequency (folded into 0 ... pi) against its half-life; later
     layers are darker."""
     if not decays:
-        say_missing(axes)
+        write_missing(axes)
         return
     for layer, (decay, frequency) in enumerate(zip(decays, frequencies, strict=True)):
         life = np.log(2) / np.maximum(np.abs(decay), np.log(2) / 1e3)
@@ -264,8 +341,35 @@ def paint_poles(
     axes.set_ylabel("half-life, tokens")
 
 
-def say_missing(axes: Axes) -> None:
-    """The honest picture of data that is not there."""
+def dot(
+    axes: Axes, score: Estimate | None, y: float, color: str, label: str | None,
+    hollow: bool = False,
+) -> None:  # fmt: skip
+    """A value with its interval, or nothing where it is missing."""
+    if score is None:
+        return
+    if np.isfinite([score.low, score.high]).all():
+        axes.plot([score.low, score.high], [y, y], color=color, lw=1.2, alpha=0.7)
+    axes.plot(score.value, y, "o", ms=5, color=color, mfc=PAPER if hollow else color, label=label)
+
+
+def name_lines(axes: Axes, names: Sequence[str]) -> None:
+    """One line per name, from the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+
+
+def write_line(axes: Axes, text: str, y: float) -> None:
+    """A line of text in place of values."""
+    axes.text(0.02, y, text, transform=axes.get_yaxis_transform(), va="center", color=MUTED,
+              fontsize=9)  # fmt: skip
+
+
+def write_missing(axes: Axes) -> None:
+    """The picture of data that is not there."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes, color=MUTED)
 

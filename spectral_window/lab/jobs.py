@@ -5,7 +5,7 @@ are its own, a kill loses one of them at most, and its command can be typed to c
 
 `run_all` runs many `Job`s, each of which ends in a file, and skips those whose file is there. A job
 that was started before and can continue (a training, from its checkpoint) gets further arguments.
-`rows_of` starts one child that sends rows as it finds them by `send_rows`.
+`rows_of` runs a function in a child that sends its rows as it yields them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -169,14 +170,19 @@ def run_all(jobs: Sequence[Job], *, workers: int, log: Log = print) -> list[str]
 
 
 def rows_of(
-    module: str, task: Row, environment: Mapping[str, str], *, seconds: float | None = None
+    measure: Callable[[Row], Iterable[Row]],
+    task: Row,
+    environment: Mapping[str, str],
+    *,
+    seconds: float | None = None,
 ) -> Iterator[Row]:
-    """What a fresh process `python -m MODULE` finds on `task` (plain values), as it sends it.
+    """What `measure(task)` yields in a fresh process, as it comes.
 
-    seconds: after which it is killed. Raises ResourceError where it fails, with the last line of
-    its errors.
+    measure: a function of a module. task, rows: plain values. seconds: after which the process is
+    killed. Raises ResourceError where it fails, with the last line of its errors.
     """
-    command = [sys.executable, "-m", module, json.dumps(task)]
+    words = [measure.__module__, measure.__name__, json.dumps(task)]
+    command = [sys.executable, "-m", __name__, *words]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -208,11 +214,14 @@ def rows_of(
             raise ResourceError(lines[-1][:200] if lines and child.returncode > 0 else ended)
 
 
-def send_rows(find: Callable[[Row], Iterable[Row]]) -> None:
-    """The child's side of `rows_of`: send what `find(task)` gives, a line of JSON each. Whatever
-    else is printed goes to stderr."""
-    task = json.loads(sys.argv[1])
+def _send_rows(module: str, measure: str, task: str) -> None:
+    """The child's side of `rows_of`: a line of JSON on stdout for each row. Whatever else is
+    printed goes to stderr."""
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        for row in find(task):
+        for row in getattr(import_module(module), measure)(json.loads(task)):
             print(json.dumps(row), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    _send_rows(*sys.argv[1:])

@@ -28,12 +28,12 @@ TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10.0, "color": figures.INK}
 
 
 def draw_all(
-    facts: dict[str, Any],
+    analysis: dict[str, Any],
     kernels: Sequence[Kernels],
     out: Path,
     begun: Sequence[Kernels] | None = None,
 ) -> list[Path]:
-    """Every picture of `facts` (what `analyze` returned) and the same model's `kernels`, in `out`.
+    """Every picture of `analysis` (from `analyze`) and the same model's `kernels`, in `out`.
 
     begun: the kernels it began with, where they are known. Returns the PNG files; each has an .svg
     beside it.
@@ -41,10 +41,10 @@ def draw_all(
     decays = [math.log(2) / np.maximum(each.half_life, 1e-9) for each in kernels]
     turns = [each.frequency for each in kernels if each.frequency is not None]
     pictures: dict[str, Callable[[], Figure]] = {
-        "impulse": lambda: impulse_figure(facts, kernels),
-        "response": lambda: response_figure(facts),
+        "impulse": lambda: impulse_figure(analysis, kernels),
+        "response": lambda: response_figure(analysis),
         "half_lives": lambda: figures.draw(lambda axes: _paint_half_lives(axes, decays)),
-        "branches": lambda: branches_figure(facts),
+        "branches": lambda: branches_figure(analysis),
     }
     if turns:
         pictures["poles"] = lambda: figures.draw(
@@ -52,23 +52,15 @@ def draw_all(
         )
     if begun is not None:
         pictures["drift"] = lambda: drift_figure(begun, kernels)
-    return [save(paint(), out / f"{name}.png") for name, paint in pictures.items()]
+    return [figures.save(paint(), out / f"{name}.png") for name, paint in pictures.items()]
 
 
-def save(figure: Figure, png: Path) -> Path:
-    """Write `figure` as `png` and as .svg beside it, with its letters as shapes; returns `png`."""
-    with mpl.rc_context({**figures.STYLE, "svg.fonttype": "path", "svg.hashsalt": png.stem}):
-        figure.savefig(png, dpi=160, metadata={"Software": None})
-        figure.savefig(png.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-    return png
-
-
-def impulse_figure(facts: dict[str, Any], kernels: Sequence[Kernels]) -> Figure:
-    """K[t] of the selected channels: a row a layer, a column a place in the order of half-lives.
+def impulse_figure(analysis: dict[str, Any], kernels: Sequence[Kernels]) -> Figure:
+    """K[t] of the selected channels: a row per layer, a column per rank of the half-lives.
 
     Each panel is as long as its own kernel: four half-lives, 16 to 1,024 tokens.
     """
-    rows = _some(facts["layers"])
+    rows = _some(analysis["layers"])
     with mpl.rc_context(figures.STYLE):
         figure = Figure(figsize=(9.0, 0.5 + 1.55 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), len(SHOWN), squeeze=False, sharey=True)
@@ -89,9 +81,9 @@ def impulse_figure(facts: dict[str, Any], kernels: Sequence[Kernels]) -> Figure:
     return figure
 
 
-def response_figure(facts: dict[str, Any]) -> Figure:
-    """|H| of the same channels over 0 ... pi radians a token, in decibels; a panel a layer."""
-    layers = _some(facts["layers"])
+def response_figure(analysis: dict[str, Any]) -> Figure:
+    """|H| of the same channels over 0 ... pi radians per token, in decibels; a panel per layer."""
+    layers = _some(analysis["layers"])
     columns = min(2, len(layers))
     lines = -(-len(layers) // columns)
     with mpl.rc_context(figures.STYLE):
@@ -103,7 +95,7 @@ def response_figure(facts: dict[str, Any]) -> Figure:
             for channel in layer["channels"]:
                 size = np.array([np.nan if x is None else x for x in channel["response"]])
                 axes.plot(
-                    facts["angles"],
+                    analysis["angles"],
                     20 * np.log10(np.maximum(size, 1e-4)),
                     color=CHANNEL_COLORS[channel["name"]],
                     lw=1.3,
@@ -121,15 +113,15 @@ def response_figure(facts: dict[str, Any]) -> Figure:
     return figure
 
 
-def branches_figure(facts: dict[str, Any]) -> Figure:
+def branches_figure(analysis: dict[str, Any]) -> Figure:
     """Left: the share of each branch in the energy of the fusion's sum. Right: how much the loss
     rises when the branch is silenced in that layer alone."""
     with mpl.rc_context(figures.STYLE):
-        layers = facts["layers"]
+        layers = analysis["layers"]
         figure = Figure(figsize=(9.0, 1.5 + 0.42 * len(layers)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        _paint_shares(left, facts)
-        _paint_rises(right, facts)
+        _paint_shares(left, analysis)
+        _paint_rises(right, analysis)
         figure.legend(
             *right.get_legend_handles_labels(), loc="outside upper left", ncols=len(BRANCH_COLORS)
         )
@@ -167,11 +159,11 @@ def _paint_half_lives(axes: Axes, decays: Sequence[np.ndarray]) -> None:
     axes.set_title("dashed: the paper's beginning, decays from N(0, 1)", **TITLE)
 
 
-def _paint_shares(axes: Axes, facts: dict[str, Any]) -> None:
-    y = np.arange(len(facts["layers"]))
+def _paint_shares(axes: Axes, analysis: dict[str, Any]) -> None:
+    y = np.arange(len(analysis["layers"]))
     before = np.zeros(len(y))
-    for branch in facts["branches"]:
-        share = np.array([_share(layer["energy"], branch) for layer in facts["layers"]])
+    for branch in analysis["branches"]:
+        share = np.array([_share(layer["energy"], branch) for layer in analysis["layers"]])
         axes.barh(y, share, left=before, height=0.6, color=BRANCH_COLORS[branch])
         for at, begin, part in zip(y, before, share, strict=True):
             if part >= 0.12:
@@ -182,18 +174,18 @@ def _paint_shares(axes: Axes, facts: dict[str, Any]) -> None:
         before += share
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-    axes.set_yticks(y, [f"layer {layer['layer']}" for layer in facts["layers"]])
+    axes.set_yticks(y, [f"layer {layer['layer']}" for layer in analysis["layers"]])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlabel("share of the energy that enters the sum")
 
 
-def _paint_rises(axes: Axes, facts: dict[str, Any]) -> None:
-    branches = facts["branches"]
+def _paint_rises(axes: Axes, analysis: dict[str, Any]) -> None:
+    branches = analysis["branches"]
     height = 0.6 / len(branches)
     for place, branch in enumerate(branches):
-        y = np.arange(len(facts["layers"])) + (place - (len(branches) - 1) / 2) * height
-        rise = [layer["silenced"][branch] for layer in facts["layers"]]
+        y = np.arange(len(analysis["layers"])) + (place - (len(branches) - 1) / 2) * height
+        rise = [layer["silenced"][branch] for layer in analysis["layers"]]
         bars = axes.barh(y, rise, height=height, color=BRANCH_COLORS[branch], label=branch)
         axes.bar_label(bars, fmt="{:+.3f}", padding=3, fontsize=8.5, color=BRANCH_COLORS[branch])
     axes.axvline(0, color=figures.MUTED, lw=0.6)

@@ -7,9 +7,9 @@ drawn without its data.
 
 from __future__ import annotations
 
-import html
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from spectral_window.lab import figures
+from spectral_window.lab.figures import Panel, svg
 from spectral_window.lab.runs import Run, read, read_all
 from spectral_window.lab.summary import (
     MEASURES,
@@ -71,7 +72,7 @@ def write(runs: Sequence[Path | str], out_html: Path | str, *, note: str = "") -
 def render(template: str, out_html: Path, **content: Any) -> Path:
     """Write the page `template` of templates/, filled with `content`, to `out_html`, whole or not
     at all; returns it."""
-    page = _environment().get_template(template).render(**content)
+    page = _templates().get_template(template).render(**content)
     out_html.parent.mkdir(parents=True, exist_ok=True)
     part = out_html.with_name(out_html.name + ".part")
     # JSON can spell half a surrogate pair, UTF-8 cannot
@@ -119,31 +120,28 @@ def training_figure(run: Path | str, out_png: Path | str) -> Path:
     Writes `out_png` and, beside it, the same picture as .svg. Returns `out_png`.
     """
     one = read(Path(run))
-    train, held, bits = one.train(), one.evaluations(), one.number("bits_per_byte")
+    train, evaluations, bits = one.train(), one.evaluations(), one.number("bits_per_byte")
     out_png = Path(out_png)
     with mpl.rc_context({**figures.STYLE, "font.size": 10.5}):
         figure = Figure(figsize=(9.0, 4.6), layout="constrained")
         axes = figure.add_subplot()
         color = figures.SERIES[0]
-        series = [figures.Series("held-out loss", color, train, held)]
+        series = [figures.Series("held-out loss", color, train, evaluations)]
         figures.paint_loss(axes, series, "tokens")
-        if len(train) or len(held):
+        if len(train) or len(evaluations):
             if len(train):
                 axes.plot([], [], color=color, lw=0.9, alpha=0.5, label="training loss, smoothed")
             _mark_resumes(axes, one.resumes())
             axes.legend(loc="upper right", labelcolor=figures.INK)
-        if len(held) and bits is not None:
+        if len(evaluations) and bits is not None:
             axes.annotate(
-                f"{bits:.3f} bits per byte", (held.tokens[-1], held.value[-1]), xytext=(-4, 26),
-                textcoords="offset points", ha="right", color=color, weight="bold", fontsize=12,
+                f"{bits:.3f} bits per byte", (evaluations.tokens[-1], evaluations.value[-1]),
+                xytext=(-4, 26), textcoords="offset points", ha="right", color=color, weight="bold",
+                fontsize=12,
                 arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8, "shrinkB": 4},
             )  # fmt: skip
         axes.set_title(_training_title(one), loc="left", fontsize=11, color=figures.INK)
-        out_png.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out_png, dpi=160, metadata={"Software": None})
-        with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "training"}):
-            figure.savefig(out_png.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-    return out_png
+        return figures.save(figure, out_png, salt="training")
 
 
 def _rows(runs: Sequence[Run], states: Sequence[list[tuple[int, int]]]) -> list[dict[str, Any]]:
@@ -152,8 +150,8 @@ def _rows(runs: Sequence[Run], states: Sequence[list[tuple[int, int]]]) -> list[
         for m in MEASURES
     ]
     for context, name in SHOWN_CONTEXTS.items():
-        kept: list[float | None] = [dict(state).get(context) for state in states]
-        rows.append(_row(f"State after {name} tokens", "", kept, figures.size, "low"))
+        sizes: list[float | None] = [dict(state).get(context) for state in states]
+        rows.append(_row(f"State after {name} tokens", "", sizes, figures.size, "low"))
     texts = [growth_text(state) for state in states]
     cells = [{"text": t, "best": False, "missing": t == MISSING} for t in texts]
     return [*rows, {"name": "State as text grows", "note": "", "cells": cells}]
@@ -206,24 +204,25 @@ def _figures(runs: Sequence[Run], states: Sequence[list[tuple[int, int]]]) -> di
     drawn: dict[str, Any] = {}
     ends = "; ".join(f"{r.label} ends at {loss_text(r)}" for r in runs)
     for against in ("tokens", "seconds"):
-        drawn[f"loss_{against}"] = _svg(
-            lambda axes, against=against: figures.paint_loss(axes, series, against),
+        loss = Panel(
             f"loss-{against}",
             f"Loss against {against}",
             f"Training and held-out loss in nats per token against {against}. {ends}.",
+            partial(figures.paint_loss, series=series, against=against),
         )
+        drawn[f"loss_{against}"] = svg(loss)
     sizes = "; ".join(
         f"{run.label}: {figures.size(state[-1][1]) if state else MISSING}"
         for run, state in zip(runs, states, strict=True)
     )
-    drawn["state"] = _svg(
-        lambda axes: figures.paint_state(
-            axes, [(r.label, c, s) for r, c, s in zip(runs, colors, states, strict=True)]
-        ),
+    grown = [(r.label, c, s) for r, c, s in zip(runs, colors, states, strict=True)]
+    state = Panel(
         "state",
         "Memory kept while generating, against tokens read",
         f"Both axes logarithmic. After a million tokens: {sizes}.",
+        partial(figures.paint_state, series=grown),
     )
+    drawn["state"] = svg(state)
     drawn["dynamics"] = []
     for index, (run, color) in enumerate(zip(runs, colors, strict=True)):
         decays, frequencies = oscillators(run)
@@ -240,31 +239,25 @@ def _dynamics(
         f"Half of the channels forget half of what they heard within {np.median(life):.2g} tokens; "
         f"the slowest tenth keeps it for {np.quantile(life, 0.9):.2g} tokens or more."
     )
-    ridges = _svg(
-        lambda axes: figures.paint_half_lives(axes, decays, color), f"ridges-{index}",
-        "Half-lives of the learned oscillators, by layer", words, 5.0, 3.3,
+    ridges = Panel(
+        f"ridges-{index}", "Half-lives of the learned oscillators, by layer", words,
+        lambda axes: figures.paint_half_lives(axes, decays, color),
     )  # fmt: skip
-    poles = _svg(
-        lambda axes: figures.paint_poles(axes, decays, frequencies, color), f"poles-{index}",
-        "Frequency and half-life of every learned oscillator", words, 5.0, 3.3,
+    poles = Panel(
+        f"poles-{index}", "Frequency and half-life of every learned oscillator", words,
+        lambda axes: figures.paint_poles(axes, decays, frequencies, color),
     )  # fmt: skip
-    return words, ridges, poles
-
-
-def _svg(
-    paint: Callable[..., None], name: str, title: str, description: str,
-    width: float = 5.0, height: float = 3.3,
-) -> str:  # fmt: skip
-    figure = figures.draw(paint, width, height)
-    return figures.to_svg(figure, name, html.escape(title), html.escape(description))
+    return words, svg(ridges), svg(poles)
 
 
 def _points_table(runs: Sequence[Run]) -> list[dict[str, str]]:
     """The numbers behind the curves: one line for each held-out evaluation."""
     rows = []
     for run in runs:
-        held = run.evaluations()
-        for tokens, seconds, loss in zip(held.tokens, held.seconds, held.value, strict=True):
+        evaluations = run.evaluations()
+        for tokens, seconds, loss in zip(
+            evaluations.tokens, evaluations.seconds, evaluations.value, strict=True
+        ):
             rows.append(
                 {
                     "model": run.label,
@@ -319,19 +312,19 @@ def _environment_rows(runs: Sequence[Run]) -> list[tuple[str, str]]:
     for run in runs:
         for key, value in _flat(run.environment()):
             rows.setdefault(key, []).append((run.label, value))
-    return [(key, _together(said)) for key, said in rows.items()]
+    return [(key, _together(values)) for key, values in rows.items()]
 
 
-def _together(said: Sequence[tuple[str, str]]) -> str:
-    values = [value for _, value in said]
-    if len(set(values)) == 1:
-        return values[0]
-    return "; ".join(f"{label}: {value}" for label, value in said)
+def _together(values: Sequence[tuple[str, str]]) -> str:
+    texts = [value for _, value in values]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "; ".join(f"{label}: {value}" for label, value in values)
 
 
-def _flat(found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
-    for key, value in found.items():
+    for key, value in content.items():
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{key} ")
         else:
@@ -349,7 +342,7 @@ def _inside(folder: Path, out_html: Path) -> str:
         return folder.name
 
 
-def _environment() -> jinja2.Environment:
+def _templates() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("spectral_window.lab", "templates"),
         autoescape=True,

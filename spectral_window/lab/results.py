@@ -28,10 +28,10 @@ def save(folder: Path, name: str, content: dict[str, Any]) -> Path:
 def load(folder: Path, name: str, holds: str = "rows") -> dict[str, Any] | None:
     """What `save` wrote, or None where nothing readable is there that has a list `holds`."""
     try:
-        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get(holds), list) else None
+    return content if isinstance(content, dict) and isinstance(content.get(holds), list) else None
 
 
 def is_quick(content: dict[str, Any]) -> bool:

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from spectral_window.nn.mixers import MIXERS
+from spectral_window.training.metrics import MetricsLog
 
-SAMPLE = ("prompt", "text", "settings")  # what a sample says; what it lacks is empty
+SAMPLE = ("prompt", "text", "settings")  # of a sample; what it lacks is empty
 
 
 @dataclass(frozen=True)
@@ -60,33 +61,33 @@ class Run:
         return None
 
     def recipe(self, name: str) -> Any:
-        """A knob of the recipe, or None."""
+        """A setting of the recipe, or None."""
         recipe = self.config.get("recipe")
         return recipe.get(name) if isinstance(recipe, Mapping) else None
 
     def environment(self) -> Mapping[str, Any]:
         """Versions, processor, threads and date as the run wrote them."""
         for source in (self.result, self.config):
-            found = source.get("environment")
-            if isinstance(found, Mapping):
-                return found
+            environment = source.get("environment")
+            if isinstance(environment, Mapping):
+                return environment
         return {}
 
     def command(self) -> str | None:
         """The command that made the run."""
         for source in (self.config, self.result):
-            found = source.get("command")
-            if isinstance(found, str) and found:
-                return found
-            if isinstance(found, list) and found:
-                return " ".join(str(word) for word in found)
+            command = source.get("command")
+            if isinstance(command, str) and command:
+                return command
+            if isinstance(command, list) and command:
+                return " ".join(str(word) for word in command)
         return None
 
     def fingerprint(self) -> str | None:
         """The sha256 that names the tokens it was trained and measured on."""
         data = self.config.get("data")
-        found = data.get("fingerprint") if isinstance(data, Mapping) else None
-        return found if isinstance(found, str) else None
+        fingerprint = data.get("fingerprint") if isinstance(data, Mapping) else None
+        return fingerprint if isinstance(fingerprint, str) else None
 
     def train(self) -> Points:
         """Training loss against tokens and seconds."""
@@ -111,13 +112,13 @@ def read(folder: Path | str, label: str | None = None) -> Run:
     missing: list[str] = []
     config = _read_object(folder / "config.json", missing)
     result = _read_object(folder / "result.json", missing)
-    metrics = _read_lines(folder / "metrics.jsonl", missing)
+    metrics = _read_metrics(folder / "metrics.jsonl", missing)
     samples: tuple[Mapping[str, Any], ...] = ()
     if (folder / "samples.json").exists():
-        found = _read_json(folder / "samples.json", missing)
-        if isinstance(found, list):
+        written = _read_json(folder / "samples.json", missing)
+        if isinstance(written, list):
             whole = dict.fromkeys(SAMPLE, "")
-            samples = tuple({**whole, **item} for item in found if isinstance(item, Mapping))
+            samples = tuple({**whole, **item} for item in written if isinstance(item, Mapping))
     else:
         missing.append("samples.json")
     if not (folder / "model" / "config.json").is_file():
@@ -128,8 +129,7 @@ def read(folder: Path | str, label: str | None = None) -> Run:
 
 
 def read_all(folders: list[Path]) -> list[Run]:
-    """Read several runs and give each its own label: two SWH runs are told apart by their folders'
-    names."""
+    """Read several runs, each with its own label: two SWH runs get their folders' names."""
     runs = [read(folder) for folder in folders]
     labels = [run.label for run in runs]
     return [
@@ -143,8 +143,8 @@ def read_all(folders: list[Path]) -> list[Run]:
 def _label(folder: Path, config: Mapping[str, Any]) -> str:
     model = config.get("model")
     mixer = model.get("mixer") if isinstance(model, Mapping) else None
-    known = MIXERS.get(str(mixer))
-    return (known and known.label) or folder.name
+    part = MIXERS.get(str(mixer))
+    return (part and part.label) or folder.name
 
 
 def _read_json(path: Path, missing: list[str]) -> Any:
@@ -158,27 +158,24 @@ def _read_json(path: Path, missing: list[str]) -> Any:
 
 
 def _read_object(path: Path, missing: list[str]) -> Mapping[str, Any]:
-    found = _read_json(path, missing)
-    return found if isinstance(found, Mapping) else {}
+    content = _read_json(path, missing)
+    return content if isinstance(content, Mapping) else {}
 
 
-def _read_lines(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
-    """JSON lines in the order of their steps. A line cut short by a kill is dropped; a step written
-    twice (once before a crash, once after the resume) counts as it was written last."""
+def _read_metrics(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
+    """The rows in the order of their steps. A step written twice (once before a crash, once after
+    the resume) counts as it was written last."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        written = MetricsLog(path).read() if path.exists() else None
     except OSError:
+        written = None
+    if written is None:
         missing.append(path.name)
         return ()
     rows: dict[tuple[int, str], Mapping[str, Any]] = {}
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, Mapping) and isinstance(row.get("step"), int):
-            kind = str(row.get("event") or ("eval" if "eval_loss" in row else "train"))
-            rows[row["step"], kind] = row
+    for row in written:
+        kind = str(row.get("event") or ("eval" if "eval_loss" in row else "train"))
+        rows[row["step"], kind] = row
     return tuple(rows[key] for key in sorted(rows))
 
 

@@ -1,4 +1,4 @@
-"""What a run's files say about it: the numbers to compare, the memory it needs, what it learned,
+"""A summary of run folders: the numbers to compare, the memory it needs, what it learned,
 and the verdict between runs.
 
 The verdict follows the held-out losses, whichever model they favour, and says what weakens it:
@@ -36,7 +36,7 @@ class Verdict:
 @dataclass(frozen=True)
 class Measure:
     """A row of the comparison: `better` is "low", "high" or "" (then no cell is marked best);
-    values closer than the share `margin` are alike, as timings on a shared machine are."""
+    values closer than the share `margin` count as equal, because times on a shared machine vary."""
 
     name: str
     note: str
@@ -48,8 +48,8 @@ class Measure:
 
 def parameters(run: Run) -> float | None:
     """How many parameters the run's model has, or None; known from the start of a run."""
-    found = run.number("parameters")
-    return run.config.get("parameters") if found is None else found
+    count = run.number("parameters")
+    return run.config.get("parameters") if count is None else count
 
 
 def held_out_loss(run: Run) -> float | None:
@@ -151,10 +151,10 @@ def oscillators(run: Run) -> tuple[list[np.ndarray], list[np.ndarray]]:
         try:
             with safe_open(path, framework="numpy") as weights:
                 for key in weights.keys():  # noqa: SIM118 - not a dict
-                    if found := pattern.search(key):
-                        target = decays if found[2] == "decay" else frequencies
+                    if match := pattern.search(key):
+                        target = decays if match[2] == "decay" else frequencies
                         value = np.asarray(weights.get_tensor(key), dtype=np.float64).ravel()
-                        target[int(found[1])] = np.abs(value) if found[2] == "decay" else value
+                        target[int(match[1])] = np.abs(value) if match[2] == "decay" else value
         except (OSError, SafetensorError):
             return [], []
     layers = sorted(decays.keys() & frequencies.keys())
@@ -175,8 +175,8 @@ def loss_text(run: Run) -> str:
 
 def parameters_text(run: Run) -> str:
     """'3.1M parameters'."""
-    found = parameters(run)
-    return f"parameters {MISSING}" if found is None else f"{figures.count(found)} parameters"
+    count = parameters(run)
+    return f"parameters {MISSING}" if count is None else f"{figures.count(count)} parameters"
 
 
 def evaluation_text(runs: Sequence[Run]) -> str:

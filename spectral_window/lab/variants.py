@@ -79,12 +79,12 @@ class MemoryVariant(MemoryMixer):
         if chosen["memory_decay"]:  # starts near 1: half of it is gone after some 80 tokens
             decay = torch.sigmoid(self.own["memory_decay"](x).float() + 4.75)
         if chosen["delta_rule"]:
-            found, _ = delta_memory(query, key, value, beta, decay=decay)
+            answer, _ = delta_memory(query, key, value, beta, decay=decay)
         else:
-            found = added(query, key, value * beta[..., None])
+            answer = added(query, key, value * beta[..., None])
         if chosen["read_gate"]:
-            found = found * torch.sigmoid(read + own.read_bias)[..., None]
-        return attended + (own.scale * found.flatten(-2)).to(attended.dtype), states
+            answer = answer * torch.sigmoid(read + own.read_bias)[..., None]
+        return attended + (own.scale * answer.flatten(-2)).to(attended.dtype), states
 
 
 def added(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

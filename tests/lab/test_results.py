@@ -173,4 +173,4 @@ def test_the_width_that_is_worse_at_the_end_does_not_count():
 
 def test_nothing_measured_gives_no_verdict():
     assert {claim.verdict for claim in claims.evaluate({})} == {MISSING}
-    assert all(claim.posed == MISSING for claim in claims.evaluate({}))
+    assert all(claim.well_posed == MISSING for claim in claims.evaluate({}))

@@ -37,7 +37,7 @@ Build = Callable[[SWHConfig, int, torch.dtype], nn.Module]
 
 
 class Baseline(NamedTuple):
-    """A kind of model, told by the class of its config.
+    """A kind of model, known by the class of its config.
 
     build:  (a config to be like, parameters beside embedding and head, dtype) -> the model.
     cache:  the argument and the output of its forward that carry the cache.
@@ -143,8 +143,8 @@ def baseline_of(model: Any) -> Baseline:
 
 
 def next_token(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """(logits [B, 1, vocab] of the last token, the cache to go on from): what every model here is
-    timed at."""
+    """(logits [B, 1, vocab] of the last token, the cache to continue from): what is timed of every
+    model here."""
     name = baseline_of(model).cache
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
     return out.logits, out.get(name)  # RecurrentGemma keeps its own

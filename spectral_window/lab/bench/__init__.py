@@ -1,4 +1,4 @@
-"""How fast is every path here, beside what a user would take instead, and beside the hardware?
+"""How fast is every path here, compared with its alternatives and with what the hardware allows?
 
     spectral, window            the operators         operators.py
     prefill, decode, train      whole models          models.py
@@ -10,9 +10,9 @@
     targets.py   what is to be reached, computed from the rows
     figures.py   a picture of each bench
 
-A fast wrong answer has no time: every contestant that computes our function is first held to the
-float64 truth. What failed says why; nothing is filled in. Each number of threads runs in a fresh
-process, since the libraries underneath read it once when they start. All contestants share the
+Numbers come before time: everything that computes our function is first compared with float64. A
+row that failed has the reason; nothing is filled in. Each number of threads runs in a fresh
+process, since the libraries underneath read it once when they start. All of them share the
 process, the threads, the precision of float32 products and the setting of the memory allocator, and
 all four stand in the results.
 
@@ -82,7 +82,7 @@ def measure_in_child(name: str, threads: int, dtypes: list[str], quick: bool) ->
     what they were measured on. Raises ResourceError if the process fails."""
     task = {"name": name, "dtypes": dtypes, "quick": quick}
     try:
-        return list(rows_of(f"{__name__}.child", task, child_environment(threads)))
+        return list(rows_of(measure_groups, task, child_environment(threads)))
     except ResourceError as error:
         raise ResourceError(f"{error} (bench {name}, {threads} threads)") from error
 
@@ -107,13 +107,13 @@ def measure_groups(task: Row) -> Iterator[Row]:
 
 
 def _caches() -> str:
-    """The first core's caches and what shares them, as Linux tells: 'L1d 48K, L2 1024K, ...'."""
-    found = []
+    """The first core's caches and what shares them, from Linux: 'L1d 48K, L2 1024K, ...'."""
+    caches = []
     for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = ((cache / x).read_text().strip() for x in ("level", "type", "size"))
         if kind != "Instruction":
-            found.append(f"L{level}{'d' if kind == 'Data' else ''} {size}")
-    return ", ".join(found) or "unknown"
+            caches.append(f"L{level}{'d' if kind == 'Data' else ''} {size}")
+    return ", ".join(caches) or "unknown"
 
 
 def header(group: dict[str, Any]) -> str:

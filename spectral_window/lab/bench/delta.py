@@ -1,7 +1,7 @@
 """What the memory costs: its operator (`memory_op`), and the layer with it (`memory_layer`).
 
-    memory_op     ours, every other method of the table, and the floor: one float32 matrix product
-                  of as many multiply-adds as the recurrence asks for (three an entry of the state
+    memory_op     ours, every other method of the table, and the bound: one float32 matrix product
+                  of as many multiply-adds as the recurrence needs (three an entry of the state
                   for each token, three times as many with the backward pass). One token: the two
                   steps, and a plain copy of the state, which a step must read and write
     memory_layer  prefill, decode and training step of the same model with the paper's layer and
@@ -70,10 +70,10 @@ def bench_memory_op(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
                 calls = calls_of(draw(channels, heads, length, dtype), direction != PASSES[0])
                 rows += timing.run(calls, heads=heads, length=length, **{"pass": direction})
         with torch.no_grad():
-            found = new_timing(quick, wrong).run(
+            timed = new_timing(quick, wrong).run(
                 steps(draw(channels, heads, 1, dtype)), heads=heads, length=1, **{"pass": STEP}
             )
-        rows += found
+        rows += timed
     return rows
 
 
@@ -99,7 +99,7 @@ def methods(time: int) -> dict[str, Operator]:
 
 
 def calls_of(inputs: tuple[Tensor, ...], backward: bool) -> dict[str, Call]:
-    """The methods on these inputs, and the floor."""
+    """The methods on these inputs, and the matrix product."""
     inputs = tuple(x.requires_grad_(backward) for x in inputs)
     gradient = torch.ones_like(inputs[2], requires_grad=False) if backward else None
     calls: dict[str, Call] = {
@@ -145,7 +145,7 @@ def _check_op(channels: int, heads: int, dtype: torch.dtype) -> dict[str, str]:
 # ------------------------------------------------------------------------------------ the layer
 
 
-def contestant(heads: int) -> str:
+def model_name(heads: int) -> str:
     """The name of a model with so many heads of memory."""
     return f"memory, {heads} head{'s' * (heads > 1)}"
 
@@ -168,48 +168,48 @@ SizedCalls = Iterator[tuple[dict[str, Call], dict[str, int]]]
 
 def models(layers: int, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
     """The paper's model, and the same with a memory: in evaluation mode."""
-    found = {}
+    built = {}
     for heads in (0, *(LAYER_HEADS[:1] if quick else LAYER_HEADS)):
         torch.manual_seed(0)
         more: dict[str, Any] = {"mixer": "memory", "memory_heads": heads} if heads else {}
         model = SWHForCausalLM(shape(layers, quick, **more))
-        found[contestant(heads) if heads else "SWH"] = nn.Module.to(model, dtype).eval()
-    return found
+        built[model_name(heads) if heads else "SWH"] = nn.Module.to(model, dtype).eval()
+    return built
 
 
 def _trains(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> SizedCalls:
-    held = models(TRAIN_LAYERS, torch.float32, quick)
-    config = held["SWH"].config
-    for name, model in held.items():
+    built = models(TRAIN_LAYERS, torch.float32, quick)
+    config = built["SWH"].config
+    for name, model in built.items():
         if why := check_gradients(model, dtype):
             wrong[name] = why["SWH"]
         model.train()
     for batch, time in ((2, 32), (1, 64)) if quick else LAYER_TRAIN:
         ids = draw_ids(config, batch, time)
         calls: dict[str, Call] = {
-            name: partial(train_step, model, ids, dtype) for name, model in held.items()
+            name: partial(train_step, model, ids, dtype) for name, model in built.items()
         }
         yield calls, {"batch": batch, "length": time, "layers": config.num_hidden_layers}
 
 
 def _prefills(dtype: torch.dtype, quick: bool, wrong: dict[str, str]) -> SizedCalls:
     for time, layers in ((64, 3),) if quick else LAYER_PREFILL:
-        held = models(layers, dtype, quick)
-        for name, model in held.items():
+        built = models(layers, dtype, quick)
+        for name, model in built.items():
             if why := check(model, dtype):
                 wrong[name] = why["SWH"]
-        ids = draw_ids(held["SWH"].config, 1, time)
+        ids = draw_ids(built["SWH"].config, 1, time)
         calls: dict[str, Call] = {
-            name: partial(next_token, model, ids) for name, model in held.items()
+            name: partial(next_token, model, ids) for name, model in built.items()
         }
         yield calls, {"length": time, "layers": layers}
 
 
 def _decodes(dtype: torch.dtype, quick: bool, _: dict[str, str]) -> SizedCalls:
-    held = models(LAYER_DECODE, dtype, quick)
-    token = draw_ids(held["SWH"].config, 1, 1)
+    built = models(LAYER_DECODE, dtype, quick)
+    token = draw_ids(built["SWH"].config, 1, 1)
     calls: dict[str, Call] = {
         name: partial(next_token, model, token, remember(model, CONTEXT)[0])
-        for name, model in held.items()
+        for name, model in built.items()
     }
     yield calls, {"context": CONTEXT, "layers": LAYER_DECODE}

@@ -1,42 +1,41 @@
-"""A picture for each bench, drawn from the rows: lines over size, one panel for each case.
+"""A picture per bench, drawn from the rows: lines over size, one panel per case.
 
     scaling    seconds against T of a one-layer SWH and Llama; the operators against T
-    decode     milliseconds a token against context, above the floor of reading the weights
-    memory_op  milliseconds against T, above the floor of a matrix product
+    decode     milliseconds a token against context, above the time of reading the weights
+    memory_op  milliseconds against T, above the time of a matrix product
     spectral, window, prefill, train, memory_layer   how many times as long as ours, or as a copy
 
-Panels without rows are left out; a picture without any says "missing". Each names processor and
+Panels without rows are left out; a picture without any shows "missing". Each names processor and
 threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from spectral_window.lab.bench import Rows
 from spectral_window.lab.bench.delta import COPY, HEADS, PRODUCT
 from spectral_window.lab.bench.models import GEMMS, READING
 from spectral_window.lab.bench.operators import CHANNELS, FRESH, FRESH_COPY, GIVEN, PASSES
-from spectral_window.lab.figures import MUTED, SERIES, STYLE, say_missing
+from spectral_window.lab.figures import MUTED, SERIES, Panel, sheet, write_missing
 
 Points = Sequence[tuple[float, float]]
 Lines = Mapping[str, Points]
 FORWARD, BOTH = PASSES
-INK_OF = {  # a contestant keeps its colour in every picture
+INK_OF = {  # a name keeps its colour in every picture
     "SWH": 0, "scan": 5, GIVEN: 0, "ours": 0,
     "Llama": 1, "Llama, DynamicCache": 1, "the paper's FFT": 1, "naive chunks (the paper's)": 1,
     "Llama, StaticCache": 3, "Mamba2": 2, "chunked": 2, "local-attention": 2, "ours, chunked": 5,
     "RecurrentGemma": 4, "full causal attention": 4, "SWH, plain methods": 5, "window": 3,
     "spectral": 0, "Transformer": 1, FRESH: 3, "train": 0, "prefill": 1, "decode": 2,
 }  # fmt: skip
-FLOORS = (GEMMS, READING, "copy", "clone", FRESH_COPY, PRODUCT, COPY)
+ROOFLINE = (GEMMS, READING, "copy", "clone", FRESH_COPY, PRODUCT, COPY)
 
 
 def draw_all(groups: Mapping[str, Rows], folder: Path) -> list[Path]:
@@ -46,46 +45,43 @@ def draw_all(groups: Mapping[str, Rows], folder: Path) -> list[Path]:
         if groups.get(name):
             path = folder / f"{name}.png"
             drawn = panels(groups[name])
-            drawn = [panel for panel in drawn if panel.lines] or drawn[:1]
-            figure = arrange(drawn, _about(groups[name]))
-            figure.savefig(path, dpi=160, metadata={"Software": None})
-            written.append(path)
+            drawn = [one for one in drawn if not one.empty] or drawn[:1]
+            written.append(write(drawn, _about(groups[name]), path))
     return written
 
 
-class Panel:
-    """One axes: its title, its lines, and what stands at its axes. `x` formats an abscissa."""
+def panel(title: str, lines: Lines, across: str, up: str, ticks: Callable = str) -> Panel:
+    """A panel of log-log lines, with what stands at its axes. `ticks` formats an abscissa."""
+    drawn = {name: sorted(points) for name, points in lines.items() if points}
+    paint = partial(_paint, drawn, across, up, ticks)
+    return Panel("", title, "", paint, width=4.6, height=3.2, empty=not drawn)
 
-    def __init__(self, title: str, lines: Lines, across: str, up: str, ticks: Callable = str):
-        self.title, self.across, self.up, self.ticks = title, across, up, ticks
-        self.lines = {name: sorted(points) for name, points in lines.items() if points}
 
-    def paint(self, axes: Axes) -> None:
-        """Log-log lines with a dot at each measured size; floors are dashed and grey."""
-        axes.set_title(self.title, loc="left", fontsize=10.5)
-        if not self.lines:
-            say_missing(axes)
-            return
-        for name, points in self.lines.items():
-            x, y = zip(*points, strict=True)
-            floor = name in FLOORS
-            axes.loglog(
-                x, y, color=MUTED if floor else SERIES[INK_OF.get(name, 5)], label=name,
-                lw=1.2 if floor else 1.7, ls=(0, (3, 2)) if floor else "-",
-                marker=None if floor and len(x) > 1 else "o", ms=3.6, clip_on=False,
-                zorder=3 if INK_OF.get(name) == 0 else 2,
-            )  # fmt: skip
-        sizes = sorted({x for points in self.lines.values() for x, _ in points})
-        every = -(-len(sizes) // 6)
-        axes.xaxis.set_major_locator(FixedLocator(sizes[::-1][::every]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: self.ticks(x)))
-        axes.yaxis.set_major_locator(LogLocator(subs=_subdivision(self.lines), numticks=9))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
-        axes.margins(y=0.12)
-        axes.set_xlabel(self.across)
-        axes.set_ylabel(self.up)
+def _paint(lines: Mapping[str, Points], across: str, up: str, ticks: Callable, axes: Axes) -> None:
+    """Lines with a dot at each measured size; what the hardware needs is dashed and grey."""
+    if not lines:
+        write_missing(axes)
+        return
+    for name, points in lines.items():
+        x, y = zip(*points, strict=True)
+        bound = name in ROOFLINE
+        axes.loglog(
+            x, y, color=MUTED if bound else SERIES[INK_OF.get(name, 5)], label=name,
+            lw=1.2 if bound else 1.7, ls=(0, (3, 2)) if bound else "-",
+            marker=None if bound and len(x) > 1 else "o", ms=3.6, clip_on=False,
+            zorder=3 if INK_OF.get(name) == 0 else 2,
+        )  # fmt: skip
+    sizes = sorted({x for points in lines.values() for x, _ in points})
+    every = -(-len(sizes) // 6)
+    axes.xaxis.set_major_locator(FixedLocator(sizes[::-1][::every]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: ticks(x)))
+    axes.yaxis.set_major_locator(LogLocator(subs=_subdivision(lines), numticks=9))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+    axes.margins(y=0.12)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
 
 
 def _subdivision(lines: Lines) -> tuple[float, ...]:
@@ -96,28 +92,14 @@ def _subdivision(lines: Lines) -> tuple[float, ...]:
     return (1.0,) if spread > 300 else (1.0, 3.0) if spread > 10 else (1.0, 2.0, 3.0, 5.0)
 
 
-def arrange(panels: Sequence[Panel], about: str, rows: int = 1) -> Figure:
-    """The panels in `rows` rows, one legend below all, and `about` what they were measured on."""
+def write(panels: Sequence[Panel], about: str, path: Path, rows: int = 1) -> Path:
+    """The panels in `rows` rows as one PNG, one legend below all, since lines cross every corner,
+    and `about` what they were measured on."""
     columns = len(panels) // rows
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * columns, 0.5 + 3.2 * rows), layout="constrained")
-        for axes, panel in zip(
-            figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True
-        ):
-            panel.paint(axes)
-        # one legend for all panels, below them: lines cross every corner
-        named: dict[str, Any] = {}
-        for axes in figure.axes:
-            for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-                named.setdefault(str(name), handle)
-        if named:
-            figure.legend(
-                list(named.values()), list(named), loc="outside lower left",
-                ncols=min(len(named), 3 * columns), fontsize=8.5, frameon=False,
-                labelcolor="linecolor",
-            )  # fmt: skip
-        figure.supxlabel(about, fontsize=8, color=MUTED, x=0.995, ha="right")
-        return figure
+    return sheet(
+        panels, columns, about, path, dpi=160, margin=0.5, title_size=10.5,
+        legend_columns=3 * columns, fontsize=8.5, frameon=False, labelcolor="linecolor",
+    )  # fmt: skip
 
 
 def _about(groups: Rows) -> str:
@@ -141,28 +123,28 @@ def _rows(groups: Rows, dtype: str, **where: Any) -> Rows:
 
 
 def _lines(rows: Rows, across: str, up: str, per: float = 1.0) -> dict[str, list]:
-    found: dict[str, list] = {}
+    lines: dict[str, list] = {}
     for row in rows:
         if across in row and up in row:
-            found.setdefault(row["contestant"], []).append((row[across], row[up] / per))
-    return found
+            lines.setdefault(row["contestant"], []).append((row[across], row[up] / per))
+    return lines
 
 
 def _over_copy(rows: Rows) -> dict[str, list]:
     """Times a copy, by length."""
     timed = [row for row in rows if "ratio" in row]
     copies = {row["length"]: row["ratio"] for row in timed if row["contestant"] == "copy"}
-    found: dict[str, list] = {}
+    lines: dict[str, list] = {}
     for row in timed:
         if row["contestant"] not in ("copy", "clone") and row["length"] in copies:
             point = (row["length"], row["ratio"] / copies[row["length"]])
-            found.setdefault(row["contestant"], []).append(point)
-    return found
+            lines.setdefault(row["contestant"], []).append(point)
+    return lines
 
 
 def _spectral(groups: Rows) -> list[Panel]:
     return [
-        Panel(
+        panel(
             f"convolution, {direction}, float32",
             _over_copy(_rows(groups, "float32", **{"pass": direction})),
             "tokens", "times a copy of the input", tokens,
@@ -173,7 +155,7 @@ def _spectral(groups: Rows) -> list[Panel]:
 
 def _window(groups: Rows) -> list[Panel]:
     return [
-        Panel(
+        panel(
             f"window attention, {direction}, {dtype}",
             _lines(_rows(groups, dtype, **{"pass": direction}), "window", "ratio"),
             "window", "times ours", _plain,
@@ -184,7 +166,7 @@ def _window(groups: Rows) -> list[Panel]:
 
 def _prefill(groups: Rows) -> list[Panel]:
     return [
-        Panel(
+        panel(
             f"prefill, {dtype}", _lines(_rows(groups, dtype), "length", "ratio"),
             "tokens of the prompt", "times SWH", tokens,
         )
@@ -199,7 +181,7 @@ def _train(groups: Rows) -> list[Panel]:
         # measured forwards; a step has three times as many
         lines[GEMMS] = [(x, 3 * y) for x, y in lines.get(GEMMS, [])]
         title = f"training step of 4,096 tokens, {dtype}"
-        panels.append(Panel(title, lines, "tokens a sequence", "times SWH", tokens))
+        panels.append(panel(title, lines, "tokens a sequence", "times SWH", tokens))
     return panels
 
 
@@ -211,7 +193,7 @@ def _decode(groups: Rows) -> list[Panel]:
         if READING in lines:  # the same bytes at any context
             lines[READING] = [*lines[READING], (far, lines[READING][-1][1])]
         panels.append(
-            Panel(f"a token more, {dtype}", lines, "context, tokens", "milliseconds", _round)
+            panel(f"a token more, {dtype}", lines, "context, tokens", "milliseconds", _round)
         )
     return panels
 
@@ -231,14 +213,14 @@ def _scaling(groups: Rows) -> list[Panel]:
 
     both = ("window", "ours"), ("spectral", "scan")
     return [
-        Panel(title("prefill, one layer", ("prefill", "SWH")), model, "tokens", "seconds", tokens),
-        Panel(title("operators", *both), operators, "tokens", "milliseconds", tokens),
+        panel(title("prefill, one layer", ("prefill", "SWH")), model, "tokens", "seconds", tokens),
+        panel(title("operators", *both), operators, "tokens", "milliseconds", tokens),
     ]
 
 
 def _memory_op(groups: Rows) -> list[Panel]:
     return [
-        Panel(
+        panel(
             f"memory, {heads} x {CHANNELS // heads}, {BOTH}, float32",
             _lines(
                 _rows(groups, "float32", **{"pass": BOTH}, heads=heads), "length", "milliseconds"
@@ -258,7 +240,7 @@ def _memory_layer(groups: Rows) -> list[Panel]:
             if row["contestant"] != "SWH" and row.get("length") != 1024
         ]
         panels.append(
-            Panel(
+            panel(
                 f"layer with a memory, {dtype}", _lines(rows, "heads", "ratio"),
                 "heads of the memory", "times the paper's layer", _plain,
             )

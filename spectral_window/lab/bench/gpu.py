@@ -32,11 +32,10 @@ from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
 from spectral_window.lab.bench import gpu_spectral, gpu_window
 from spectral_window.lab.bench.timing import reason, time_on
-from spectral_window.lab.jobs import Log, Row, rows_of, send_rows
+from spectral_window.lab.jobs import Log, Row, rows_of
 from spectral_window.nn.mixers import MIXERS, set_methods
 from spectral_window.training.machine import environment
 
-MODULE = "spectral_window.lab.bench.gpu"
 # part -> its share of the time; the function of that name below gives its rows
 PARTS = {"ceilings": 0.08, "spectral": 0.34, "window": 0.34, "train": 0.24}
 PLAIN = "SWH, plain methods"
@@ -75,7 +74,7 @@ def _measure_part(part: str, rows: list[Row], out: Path, seconds: float, dry_run
     task = {"part": part, "seconds": seconds, "dry_run": dry_run}
     about: Row = {"part": part, "dry_run": dry_run}
     try:
-        for row in rows_of(MODULE, task, environment, seconds=seconds + GRACE):
+        for row in rows_of(measure, task, environment, seconds=seconds + GRACE):
             if "environment" in row:
                 about |= row
             else:
@@ -200,7 +199,3 @@ def _step(model: SWHForCausalLM, ids: torch.Tensor) -> Callable[[], object]:
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-if __name__ == "__main__":
-    send_rows(measure)

@@ -4,7 +4,7 @@
     check      right at sizes only a GPU reaches, and the same bits every time
     bench      against a device copy, the paper's FFT and the chunked method, taking turns
 
-Every row stands for itself: what fails says why and the next one is tried, so that whatever is
+Every row stands alone: a failure has its reason and the next row is tried, so that whatever is
 measured before time runs out is kept. On a CPU with `TRITON_INTERPRET=1` (set before the first
 import of triton) `check` and `bench` walk the same steps at toy sizes.
 """
@@ -122,8 +122,8 @@ def _forward_error(time_: int, channels: int, device: str, **more: Any) -> Row:
     modes, u = _modes(channels, device, **more), torch.randn(1, time_, channels, device=device)
     y, final = spectral_conv(u, modes, method="triton")
     truth, end = spectral_conv(u.double(), modes, method="chunked")
-    found = {"error": _error(y, truth), "state_error": _relative(final, end)}
-    return found | {"good": found["error"] <= 2e-6 and found["state_error"] <= 1e-10}
+    errors = {"error": _error(y, truth), "state_error": _relative(final, end)}
+    return errors | {"good": errors["error"] <= 2e-6 and errors["state_error"] <= 1e-10}
 
 
 def _rounding(dtype: torch.dtype, shape: tuple[int, int, int], device: str) -> Row:
@@ -151,16 +151,16 @@ def _gradient_error(shape: tuple[int, int, int], each: int, packed: bool, device
     before = torch.randn(modes.state_shape(batch), dtype=torch.float64, device=device)
     positions = _packed(batch, time_, device) if packed else None
     gy, gf = torch.randn_like(u), torch.randn_like(before)
-    found = []
+    results = []
     for method, dtype in (("triton", torch.float32), ("chunked", torch.float64)):
         given = [None if p is None else p.to(dtype) for p in modes]
         leaves: list[Any] = [None if p is None else p.clone().requires_grad_() for p in given]
         x, state = u.to(dtype).requires_grad_(), before.clone().requires_grad_()
-        known = None if packed else state
-        y, final = spectral_conv(x, Modes(*leaves), state=known, positions=positions, method=method)
-        asked = [p for p in (x, *leaves, known) if p is not None]
-        found.append((y, *torch.autograd.grad((y, final), asked, (gy.to(dtype), gf))))
-    errors = [_relative(a, b) for a, b in zip(*found, strict=True)]
+        start = None if packed else state
+        y, final = spectral_conv(x, Modes(*leaves), state=start, positions=positions, method=method)
+        asked = [p for p in (x, *leaves, start) if p is not None]
+        results.append((y, *torch.autograd.grad((y, final), asked, (gy.to(dtype), gf))))
+    errors = [_relative(a, b) for a, b in zip(*results, strict=True)]
     return {"errors": [float(f"{e:.2g}") for e in errors], "good": max(errors) <= 2e-6}
 
 
@@ -238,7 +238,7 @@ def _walk(steps: dict[str, Callable[[], Row]], minutes: float, device: str) -> I
         try:
             torch.manual_seed(0)
             row |= step()
-        except Exception as error:  # whatever it is, the row tells it
+        except Exception as error:  # whatever it is, it stands in the row
             row |= {"good": False, "why": reason(error)}
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -253,7 +253,7 @@ SHAPES = [(8, 4096, 768), (1, 65_536, 768), (32, 1024, 768)]
 def _calls(
     shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, device: str
 ) -> dict[str, Callable[[], object]]:
-    """The contestants: a copy that moves the least bytes, and every way to convolve."""
+    """The calls: a copy that moves the least bytes, and every way to convolve."""
     modes = _modes(shape[2], device, slow=False)
     u = torch.randn(shape, device=device).to(dtype)
     moved = least_bytes(shape, dtype, backward) // 2
@@ -381,11 +381,11 @@ def sweep(minutes: float = 0.7, device: str = "cuda") -> list[Row]:
                 try:
                     calls = _calls(shape, dtype, False, device)
                     both = _calls(shape, dtype, True, device)
-                    kept = {name: calls[name] for name in ("device copy", "triton")}
-                    kept["triton, forward and backward"] = both["triton"]
+                    chosen = {name: calls[name] for name in ("device copy", "triton")}
+                    chosen["triton, forward and backward"] = both["triton"]
                     moved = least_bytes(shape, dtype, False)
-                    found = _measure(kept, 1 if device == "cpu" else 5, moved, device, **tags)
-                    rows += [{**row, "section": "spectral sweep"} for row in found]
+                    timed = _measure(chosen, 1 if device == "cpu" else 5, moved, device, **tags)
+                    rows += [{**row, "section": "spectral sweep"} for row in timed]
                 except Exception as error:
                     rows.append({"section": "spectral sweep", **tags, "status": reason(error)})
     finally:

@@ -6,9 +6,9 @@
                 and a copy of the bytes that must move
     tune()      the kernels with other tiles than theirs
 
-Each part gives rows that JSON takes; one that fails says why, and the others are still run. With
-`quick` all of it runs at toy sizes on a CPU, in Triton's interpreter (TRITON_INTERPRET=1). Without
-a limit of time:
+Each part gives rows of plain values; one that fails has the reason, and the others are still run.
+With `quick` all of it runs at toy sizes on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
+Without a limit of time:
 
     python -m spectral_window.lab.bench.gpu_window --parts check,bench,tune
 """
@@ -194,10 +194,10 @@ def check(device: str = "cuda", quick: bool = False) -> Iterator[Row]:
 def measured(part: str, about: Row, measure: Callable[..., Row], *inputs: Any) -> Row:
     begin = time.perf_counter()
     try:
-        found = {"status": "ok", **measure(*inputs)}
-    except Exception as error:  # whatever it is, the row tells it
-        found = {"status": reason(error)}
-    return {"part": part, **about, **found, "seconds": round(time.perf_counter() - begin, 2)}
+        row = {"status": "ok", **measure(*inputs)}
+    except Exception as error:  # whatever it is, it stands in the row
+        row = {"status": reason(error)}
+    return {"part": part, **about, **row, "seconds": round(time.perf_counter() - begin, 2)}
 
 
 def _errors(
@@ -209,21 +209,21 @@ def _errors(
     mine = gradients(tuple(qkv), grad, method="triton", **options)
     exact = [x.double() for x in qkv]
     truth = gradients(tuple(exact), grad.double(), method="chunked", **options)
-    return _held(mine, truth, dtype)
+    return _compared(mine, truth, dtype)
 
 
-def _held(mine: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype) -> Row:
+def _compared(mine: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype) -> Row:
     names = ("out", "dq", "dk", "dv")
     errors = [relative(a, b) for a, b in zip(mine, truth, strict=True)]
-    found: Row = {name: float(f"{error:.3g}") for name, error in zip(names, errors, strict=True)}
+    row: Row = {name: float(f"{error:.3g}") for name, error in zip(names, errors, strict=True)}
     if dtype in HALVES:
         rounding = relative(truth[0].to(dtype), truth[0])
         bars = [bar * rounding for bar in (HALF_BARS[0], *[HALF_BARS[1]] * 3)]
-        found["rounding"] = float(f"{rounding:.3g}")
+        row["rounding"] = float(f"{rounding:.3g}")
     else:
         bars = [FLOAT32_BAR] * 4
     wrong = [n for n, e, bar in zip(names, errors, bars, strict=True) if not e <= bar]
-    return found | ({"status": f"wrong: {', '.join(wrong)}"} if wrong else {})
+    return row | ({"status": f"wrong: {', '.join(wrong)}"} if wrong else {})
 
 
 def _errors_tf32(device: str, window: int, length: int) -> Row:
@@ -244,17 +244,17 @@ def _documents(device: str, quick: bool) -> Row:
     mine = gradients(tuple(qkv), grad, window=window, method="triton", positions=positions)
     exact = tuple(x.double() for x in qkv)
     truth = gradients(exact, grad.double(), window=window, method="chunked", positions=positions)
-    found = _held(mine, truth, torch.float32)
+    row = _compared(mine, truth, torch.float32)
     attend = partial(window_attention, window=window, rope_theta=THETA, method="triton")
     whole, end = attend(*qkv)
     first, state = attend(*(x[:, :cut] for x in qkv))
     second, after = attend(*(x[:, cut:] for x in qkv), state=state)
     off = relative(torch.cat((first, second), 1), whole.double())
     same = all(torch.equal(a, b) for a, b in zip(after, end, strict=True))
-    found["cut"] = float(f"{off:.3g}")
+    row["cut"] = float(f"{off:.3g}")
     if off > FLOAT32_BAR or not same:
-        found["status"] = f"wrong: cut in two: {off:.1e}, state {'the same' if same else 'differs'}"
-    return found
+        row["status"] = f"wrong: cut in two: {off:.1e}, state {'the same' if same else 'differs'}"
+    return row
 
 
 def _huge(device: str, quick: bool) -> Row:
@@ -268,7 +268,7 @@ def _huge(device: str, quick: bool) -> Row:
     few = tuple(x[:, tail].double() for x in (q, k, v))
     truth = gradients(few, grad[:, tail].double(), window=window, method="chunked")
     settled = slice(2 * window, None)  # keys and queries that meet nothing before the tail
-    return {"elements": q.numel()} | _held(
+    return {"elements": q.numel()} | _compared(
         tuple(x[:, tail][:, settled] for x in mine),
         tuple(x[:, settled] for x in truth),
         torch.bfloat16,
@@ -355,25 +355,25 @@ def compare(
     quick: bool,
     seconds: float,
 ) -> Iterator[Row]:
-    """Both passes of all contestants at one size, the first being the measure."""
+    """Both passes of all operators at one size, the first being the measure."""
     about: Row = {"shape": list(shape), "window": window, "dtype": str(dtype)[6:]}
     *qkv, grad = draw(device, shape, dtype)
-    contestants: dict[str, Any] = {
+    operators: dict[str, Any] = {
         "ours": lambda q, k, v: _ours(q, k, v, window, "triton"),
         "chunked": lambda q, k, v: _ours(q, k, v, window, "chunked"),
         "full causal, without RoPE": _full,
     }
     if dtype == torch.float32:
-        contestants["ours, tf32x3"] = lambda q, k, v: _ours(q, k, v, window, "triton")
+        operators["ours, tf32x3"] = lambda q, k, v: _ours(q, k, v, window, "triton")
     if flex:
         try:
-            contestants["FlexAttention"] = _flex(device, shape, dtype, window, quick)
+            operators["FlexAttention"] = _flex(device, shape, dtype, window, quick)
         except Exception as error:
             yield {**about, "contestant": "FlexAttention", "status": reason(error)}
     for backward in (False, True):
         calls: dict[str, Callable[[], Any]] = {
             name: partial(_call, name, operator, qkv, grad if backward else None)
-            for name, operator in contestants.items()
+            for name, operator in operators.items()
         }
         calls |= {"copy": _copy(qkv, backward)}
         part: Row = {**about, "pass": "forward + backward" if backward else "forward"}

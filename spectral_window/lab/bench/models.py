@@ -1,17 +1,17 @@
-"""Whole models against what a user would take instead: `prefill`, `decode`, `train`, `scaling`.
+"""Whole models against the baselines: `prefill`, `decode`, `train`, `scaling`.
 
 All have the paper's shape (768 channels, 12 heads, 12 layers unless a row says otherwise), random
 weights, the same number of parameters, and a vocabulary of 4096, so that embedding and head do not
 dominate. Llama attends by PyTorch's fused kernel (SDPA); Mamba2 and RecurrentGemma run as
-transformers runs them on a CPU, in plain torch, and leave when they take too long.
+transformers runs them on a CPU, in plain torch, and are left out where they take too long.
 
-    prefill   tokens in; the last token's logits and the cache to go on from out
+    prefill   tokens in; the last token's logits and the cache out
     decode    one token more at a given context; caches of that size are filled with noise
     train     forward, loss and backward of 4096 tokens, no optimiser; bfloat16 is autocast over
               float32 weights
     scaling   the operators and a one-layer model against T, for the slope
 
-Two floors run beside them: the matrix products of the SWH model alone, each in the fastest way
+Two bounds run beside them: the matrix products of the SWH model alone, each in the fastest way
 found, and reading the bytes that a decode step of the SWH model must read. "SWH, plain methods" is
 the same model by the FFT and plain chunks. Before any time is taken SWH's logits after a prefill
 and after a few single tokens, and its gradients, are compared with the same weights in float64 by
@@ -49,7 +49,7 @@ from spectral_window.lab.bench.roofline import layer_products, multiply, read
 from spectral_window.lab.bench.timing import Call, Timing, disqualified, relative_error
 from spectral_window.nn.mixers import set_methods
 
-# (T, layers): layers are alike, so long prompts take fewer of them, not other ones
+# (T, layers): all layers are equal, so long prompts take fewer of them, not other ones
 PREFILL = ((512, 12), (1024, 12), (4096, 6), (16_384, 2))
 CONTEXTS = (1_000, 8_000, 32_000)
 FAR = 1_000_000
@@ -89,15 +89,15 @@ def bench_prefill(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     """Rows by length: SWH, its baselines, its plain methods, its matrix products."""
     rows: list[dict[str, Any]] = []
     timing = Timing(seconds=0.01 if quick else 2.0, longest=0.5, always=("SWH", "Llama", GEMMS))
-    held: dict[int, dict[str, Any]] = {}
+    built: dict[int, dict[str, Any]] = {}
     for time, layers in ((64, 3), (96, 3)) if quick else PREFILL:
         config = shape(layers, quick)
-        if layers not in held:
-            held.clear()  # before the next is built: two sets of models are a lot of memory
+        if layers not in built:
+            built.clear()  # before the next is built: two sets of models are a lot of memory
             gc.collect()
-            held[layers] = build(config, tuple(BASELINES), dtype)
-            timing.out |= check(held[layers]["SWH"], dtype)
-        models = held[layers]
+            built[layers] = build(config, tuple(BASELINES), dtype)
+            timing.out |= check(built[layers]["SWH"], dtype)
+        models = built[layers]
         ids = draw_ids(config, 1, time)
         calls: dict[str, Call] = {
             name: partial(next_token, model, ids) for name, model in models.items()
@@ -172,8 +172,8 @@ def bench_decode(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
             calls[name] = partial(next_token, models[model], token, cache)
             size[name] = state
         calls[READING] = reading
-        found = _with_sizes(timing.run(calls, context=context), models)
-        for row in found:
+        timed = _with_sizes(timing.run(calls, context=context), models)
+        for row in timed:
             name = row["contestant"]
             if name == READING:
                 row["bytes"] = must
@@ -184,7 +184,7 @@ def bench_decode(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
                 row["GB_per_s"] = round(row["bytes"] / row["milliseconds"] / 1e6, 2)
             if name == "SWH, far":
                 row |= {"contestant": "SWH", "context": FAR, "against": context}
-        rows += found
+        rows += timed
     return rows
 
 
@@ -218,8 +218,8 @@ def bench_train(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
         head = [(config.hidden_size, config.vocab_size)]
         layers = [layer_products(config)] * config.num_hidden_layers
         calls[GEMMS] = multiply([*layers, head], batch * time, dtype)
-        found = timing.run(calls, batch=batch, length=time, layers=config.num_hidden_layers)
-        rows += _with_sizes(found, models)
+        timed = timing.run(calls, batch=batch, length=time, layers=config.num_hidden_layers)
+        rows += _with_sizes(timed, models)
     return rows
 
 
@@ -246,11 +246,11 @@ def bench_scaling(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     ):
         timing = Timing(seconds=0.01 if quick else 0.5, fewest=1, longest=6.0)
         timing.always = ("SWH", "scan", "ours")
-        found = []
+        timed = []
         with torch.no_grad():
             for time, calls in sized_calls:
-                found += timing.run(calls, part=part, length=time)
-        rows += found + _slopes(found, part, begin)
+                timed += timing.run(calls, part=part, length=time)
+        rows += timed + _slopes(timed, part, begin)
     return rows
 
 
@@ -280,7 +280,7 @@ def _prefill_sizes(
 
 
 def _slopes(rows: list[dict[str, Any]], part: str, begin: int) -> list[dict[str, Any]]:
-    found = []
+    slopes = []
     for name in dict.fromkeys(row["contestant"] for row in rows):
         points = [
             (row["length"], row["milliseconds"])
@@ -290,11 +290,11 @@ def _slopes(rows: list[dict[str, Any]], part: str, begin: int) -> list[dict[str,
         if len(points) > 1:
             x, y = np.log(np.array(points)).T
             slope = float(np.polyfit(x, y, 1)[0])
-            found.append(
+            slopes.append(
                 {"part": part, "contestant": name, "status": "ok", "slope": round(slope, 3)}
                 | {"from": points[0][0], "to": points[-1][0]}
             )
-    return found
+    return slopes
 
 
 # ------------------------------------------------------------------------------------- the gate
@@ -341,5 +341,5 @@ def check_gradients(model: SWHForCausalLM, dtype: torch.dtype) -> dict[str, str]
 
 
 def _gradients(model: SWHForCausalLM) -> Tensor:
-    found = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
-    return torch.cat(found)
+    gradients = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat(gradients)

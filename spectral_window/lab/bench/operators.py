@@ -1,4 +1,4 @@
-"""The two operators against what a user would take instead: `spectral` and `window`.
+"""The two operators against their alternatives: `spectral` and `window`.
 
     spectral   the scan (into given memory, and allocating), chunked, the paper's FFT; and a plain
                copy: nothing that reads u and writes y can be faster than that. Scan and copy also
@@ -7,8 +7,8 @@
     window     ours, plain chunking as the paper's code does it, the package `local-attention`,
                and full causal attention by PyTorch's fused kernel
 
-Every contestant that computes the operator is first held to the float64 truth on a short sequence.
-All window contestants turn q and k by RoPE inside the measured time; only full attention, which
+What computes the operator is first compared with float64 on a short sequence. All window operators
+rotate q and k by RoPE inside the measured time; only full attention, which
 sees more, computes another function. `local-attention` sees the same keys as ours (window_size=W,
 causal, look_backward=1) and pairs channel i with i + K/2 where the paper pairs 2i with 2i + 1: the
 gate hands it permuted channels.
@@ -69,7 +69,7 @@ def bench_spectral(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
 
 
 def spectral_calls(u: Tensor, modes: Modes, backward: bool) -> dict[str, Call]:
-    """The contestants on u [B, T, D]; without `backward` the first writes into given memory."""
+    """The calls on u [B, T, D]; without `backward` the first writes into given memory."""
     y = torch.ones_like(u, requires_grad=False)
     gradient = y if backward else None
     source = u.detach()
@@ -93,7 +93,7 @@ def spectral_calls(u: Tensor, modes: Modes, backward: bool) -> dict[str, Call]:
 
 
 def fresh_like(x: Tensor) -> Tensor:
-    """Memory that no one has touched, in huge pages where the system has them; given back when the
+    """Memory that was never touched, in huge pages where the system has them; given back when the
     tensor is no longer held."""
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return torch.frombuffer(mmap.mmap(-1, x.nbytes), dtype=x.dtype).view(x.shape)
@@ -129,7 +129,7 @@ def paper_fft(u: Tensor, decay: Tensor, frequency: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n=2 * time)[..., :time].transpose(1, 2).to(u.dtype)
 
 
-SPECTRAL: dict[str, Operator] = {"the paper's FFT": paper_fft}  # what others would take
+SPECTRAL: dict[str, Operator] = {"the paper's FFT": paper_fft}  # what others use
 
 
 def spectral_operators() -> dict[str, Operator]:
@@ -156,7 +156,7 @@ def _check_spectral(dtype: torch.dtype) -> dict[str, str]:
 
 
 def far_errors(time: int, channels: int) -> list[dict[str, Any]]:
-    """Without damping an oscillator hears everything since the beginning: the error there, per
+    """Without damping an oscillator sums everything since the start: the error there, per
     channel and block of 64 positions (the worst), against the direct float64 sum for 8 channels in
     3 blocks."""
     g = torch.Generator().manual_seed(1)
@@ -179,8 +179,8 @@ def far_errors(time: int, channels: int) -> list[dict[str, Any]]:
         return {"status": "ok", "error": float(f"{float(off.max()):.3g}")}
 
     about = {"length": time, "pass": "error, no damping", "channels": channels}
-    found = spectral_operators().items()
-    return [{**about, "contestant": name, **error(operator)} for name, operator in found]
+    operators = spectral_operators().items()
+    return [{**about, "contestant": name, **error(operator)} for name, operator in operators]
 
 
 def direct_blocks(
@@ -218,7 +218,7 @@ def bench_window(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
 
 
 def window_calls(qkv: tuple[Tensor, ...], window: int, backward: bool) -> dict[str, Call]:
-    """The contestants on q, k, v [B, T, H, K]."""
+    """The calls on q, k, v [B, T, H, K]."""
     gradient = torch.ones_like(qkv[2], requires_grad=False) if backward else None
     operators = {**window_operators(window), FULL: full}
     return {
@@ -330,7 +330,7 @@ def _check_window(window: int, dtype: torch.dtype) -> dict[str, str]:
 
 
 def new_timing(quick: bool, wrong: dict[str, str]) -> Timing:
-    """Of an operator's contestants, without those that are `wrong`."""
+    """For an operator's calls, without those that are `wrong`."""
     if quick:
         return Timing(seconds=0.01, out=dict(wrong))
     return Timing(seconds=1.0, most=100, longest=10.0, out=dict(wrong))
@@ -348,9 +348,9 @@ def call_once(operator: Operator, inputs: tuple[Tensor, ...], gradient: Tensor |
 def gate(
     operators: dict[str, Operator], inputs: tuple[Tensor, ...], truth: Tensor, bar: float
 ) -> dict[str, str]:
-    """Contestant -> why it may not run."""
-    found = {
+    """Name -> why it is not timed."""
+    reasons = {
         name: disqualified(lambda: relative_error(operator(*inputs), truth), bar)  # noqa: B023
         for name, operator in operators.items()
     }
-    return {name: why for name, why in found.items() if why}
+    return {name: why for name, why in reasons.items() if why}

@@ -1,4 +1,4 @@
-"""Peak memory, each contestant in a process of its own.
+"""Peak memory, each call in a process of its own.
 
 The process imports, builds what it needs, runs the same call at a small size (so that code and
 libraries are loaded), draws its inputs, and only then is the kernel's high-water mark reset: the
@@ -37,7 +37,7 @@ from spectral_window.lab.bench.operators import (
     window_calls,
 )
 from spectral_window.lab.bench.timing import Call
-from spectral_window.lab.jobs import Row, child_environment, rows_of, send_rows
+from spectral_window.lab.jobs import Row, child_environment, rows_of
 from spectral_window.training.machine import matmul_precision
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -84,7 +84,7 @@ def _in_child(job: dict[str, Any], dtype: str, quick: bool) -> dict[str, Any]:
     task = job | {"dtype": dtype, "quick": quick}
     environment = child_environment(torch.get_num_threads())
     try:
-        (row,) = rows_of("spectral_window.lab.bench.peaks", task, environment)
+        (row,) = rows_of(measure, task, environment)
     except ResourceError as error:
         return {"status": f"failed: {error}"}
     return {"status": "ok", **row}
@@ -97,11 +97,11 @@ def measure(job: Row) -> Iterator[Row]:
     parts = {"spectral": _operator, "window": _operator, "prefill": _prefill, "train": _train}
     with matmul_precision(PRECISION, "cpu"):
         prepare, given, output = parts[job["part"]](job, DTYPES[job["dtype"]])
-        found = measure_peak(prepare, job["length"], start)
+        row = measure_peak(prepare, job["length"], start)
     if given:
-        beyond = max(0, found["peak_bytes"] - output)
-        found |= {"beyond_output_bytes": beyond, "inputs": round(beyond / given, 3)}
-    yield found
+        beyond = max(0, row["peak_bytes"] - output)
+        row |= {"beyond_output_bytes": beyond, "inputs": round(beyond / given, 3)}
+    yield row
 
 
 def measure_peak(prepare: Callable[[int], Call], length: int, start: int) -> dict[str, Any]:
@@ -174,7 +174,3 @@ def status(key: str) -> int:
     """Bytes, from the kernel's account of this process."""
     line = next(x for x in STATUS.read_text().splitlines() if x.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])
-
-
-if __name__ == "__main__":
-    send_rows(measure)

@@ -1,4 +1,4 @@
-"""Floors: what the hardware asks for the same work, measured, not looked up.
+"""The roofline: what the hardware needs for the same work, measured, not looked up.
 
     multiply   exactly a model's matrix products, one after the other, and nothing else
     read       reading as many bytes once

@@ -1,4 +1,4 @@
-"""What is to be reached, path by path, and whether it was: computed from the rows and nothing else.
+"""Targets for each path, and whether they were reached: computed from the rows and nothing else.
 
 A target names the rows it is about and a bound. Where several rows match (lengths, windows), the
 worst counts. Every row's `ratio` is its time over ours in the same round, so "ours / theirs" is the
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectral_window.lab.bench import Rows
-from spectral_window.lab.bench.delta import contestant
+from spectral_window.lab.bench.delta import model_name
 from spectral_window.lab.bench.models import FAR, GEMMS, READING
 from spectral_window.lab.bench.operators import PASSES
 
 FORWARD, BOTH = PASSES
-# Why a goal is missed, as profiled on `PROFILED`; elsewhere it is a lead, and says so.
+# Why a target is missed, as profiled on `PROFILED`; elsewhere it is only a lead.
 PROFILED = "AMD EPYC (znver5)"
 RECORDED = (
     "spectral forward + backward: the two kernels alone take 2.8 (two threads) to 3.4 copies "
@@ -62,7 +62,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """One bound: `text` for people; of the rows of `bench` in `dtype` that are as `where` says, the
+    """One bound, with its `text`. Of the rows of `bench` in `dtype` that are as `where` says, the
     worst value of `key` (inverted where the row has theirs over ours and the target is the other
     way round; `times` a factor) is at least or at most the bound.
 
@@ -86,15 +86,15 @@ class Target:
     def evaluate(self, rows: Rows) -> dict[str, Any]:
         """{"measured", "at", "reached"}; "measured" is None and "reached" "missing" without a
         row."""
-        found = []
+        values = []
         for row in rows:
             if row.get("status") == "ok" and self.key in row and self._matches(row):
                 value = 1 / row[self.key] if self.inverse else row[self.key]
-                found.append((self.times * value, row))
-        if not found:
+                values.append((self.times * value, row))
+        if not values:
             return {"measured": None, "at": "", "reached": "missing"}
         pick: Callable = min if self.at_least is not None else max
-        value, row = pick(found, key=lambda pair: pair[0])
+        value, row = pick(values, key=lambda pair: pair[0])
         low, high = self.at_least, self.at_most
         reached = (low is None or value >= low) and (high is None or value <= high)
         return {
@@ -246,7 +246,7 @@ TARGETS = (
         Target(
             "layer with a memory of 6 heads against the paper's",
             f"{what}: at most {bound:.2f} x", "memory_layer",
-            {"part": part, "contestant": contestant(6)}, dtype, at_most=bound,
+            {"part": part, "contestant": model_name(6)}, dtype, at_most=bound,
         )
         for part, what, bound in (
             ("train", "training step", 1.15), ("prefill", "prefill", 1.10),

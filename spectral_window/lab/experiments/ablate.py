@@ -3,14 +3,15 @@
     recall                  four pairs anywhere in noise (data/tasks/well_posed.py), trained and
                             asked at 64 tokens
     length generalisation   the same models asked at 2 to 16 times that
-    text                    a language model, held-out loss in nats a token
+    text                    a language model, held-out loss in nats per token
 
-All variants share training, seeds and questions, but that the window alone begins on text with the
-initial weights it wants. The paper's layer is one of each group and is run once.
+All variants share training, seeds and questions, except that the window alone has its own width of
+the initial weights on text. The paper's layer is one of each group and is run once.
 
 The group "memory" is beyond the paper (`nn/memory.py`; what no option of it changes is in
-`variants.py`): run by its name alone, with results of its own. Its text is in float32, which a CPU
-of any kind computes fast. First seeds come first, so a run that is stopped has a row of each.
+`variants.py`): run by its name alone, with results of its own. Its text is in float32, which every
+CPU computes fast. The first seed of every variant comes first, so a run that is stopped has a row
+of each.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ LANGUAGE_MODEL: dict[str, Any] = {
     "eval_every": 256,
 }
 QUICK: dict[str, Any] = {"steps": 4, "warmup_steps": 2}
-NARROW = 0.02  # initial weights that attention alone wants (results/paper/lm-small.json)
+NARROW = 0.02  # initial weights that suit attention alone (results/paper/lm-small.json)
 PROBE_SEEDS, TEXT_SEEDS = (0, 1, 2), (0, 1)
 
 
@@ -111,7 +112,7 @@ def run(
 
     quick: a few steps of one probe for each variant, and two language models: shows the way.
     work: where probes keep their rows and trainings their folders. Raises UserError for an unknown
-    group, Interrupted on a signal; the next call goes on.
+    group, Interrupted on a signal; the next call continues.
     """
     beyond = is_beyond(groups)
     trials = trials_of(unique(named(groups)), text, quick=quick, beyond=beyond)
@@ -165,21 +166,21 @@ def named(groups: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def is_beyond(groups: Sequence[str]) -> bool:
     """Are these groups beyond the paper? Raises UserError where some are and some are not."""
-    known = {group in BEYOND for group in groups}
-    if len(known) > 1:
+    kinds = {group in BEYOND for group in groups}
+    if len(kinds) > 1:
         raise UserError(
             f"{', '.join(groups)} (ablations): {', '.join(BEYOND)} has results of its own; run it "
             "by itself"
         )
-    return known == {True}
+    return kinds == {True}
 
 
 def unique(groups: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """The variants of all groups, each once."""
-    found: list[dict[str, Any]] = []
+    different: list[dict[str, Any]] = []
     for variants in groups.values():
-        found += [overrides for overrides in variants.values() if overrides not in found]
-    return found
+        different += [overrides for overrides in variants.values() if overrides not in different]
+    return different
 
 
 def probes_of(overrides: dict[str, Any], quick: bool = False) -> list[Trial]:

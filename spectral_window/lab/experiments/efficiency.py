@@ -13,7 +13,7 @@ Batch 1, float32, hidden states out, random weights: time does not depend on the
 is taken each model's hidden states are compared with those of the same weights in float64 by the
 reference methods. The models take turns, in one process (`bench/timing.py`): the milliseconds are
 medians, `ratio` is the time over the Transformer's in the same round. Beyond 4,096 tokens two
-layers stand for all, as every row says: layers are alike, so times are compared per layer.
+layers stand for all, as every row says: all layers are equal, so times are compared per layer.
 
 Every row is written when it is there, and not measured again by a later run of the same settings.
 """
@@ -31,8 +31,8 @@ import numpy as np
 from spectral_window.errors import ResourceError, UserError
 from spectral_window.hf.config import SWHConfig
 from spectral_window.lab.bench import PRECISION
-from spectral_window.lab.bench.figures import Panel, arrange, tokens
-from spectral_window.lab.experiments.efficiency_measure import DOES_NOT_FIT, MODELS
+from spectral_window.lab.bench.figures import panel, tokens, write
+from spectral_window.lab.experiments.efficiency_measure import DOES_NOT_FIT, MODELS, measure
 from spectral_window.lab.jobs import Log, Row, child_environment, rows_of, thread_counts
 from spectral_window.lab.results import load, save
 from spectral_window.training.machine import precision
@@ -43,7 +43,6 @@ PUBLISHED = (512, 1024, 2048, 4096)
 LENGTHS = {"published": PUBLISHED, "posed": (*PUBLISHED, 8192, 16_384, 32_768, 65_536)}
 QUICK = (128, 512)
 WHOLE, FEW = 4096, 2  # beyond WHOLE tokens, and for peaks, FEW layers: the others are like them
-MEASURE = "spectral_window.lab.experiments.efficiency_measure"
 
 
 def run(
@@ -72,10 +71,10 @@ def run(
         raise UserError(f"threads is {threads} (reproduce efficiency): use 1 or more")
     settings = _settings("tiny" if quick else shape, quick, threads)
     results = _open(out, settings, quick, command)
-    keep = partial(_save, results, out, log)
+    add = partial(_save, results, out, log)
     for form in FORMS:
-        _time(form, results, keep)
-        (_count if form == "published" else _peaks)(results, keep)
+        _time(form, results, add)
+        (_count if form == "published" else _peaks)(results, add)
     draw(results, out / "efficiency.png")
     return results
 
@@ -166,7 +165,7 @@ def _is_settled(row: Row) -> bool:
 # ---------------------------------------------------------------------- processes of their own
 
 
-def _time(form: str, results: dict[str, Any], keep: Callable[[Row], None]) -> None:
+def _time(form: str, results: dict[str, Any], add: Callable[[Row], None]) -> None:
     """Time every length that is not there for both models."""
     there = [row["length"] for row in results["rows"] if row["form"] == form and _is_settled(row)]
     plan = results["settings"]["lengths_and_layers"][form]
@@ -179,16 +178,16 @@ def _time(form: str, results: dict[str, Any], keep: Callable[[Row], None]) -> No
                 results |= row
             else:
                 there.append(row["length"])
-                keep(row)
+                add(row)
     except ResourceError as error:  # killed, for example: the lengths it did not reach say so
         for length, layers in left:
             if length not in there:
                 for name in MODELS:
                     about = {"form": form, "contestant": name, "length": length, "layers": layers}
-                    keep({**about, "status": f"failed: {error}"})
+                    add({**about, "status": f"failed: {error}"})
 
 
-def _count(results: dict[str, Any], keep: Callable[[Row], None]) -> None:
+def _count(results: dict[str, Any], add: Callable[[Row], None]) -> None:
     """The published counter. All of it or nothing: a counter that is never reset has a history."""
     timed = _rows(results, "published")
     if len(timed) == len(_rows(results, "published", "peak_bytes")):
@@ -201,14 +200,14 @@ def _count(results: dict[str, Any], keep: Callable[[Row], None]) -> None:
     try:
         for row in _measure("count", "published", results, sizes=sizes):
             left.remove((row["contestant"], row["length"]))
-            keep(row)
+            add(row)
     except ResourceError as error:
         for name, length in sorted(left):
             about = {"form": "published", "contestant": name, "length": length}
-            keep({**about, "peak_bytes": None, "peak_status": f"failed: {error}"})
+            add({**about, "peak_bytes": None, "peak_status": f"failed: {error}"})
 
 
-def _peaks(results: dict[str, Any], keep: Callable[[Row], None]) -> None:
+def _peaks(results: dict[str, Any], add: Callable[[Row], None]) -> None:
     """What one call adds, in a process for each model."""
     for name in MODELS:
         left = [
@@ -223,18 +222,18 @@ def _peaks(results: dict[str, Any], keep: Callable[[Row], None]) -> None:
                 "peak", "posed", results, contestant=name, lengths=list(left), layers=FEW
             ):
                 left.remove(row["length"])
-                keep(row)
+                add(row)
         except ResourceError as error:
             for length in left:
                 about = {"form": "posed", "contestant": name, "length": length}
-                keep({**about, "peak_bytes": None, "peak_status": f"failed: {error}"})
+                add({**about, "peak_bytes": None, "peak_status": f"failed: {error}"})
 
 
 def _measure(task: str, form: str, results: dict[str, Any], **more: Any) -> Iterator[Row]:
     """What a fresh process finds, as it finds it (see `efficiency_measure.py`)."""
     settings = results["settings"]
     about = {"task": task, "form": form, "quick": results["quick"], "shape": settings["shape"]}
-    return rows_of(MEASURE, about | more, child_environment(settings["threads"]))
+    return rows_of(measure, about | more, child_environment(settings["threads"]))
 
 
 # ------------------------------------------------------------------------ what the rows say
@@ -275,7 +274,7 @@ def _by_model(
 
 
 def _layer_time(row: Row) -> float:
-    """Milliseconds a layer: rows of few layers stand beside rows of all."""
+    """Milliseconds per layer: rows of few layers stand beside rows of all."""
     return row["milliseconds"] / row["layers"]
 
 
@@ -304,9 +303,9 @@ class Curves:
 
 
 def curves(results: dict[str, Any]) -> list[Curves]:
-    """Time a layer, then peak memory, each as published and well-posed."""
-    found = []
-    for measure, units, value in (
+    """Time per layer, then peak memory, each as published and well-posed."""
+    curves = []
+    for kind, units, value in (
         ("time", dict.fromkeys(FORMS, "milliseconds a layer"), _layer_time),
         (
             "memory",
@@ -317,17 +316,17 @@ def curves(results: dict[str, Any]) -> list[Curves]:
         for form in FORMS:
             values = _by_model(results, form, value)
             lines = {MODELS[name]: list(points.items()) for name, points in values.items()}
-            found.append(Curves(measure, form, units[form], lines))
-    return found
+            curves.append(Curves(kind, form, units[form], lines))
+    return curves
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """`curves` as PNG."""
     panels = [
-        Panel(f"{c.measure}, {FORMS[c.form]}", c.lines, "tokens", c.unit, tokens)
+        panel(f"{c.measure}, {FORMS[c.form]}", c.lines, "tokens", c.unit, tokens)
         for c in curves(results)
     ]
     about = results["environment"]
     text = f"{about.get('processor', '')}, threads: {about.get('threads', '')}"
     text += ", a quick trial" if results["quick"] else ""
-    arrange(panels, text, rows=2).savefig(path, dpi=160, metadata={"Software": None})
+    write(panels, text, path, rows=2)

@@ -25,7 +25,7 @@ from spectral_window.lab.bench.models import BARS, draw_ids, in_float64
 from spectral_window.lab.bench.peaks import RESET, measure_peak, status
 from spectral_window.lab.bench.timing import Timing, disqualified, relative_error
 from spectral_window.lab.experiments.published import Published, attention_bytes
-from spectral_window.lab.jobs import Row, send_rows
+from spectral_window.lab.jobs import Row
 from spectral_window.training.machine import (
     environment,
     keep_memory,
@@ -72,12 +72,12 @@ def _time(task: Row) -> Iterator[Row]:
 
 
 def _count(task: Row) -> Iterator[Row]:
-    for contestant in MODELS:
+    for name in MODELS:
         model: Model | None = None
-        for length, layers in task["sizes"][contestant]:
-            model = model or build(task, contestant, layers)  # as many layers at every length
+        for length, layers in task["sizes"][name]:
+            model = model or build(task, name, layers)  # as many layers at every length
             hidden_states(model, draw_ids(model.config, 1, length))
-            about = {"form": task["form"], "contestant": contestant, "length": length}
+            about = {"form": task["form"], "contestant": name, "length": length}
             yield about | {"peak_bytes": peak_memory("cpu"), "peak_status": "ok"}
 
 
@@ -98,11 +98,11 @@ def _peak(task: Row) -> Iterator[Row]:
             yield about | {"peak_bytes": None, "peak_status": why}
 
 
-def build(task: Row, contestant: str, layers: int) -> Model:
+def build(task: Row, name: str, layers: int) -> Model:
     """The model of the task's form and shape, in evaluation mode. Well-posed, the Transformer's
     feed-forward layers are as wide as makes both equally large."""
     config = SWHConfig.preset("paper", size=task["shape"], num_hidden_layers=layers)
-    if contestant == "transformer":
+    if name == "transformer":
         size = count_parameters(config)
         config = SWHConfig.preset(
             "paper", size=task["shape"], num_hidden_layers=layers, mixer="attention"
@@ -137,7 +137,3 @@ def too_large(config: SWHConfig, length: int, free: int | None = None) -> str | 
     free = psutil.virtual_memory().available if free is None else free
     needed = attention_bytes(config.num_attention_heads, length)
     return f"{DOES_NOT_FIT}: needs {needed / 1e9:,.3g} GB" if needed > free else None
-
-
-if __name__ == "__main__":
-    send_rows(measure)

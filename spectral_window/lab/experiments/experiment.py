@@ -65,13 +65,13 @@ class Experiment:
 
     def rows(self, trials: Iterable[Trial]) -> list[Row]:
         """The rows of the trials that have one, in their order."""
-        found = []
+        rows = []
         for trial in trials:
             if earlier := self.earlier.get(trial.run.key):
-                found.append(earlier | trial.labels)
+                rows.append(earlier | trial.labels)
             elif row := trial.run.read(self.work):
-                found.append(trial.labels | row)
-        return found
+                rows.append(trial.labels | row)
+        return rows
 
     def save(self, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
         """Write the results with these rows; returns them as written."""
@@ -88,11 +88,11 @@ def jobs_of(trials: Iterable[Trial], work: Path, each: int = EACH) -> list[Job]:
     waiting = [trial for trial in trials if trial.run.read(work) is None]
     jobs: list[Job] = []
     for kind, group in groupby(waiting, key=lambda trial: type(trial.run)):
-        alike: list[Any] = list(group)
+        runs: list[Any] = list(group)
         if kind is Training:
-            jobs += [trial.run.job(work) for trial in alike]
+            jobs += [trial.run.job(work) for trial in runs]
             continue
-        for first in range(0, len(alike), each):
-            batch = alike[first : first + each]
+        for first in range(0, len(runs), each):
+            batch = runs[first : first + each]
             jobs.append(probes.job([(trial.name, trial.run) for trial in batch], work))
     return jobs

@@ -22,9 +22,8 @@ from spectral_window.files import write_text
 from spectral_window.lab.baselines.mixers import BASELINES
 from spectral_window.lab.experiments import lm
 from spectral_window.lab.experiments.trainings import Text
-from spectral_window.lab.figures import MUTED, SERIES, count
+from spectral_window.lab.figures import MUTED, SERIES, Panel, count, name_lines, sheet
 from spectral_window.lab.jobs import Log
-from spectral_window.lab.panels import Panel, name_lines, sheet
 from spectral_window.nn.mixers import MIXERS
 
 NEAREST = {name: lm.VARIANTS[name] for name in lm.BOTH} | {
@@ -94,15 +93,15 @@ def table(rows: Rows) -> str:
     not ours: below 0 is better."""
     text = ""
     for part, title in TITLES.items():
-        found = ends(rows, part)
-        if not found:
+        models = ends(rows, part)
+        if not models:
             continue
-        tokens = next(iter(found.values()))[1][0]["tokens"]
-        others = [loss for variant, (loss, _) in found.items() if not variant.startswith(OURS)]
+        tokens = next(iter(models.values()))[1][0]["tokens"]
+        others = [loss for variant, (loss, _) in models.items() if not variant.startswith(OURS)]
         text += f"{tokens:,} tokens a model ({title}):\n\n"
         text += "| model | parameters | learning rate, initial width | held-out nats per token "
         text += "| perplexity against the best other |\n|---|---|---|---|---|\n"
-        for variant, (loss, of) in found.items():
+        for variant, (loss, of) in models.items():
             seeds = f" ({len(of)} seeds)" if len(of) > 1 else ""
             beside = f"{math.exp(loss - min(others)) - 1:+.1%}" if others else "-"
             text += (
@@ -116,8 +115,8 @@ def table(rows: Rows) -> str:
 def figure(rows: Rows, path: Path) -> Path:
     """Held-out loss against tokens of the longest runs there are, and where each part's ended, as a
     PNG."""
-    there = {part: found for part in TITLES if (found := ends(rows, part))}
-    longest = next((part for part, found in there.items() if len(_curves(found)) > 1), None)
+    there = {part: models for part in TITLES if (models := ends(rows, part))}
+    longest = next((part for part, models in there.items() if len(_curves(models)) > 1), None)
     panels = []
     if longest is not None:
         curves = _curves(there[longest])
@@ -129,25 +128,25 @@ def figure(rows: Rows, path: Path) -> Path:
                 lambda axes: _paint_curves(axes, curves),
             )
         )
-    for part, found in there.items():
+    for part, models in there.items():
         panels.append(
             Panel(
                 f"ends-{part}",
                 f"At the end: {TITLES[part]}",
                 "held-out nats per token of each model",
-                lambda axes, found=found: _paint_ends(axes, found),  # type: ignore[misc]
-                height=1.3 + 0.27 * len(found),
+                lambda axes, models=models: _paint_ends(axes, models),  # type: ignore[misc]
+                height=1.3 + 0.27 * len(models),
             )
         )
     about = "held-out text, nats per token, equal parameters; a dot a seed"
     return sheet(panels, min(2, len(panels)), about, path)
 
 
-def _curves(found: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _curves(models: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Model -> the curve of its first seed, of those with more than an end."""
     return {
         variant: of[0]["eval_curve"]
-        for variant, (_, of) in found.items()
+        for variant, (_, of) in models.items()
         if len(of[0]["eval_curve"]) > 2
     }
 
@@ -167,14 +166,14 @@ def _paint_curves(axes: Axes, curves: Mapping[str, list[Any]]) -> None:
     axes.set_ylabel("nats per token")
 
 
-def _paint_ends(axes: Axes, found: Mapping[str, Any]) -> None:
-    for y, (variant, (loss, of)) in enumerate(found.items()):
+def _paint_ends(axes: Axes, models: Mapping[str, Any]) -> None:
+    for y, (variant, (loss, of)) in enumerate(models.items()):
         for row in of:
             axes.plot(row["eval_loss"], y, "o", ms=5, color=_color(variant))
         axes.annotate(
             f"{loss:.3f}", (max(row["eval_loss"] for row in of), y), xytext=(7, 0),
             textcoords="offset points", va="center", fontsize=9, color=_color(variant),
         )  # fmt: skip
-    name_lines(axes, list(found))
+    name_lines(axes, list(models))
     axes.margins(x=0.2)
     axes.set_xlabel("nats per token")

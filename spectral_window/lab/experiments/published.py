@@ -3,7 +3,7 @@
     attention   scores of every query with every key in memory, [B, H, T, T], then a softmax
     window      scores of every chunk with itself and the chunk before, [B, N, H, W, 2W]
     spectral    one FFT of 2T points a channel, float32; the kernel's angles in float32
-    block       the mixer is evaluated twice and the first output dropped, Transformer and SWH alike
+    block       the mixer is evaluated twice and the first output dropped, in both models
 
 Nothing here is fused, cut into segments or compiled, and dropping an output changes no number: with
 the weights of one of our models the hidden states are that model's, which is checked before any

@@ -2,7 +2,7 @@
 
 Models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`) whose write gate is a
 sigmoid or one that can close, a Transformer, one with the memory's trick, keys of the token before
-(`nn/attention.py`), and linear models that people take instead (`baselines/mixers.py`).
+(`nn/attention.py`), and linear models that others use (`baselines/mixers.py`).
 
 On the tasks of the suite `synthetic` its rows stand for the paper's SWH and the Transformer,
 trained on 2 to 5 times as many sequences as the others are here. "mixed" models have seen longer
@@ -29,15 +29,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from spectral_window.data.tasks import make
 from spectral_window.files import write_text
 from spectral_window.lab import results
 from spectral_window.lab.experiments import synthetic
 from spectral_window.lab.experiments.experiment import Experiment, Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
-from spectral_window.lab.figures import MUTED, PAPER, SERIES
+from spectral_window.lab.figures import MUTED, PAPER, SERIES, Panel, sheet
 from spectral_window.lab.jobs import Log
-from spectral_window.lab.panels import Panel, sheet
 from spectral_window.nn.mixers import MIXERS
 
 OURS, PUBLISHED, TRANSFORMER = "SWH with memory", "SWH", "Transformer"
@@ -224,13 +222,13 @@ def run(
 
 def shares(rows: Sequence[dict[str, Any]], ability: str, model: str, training: str) -> Shares:
     """Reach (times the base length) -> the share of right answers of each seed, ascending."""
-    base, found = ABILITIES[ability].base, Shares()
+    base, by_reach = ABILITIES[ability].base, Shares()
     for row in rows:
         if (row["ability"], row["model"], row["training"]) == (ability, model, training):
             for test in row["tests"]:
-                reach = found.setdefault(test["length"] // base, [])
+                reach = by_reach.setdefault(test["length"] // base, [])
                 reach.append(test["right"] / test["asked"])
-    return {reach: sorted(found[reach]) for reach in sorted(found)}
+    return {reach: sorted(by_reach[reach]) for reach in sorted(by_reach)}
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -248,23 +246,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for ability, training in lines(rows):
         about = ABILITIES[ability]
         of = [shares(rows, ability, model, training) for model in models]
-        shown = [k for k in (1, 4, 32, *FAR) if any(k in found for found in of)]
+        shown = [k for k in (1, 4, 32, *FAR) if any(k in one for one in of)]
         trained = f"{about.base}" + (
             f" ... {about.base * about.mixed[-1]}" if training == "mixed" else ""
         )
         asked = ", ".join(f"{k:,}x" for k in shown)
-        cells = " | ".join(_cell([found[k] for k in shown if k in found]) for found in of)
+        cells = " | ".join(_cell([one[k] for k in shown if k in one]) for one in of)
         text += f"| {ability} | {trained} | {asked} | {cells} |\n"
     return text
 
 
-def _cell(found: Sequence[Sequence[float]]) -> str:
+def _cell(scores: Sequence[Sequence[float]]) -> str:
     """What the seeds of one model scored at each length: "1.000, 0.97 (1 seed)"."""
-    if not found:
+    if not scores:
         return "-"
-    means = [sum(values) / len(values) for values in found]
+    means = [sum(values) / len(values) for values in scores]
     text = ", ".join(f"{mean:.3f}" if mean >= 0.99 else f"{mean:.2f}" for mean in means)
-    seeds = min(map(len, found))
+    seeds = min(map(len, scores))
     many = "" if seeds == len(synthetic.SEEDS) else f" ({seeds} seed{'s' * (seeds > 1)})"
     return text + many
 
@@ -306,16 +304,10 @@ def _paint(axes: Axes, drawn: Mapping[tuple[str, str], Shares], ability: Ability
             x, [p[0] for p in points.values()], [p[-1] for p in points.values()],
             color=color, alpha=0.15, lw=0,
         )  # fmt: skip
-    axes.axhline(_chance(ability), color=MUTED, lw=0.9, ls=":")
+    axes.axhline(synthetic.chance(ability.task, **ability.options), color=MUTED, lw=0.9, ls=":")
     axes.set_xscale("log", base=2)
     axes.set_xlim(1, ability.reach[-1])
     axes.xaxis.set_major_locator(FixedLocator(list(ability.reach)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}x"))
     axes.set_ylim(0, 1.03)
-
-
-def _chance(ability: Ability) -> float:
-    """A guess among the tokens that can be an answer."""
-    task = make(ability.task, **ability.options)
-    return 1 / getattr(task, "values", getattr(task, "tokens", task.vocab_size))

@@ -135,3 +135,9 @@ def ceilings(suite: Sequence[Trial]) -> list[dict[str, Any]]:
         {"task": task, "length": length, "ceiling": ceiling(make(task), length)}
         for task, length in asked
     ]
+
+
+def chance(task: str, **options: Any) -> float:
+    """The score of a guess among the tokens that can be an answer."""
+    one = make(task, **options)
+    return 1 / getattr(one, "values", getattr(one, "tokens", one.vocab_size))

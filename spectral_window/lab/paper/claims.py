@@ -9,7 +9,7 @@ A verdict is computed from the suites' JSON and from nothing else:
     missing                   the measurement that would decide has not been made
 
 "Above" means by more than both 95 % intervals; "matches" that it is above, or that the intervals
-meet and the means are within 0.05: wide intervals alone make nothing alike. So a claim of
+meet and the means are within 0.05: wide intervals alone do not. So a claim of
 superiority fails where nothing but noise separates two models, whichever is ahead. Of tasks at the
 length of training the paper's text says that SWH matches the Transformer, its figures show it
 above: each has its own verdict.
@@ -28,9 +28,9 @@ from spectral_window.lab.experiments import efficiency, lm
 
 HOLDS, ONLY_PUBLISHED, FAILS = "holds", "holds only as published", "does not hold"
 MISSING = "missing"
-CLOSE = 0.05  # between shares of right answers that are called alike
+CLOSE = 0.05  # between shares of right answers that are called equal
 SUITES = ("synthetic", "lm-small", "lm-125m", "efficiency", "ablate")
-Found = Mapping[str, Any]
+Values = Mapping[str, Any]
 Asked = tuple[str, int]  # a task and a length
 # what the paper prints for its tasks
 PRINTED: dict[Asked, dict[str, float]] = {
@@ -49,7 +49,7 @@ class Claim:
     name: str
     says: str
     published: str
-    posed: str
+    well_posed: str
     verdict: str
     why: str
 
@@ -59,9 +59,9 @@ def read(folder: Path) -> dict[str, Any]:
     return {suite: results.load(folder, suite) for suite in SUITES}
 
 
-def evaluate(found: Found) -> list[Claim]:
+def evaluate(suites: Values) -> list[Claim]:
     """Every claim with its verdict, in the order of the paper."""
-    return [*_synthetic(found), _language_model(found), *_efficiency(found), _branches(found)]
+    return [*_synthetic(suites), _language_model(suites), *_efficiency(suites), _branches(suites)]
 
 
 def markdown(claims: list[Claim]) -> str:
@@ -69,7 +69,8 @@ def markdown(claims: list[Claim]) -> str:
     names = ("claim", "the paper says", "as published, here", "well-posed", "verdict")
     head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
     lines = [
-        f"| {c.name} | {c.says} | {c.published} | {c.posed} | **{c.verdict}** |" for c in claims
+        f"| {c.name} | {c.says} | {c.published} | {c.well_posed} | **{c.verdict}** |"
+        for c in claims
     ]
     return "\n".join([head, *lines])
 
@@ -78,10 +79,10 @@ def markdown(claims: list[Claim]) -> str:
 
 
 def scores(
-    found: Found, form: str, task: str, length: int, model: str, training: str = "fixed"
+    suites: Values, form: str, task: str, length: int, model: str, training: str = "fixed"
 ) -> Estimate | None:
     """Share of right answers over the seeds, or None."""
-    suite = found.get("synthetic") or {"rows": []}
+    suite = suites.get("synthetic") or {"rows": []}
     counts = [
         (test["right"], test["asked"])
         for row in suite["rows"]
@@ -92,16 +93,16 @@ def scores(
     return estimates.share(counts) if counts else None
 
 
-def ceiling(found: Found, task: str, length: int) -> float | None:
+def ceiling(suites: Values, task: str, length: int) -> float | None:
     """The best possible score of a task, or None."""
-    suite = found.get("synthetic") or {}
+    suite = suites.get("synthetic") or {}
     for line in suite.get("ceilings", ()):
         if (line["task"], line["length"]) == (task, length):
             return line["ceiling"]
     return None
 
 
-def _synthetic(found: Found) -> list[Claim]:
+def _synthetic(suites: Values) -> list[Claim]:
     table = [
         ("Associative recall: matches", _matches, ("published-associative", 32), ("recall", 32)),
         ("Associative recall: above", _above, ("published-associative", 32), ("recall", 32)),
@@ -111,22 +112,22 @@ def _synthetic(found: Found) -> list[Claim]:
         ("Length generalisation, 4 times", _above, ("published-associative", 128), ("recall", 128)),
         ("Needle in a haystack, 8 times", _above, ("published-needle", 256), ("needle", 256)),
     ]
-    return [_task(found, *line) for line in table]
+    return [_task(suites, *line) for line in table]
 
 
 def _task(
-    found: Found,
+    suites: Values,
     name: str,
     relation: Callable[[Estimate, Estimate], bool],
     published: Asked,
-    posed: Asked,
+    well_posed: Asked,
 ) -> Claim:
     texts: list[str] = []
     shown: list[bool | None] = []
-    for form, (task, length) in (("published", published), ("posed", posed)):
-        ours = scores(found, form, task, length, "SWH")
-        theirs = scores(found, form, task, length, "Transformer")
-        best = ceiling(found, task, length)
+    for form, (task, length) in (("published", published), ("posed", well_posed)):
+        ours = scores(suites, form, task, length, "SWH")
+        theirs = scores(suites, form, task, length, "Transformer")
+        best = ceiling(suites, task, length)
         if ours is None or theirs is None or best is None:
             texts.append(MISSING)
             shown.append(None)
@@ -141,13 +142,13 @@ def _task(
         chance = estimates.fisher(3, 64, 1, 64)
         why = f"Printed are 3 of 64 against 1 of 64: a difference by chance with p = {chance:.2f}."
     elif MISSING not in texts[0]:
-        why = f"What is printed for SWH is the task's ceiling, {_ceiling_text(found, published)}."
+        why = f"What is printed for SWH is the task's ceiling, {_ceiling_text(suites, published)}."
     says = ", ".join(f"{model} {score:.2f}" for model, score in PRINTED[published].items())
     return Claim(name, says, texts[0], texts[1], _verdict(shown[0], shown[1]), why)
 
 
-def _ceiling_text(found: Found, asked: Asked) -> str:
-    best = ceiling(found, *asked)
+def _ceiling_text(suites: Values, asked: Asked) -> str:
+    best = ceiling(suites, *asked)
     return MISSING if best is None else f"{best:.3f}: no solver does better"
 
 
@@ -164,10 +165,10 @@ def _matches(ours: Estimate, theirs: Estimate) -> bool:
     return _above(ours, theirs) or not apart
 
 
-def _verdict(published: bool | None, posed: bool | None) -> str:
-    if posed:
+def _verdict(published: bool | None, well_posed: bool | None) -> str:
+    if well_posed:
         return HOLDS
-    if posed is None:
+    if well_posed is None:
         return MISSING
     return ONLY_PUBLISHED if published else MISSING if published is None else FAILS
 
@@ -175,15 +176,15 @@ def _verdict(published: bool | None, posed: bool | None) -> str:
 # ----------------------------------------------------------------------------------- language model
 
 
-def losses(found: Found, suite: str, part: str, variant: str) -> list[float]:
+def losses(suites: Values, suite: str, part: str, variant: str) -> list[float]:
     """Held-out losses at the end, one for each seed."""
-    rows = (found.get(suite) or {"rows": []})["rows"]
+    rows = (suites.get(suite) or {"rows": []})["rows"]
     return [row["eval_loss"] for row in lm.counted(rows, part, variant)]
 
 
-def _language_model(found: Found) -> Claim:
-    suite = "lm-125m" if found.get("lm-125m") else "lm-small"
-    rows = (found.get(suite) or {"rows": []})["rows"]
+def _language_model(suites: Values) -> Claim:
+    suite = "lm-125m" if suites.get("lm-125m") else "lm-small"
+    rows = (suites.get(suite) or {"rows": []})["rows"]
     published = {r["variant"]: r for r in rows if r["part"] == "published"}
     first, shown = MISSING, None
     if {"SWH", "Transformer"} <= published.keys():
@@ -195,7 +196,7 @@ def _language_model(found: Found) -> Claim:
             f"{transformer['parameters'] / 1e6:.2f}M parameters"
         )
         shown = swh["train_loss"] < transformer["train_loss"]
-    ours, theirs = (losses(found, suite, "main", name) for name in ("SWH", "Transformer"))
+    ours, theirs = (losses(suites, suite, "main", name) for name in ("SWH", "Transformer"))
     second, better = MISSING, None
     if len(ours) > 1 and len(theirs) > 1:
         a, b = estimates.mean(ours), estimates.mean(theirs)
@@ -216,10 +217,10 @@ def _language_model(found: Found) -> Claim:
     return Claim("Language modelling", said, first, second, verdict, why)
 
 
-def _branches(found: Found) -> Claim:
+def _branches(suites: Values) -> Claim:
     shown, text = None, MISSING
     names = ("SWH", "spectral only", "window only")
-    ends = {v: losses(found, "lm-small", "branches", v) for v in names}
+    ends = {v: losses(suites, "lm-small", "branches", v) for v in names}
     if all(ends.values()):
         values = {name: estimates.mean(end).value for name, end in ends.items()}
         shown = values["SWH"] < min(values["spectral only"], values["window only"])
@@ -233,8 +234,8 @@ def _branches(found: Found) -> Claim:
 # --------------------------------------------------------------------------------------- efficiency
 
 
-def _efficiency(found: Found) -> list[Claim]:
-    summary = efficiency.summary(found.get("efficiency") or {"rows": []})
+def _efficiency(suites: Values) -> list[Claim]:
+    summary = efficiency.summary(suites.get("efficiency") or {"rows": []})
     time, memory, slope = summary["time_ratio"], summary["memory_ratio"], summary["slope"]
     said = {
         form: MISSING if time[form] is None else f"SWH takes {time[form]:.2f} of the time"

@@ -13,17 +13,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from spectral_window.data.tasks import make
 from spectral_window.lab import estimates
 from spectral_window.lab.bench import figures as bench_figures
 from spectral_window.lab.estimates import Estimate
 from spectral_window.lab.experiments import ablate, efficiency, lm, synthetic
 from spectral_window.lab.experiments.efficiency_measure import MODELS
-from spectral_window.lab.figures import INK, MUTED, PAPER, SERIES, count, say_missing
-from spectral_window.lab.panels import Panel, dot, name_lines, say
+from spectral_window.lab.figures import (
+    INK,
+    MUTED,
+    PAPER,
+    SERIES,
+    Panel,
+    count,
+    dot,
+    name_lines,
+    write_line,
+    write_missing,
+)
 from spectral_window.lab.paper import claims
 
-Found = Mapping[str, Any]
+Values = Mapping[str, Any]
 Rows = Sequence[dict[str, Any]]
 COLORS = dict(zip(("SWH", "Transformer", "window only", "spectral only"), SERIES, strict=False))
 # as published: (task, length) -> what it is called, and what the paper prints
@@ -37,7 +46,7 @@ PRINTED = {
         ("published-needle", 256): "Needle, 8 times",
     }.items()
 }
-POSED = {  # task -> what it is called, and the length it is trained at
+WELL_POSED = {  # task -> what it is called, and the length it is trained at
     "recall": ("Recall", 32),
     "needle": ("Needle", 32),
     "induction": ("Induction", 32),
@@ -50,40 +59,40 @@ DASHED = (0, (4, 2))
 # ---------------------------------------------------------------------------------- synthetic tasks
 
 
-def published_panel(found: Found) -> Panel:
+def published_panel(suites: Values) -> Panel:
     """The five published tasks: our scores, the paper's, and the ceiling."""
     learned = [asked for asked in PRINTED if asked[1] == 32]
     near = [
         best is not None and abs(PRINTED[asked][1]["SWH"] - best) < 0.01
         for asked in learned
-        for best in [claims.ceiling(found, *asked)]
+        for best in [claims.ceiling(suites, *asked)]
     ]
     title = "As published: scores beside their ceilings"
     if all(near):
         title = "The scores printed for SWH at T = 32 are the ceilings"
     words = "; ".join(
-        f"{name}: ceiling {_two(claims.ceiling(found, *asked))}, "
+        f"{name}: ceiling {_two(claims.ceiling(suites, *asked))}, "
         + ", ".join(
-            f"{model} here {_two(_value(claims.scores(found, 'published', *asked, model)))}, "
+            f"{model} here {_two(_value(claims.scores(suites, 'published', *asked, model)))}, "
             f"printed {printed:.2f}"
             for model, printed in says.items()
         )
         for asked, (name, says) in PRINTED.items()
     )
-    return Panel("published", title, words, lambda axes: _paint_published(axes, found))
+    return Panel("published", title, words, lambda axes: _paint_published(axes, suites))
 
 
-def _paint_published(axes: Axes, found: Found) -> None:
+def _paint_published(axes: Axes, suites: Values) -> None:
     scores = {
-        (asked, model): claims.scores(found, "published", *asked, model)
+        (asked, model): claims.scores(suites, "published", *asked, model)
         for asked in PRINTED
         for model in lm.BOTH
     }
     if not any(scores.values()):
-        say_missing(axes)
+        write_missing(axes)
         return
     for y, (asked, (_, says)) in enumerate(PRINTED.items()):
-        best = claims.ceiling(found, *asked)
+        best = claims.ceiling(suites, *asked)
         if best is not None:
             axes.plot([best, best], [y - 0.4, y + 0.4], color=INK, lw=1.6, label="ceiling")
         for shift, (model, printed) in zip((-0.17, 0.17), says.items(), strict=True):
@@ -97,18 +106,18 @@ def _paint_published(axes: Axes, found: Found) -> None:
     axes.set_xlabel("share of right answers")
 
 
-def posed_panels(found: Found) -> list[Panel]:
+def well_posed_panels(suites: Values) -> list[Panel]:
     """The well-posed tasks: score against length."""
-    return [_posed_panel(found, task, *about) for task, about in POSED.items()]
+    return [_well_posed_panel(suites, task, *about) for task, about in WELL_POSED.items()]
 
 
-def _posed_panel(found: Found, task: str, name: str, base: int) -> Panel:
+def _well_posed_panel(suites: Values, task: str, name: str, base: int) -> Panel:
     reach = synthetic.REACH if base == 32 and task != "sorting" else (1, 2, 4)
     lines: dict[tuple[str, str], dict[int, Estimate]] = {}
     for model in ("Transformer", "window only", "SWH"):  # the last is painted on top
         for training in ("fixed", "mixed"):
             scores = {
-                k: claims.scores(found, "posed", task, base * k, model, training) for k in reach
+                k: claims.scores(suites, "posed", task, base * k, model, training) for k in reach
             }
             if points := {k: score for k, score in scores.items() if score}:
                 lines[model, training] = points
@@ -127,7 +136,7 @@ def _posed_panel(found: Found, task: str, name: str, base: int) -> Panel:
         f"posed-{task}",
         title,
         words,
-        lambda axes: _paint_reach(axes, lines, reach, _chance(task)),
+        lambda axes: _paint_reach(axes, lines, reach, synthetic.chance(task)),
         width=4.0,
         height=2.9,
     )
@@ -140,7 +149,7 @@ def _paint_reach(
     chance: float,
 ) -> None:
     if not lines:
-        say_missing(axes)
+        write_missing(axes)
         return
     for (model, training), points in lines.items():
         x, color = list(points), COLORS[model]
@@ -162,12 +171,6 @@ def _paint_reach(
     axes.set_ylim(0, 1.03)
     axes.set_xlabel("times the training length")
     axes.set_ylabel("share of right answers")
-
-
-def _chance(task: str) -> float:
-    """A guess among the tokens that can be an answer."""
-    one = make(task)
-    return 1 / getattr(one, "values", getattr(one, "tokens", one.vocab_size))
 
 
 # ---------------------------------------------------------------------------------- language model
@@ -206,7 +209,7 @@ def language_panels(suite: Mapping[str, Any] | None, name: str) -> list[Panel]:
 def _paint_curves(axes: Axes, rows: Rows, part: str, curve: str, divisor: float) -> None:
     shown = [row for name in lm.BOTH for row in lm.counted(rows, part, name) if len(row[curve]) > 1]
     if not shown:
-        say_missing(axes)
+        write_missing(axes)
         return
     late = []
     for row in shown:
@@ -228,7 +231,7 @@ def _paint_curves(axes: Axes, rows: Rows, part: str, curve: str, divisor: float)
 
 def _paint_sweep(axes: Axes, rows: Rows, best: Mapping[str, Mapping[str, float]]) -> None:
     if not best:
-        say_missing(axes)
+        write_missing(axes)
         return
     swept = [row for row in rows if row["part"] == "sweep"]
     widths = sorted({row["initializer_range"] for row in swept})
@@ -261,11 +264,11 @@ def _paint_sweep(axes: Axes, rows: Rows, best: Mapping[str, Mapping[str, float]]
 
 def _paint_branches(axes: Axes, alone: Mapping[str, Sequence[float]]) -> None:
     if not any(alone.values()):
-        say_missing(axes)
+        write_missing(axes)
         return
     for y, (variant, losses) in enumerate(alone.items()):
         if not losses:
-            say(axes, "missing", y)
+            write_line(axes, "missing", y)
         for loss in losses:
             axes.plot(loss, y, "o", ms=6, color=COLORS[variant])
             axes.annotate(f"{loss:.3f}", (loss, y), xytext=(0, 8), textcoords="offset points",
@@ -297,7 +300,7 @@ def efficiency_panels(suite: Mapping[str, Any] | None) -> list[Panel]:
         )
         title = f"{curves.measure.capitalize()}, {efficiency.FORMS[curves.form]}"
         title += f": {ends}" if ends else ""
-        drawn = bench_figures.Panel("", curves.lines, "tokens", curves.unit, bench_figures.tokens)
+        drawn = bench_figures.panel("", curves.lines, "tokens", curves.unit, bench_figures.tokens)
         place = f"efficiency-{curves.form}-{curves.measure}"
         panels.append(Panel(place, title, words, drawn.paint))
     return panels
@@ -306,21 +309,21 @@ def efficiency_panels(suite: Mapping[str, Any] | None) -> list[Panel]:
 # --------------------------------------------------------------------------------------- ablations
 
 
-def ablation_panels(found: Mapping[str, Any] | None) -> list[Panel]:
+def ablation_panels(suite: Mapping[str, Any] | None) -> list[Panel]:
     """A row for each group: the loss on text, and recall at 1 and 4 times the training length, as
     `ablate.table` has them."""
     panels = []
-    table = ablate.table(dict(found or {"rows": []}))
+    table = ablate.table(dict(suite or {"rows": []}))
     for group in ablate.GROUPS:
         lines = [line for line in table if line["group"] == group]
         paper = next(name for name, changed in ablate.GROUPS[group].items() if not changed)
         height = 0.9 + 0.36 * len(lines)
-        for place, measures, found_out in (
+        for place, measures, finding in (
             ("text", ("text",), _spread),
             ("recall", ("recall 1x", "recall 4x"), _solved),
         ):
             ends = {line["variant"]: line[measures[0]].value for line in lines if line[measures[0]]}
-            title = f"{group.capitalize()}: {found_out(ends) if ends else 'missing'}"
+            title = f"{group.capitalize()}: {finding(ends) if ends else 'missing'}"
             words = "; ".join(
                 f"{line['variant']}: " + ", ".join(f"{m} {_two(_value(line[m]))}" for m in measures)
                 for line in lines
@@ -339,15 +342,15 @@ def _solved(ends: Mapping[str, float]) -> str:
     return f"recall of 0.95 or more in {sum(v >= 0.95 for v in ends.values())} of {len(ends)}"
 
 
-def _dots(lines: Sequence[Found], measures: Sequence[str], paper: str) -> Callable[[Axes], None]:
+def _dots(lines: Sequence[Values], measures: Sequence[str], paper: str) -> Callable[[Axes], None]:
     def paint(axes: Axes) -> None:
         if not any(line[m] for line in lines for m in measures):
-            say_missing(axes)
+            write_missing(axes)
             return
         values = []
         for y, line in enumerate(lines):
             if not any(line[m] for m in measures):
-                say(axes, "missing", y)
+                write_line(axes, "missing", y)
             for place, measure in enumerate(measures):  # the first is the one that is trained
                 score, first = line[measure], place == 0
                 label = measure if len(measures) > 1 else None

@@ -15,7 +15,7 @@ from typing import Any
 
 from spectral_window.lab import results
 from spectral_window.lab.experiments import lm
-from spectral_window.lab.panels import Panel, sheet, svg
+from spectral_window.lab.figures import Panel, sheet, svg
 from spectral_window.lab.paper import claims, figures, tables
 from spectral_window.lab.paper.claims import FAILS, HOLDS, MISSING, ONLY_PUBLISHED, Claim
 from spectral_window.lab.paper.rows import sound
@@ -57,7 +57,7 @@ class Reading:
 
     def claims(self) -> list[tuple[Claim, str]]:
         """Every claim with the verdict to print: "quick" where only a quick version speaks."""
-        real = {name: None if self.quick(name) else found for name, found in self.suites.items()}
+        real = {name: None if self.quick(name) else suite for name, suite in self.suites.items()}
         return [
             (claim, decided.verdict if claim == decided else QUICK)
             for claim, decided in zip(
@@ -83,17 +83,19 @@ class Section:
 
 def read(folder: Path) -> Reading:
     """The suites in `folder`, with the language models' quick version where there is one."""
-    found = claims.read(folder) | {"lm-quick": results.load(folder, "lm-quick")}
+    results_of = claims.read(folder) | {"lm-quick": results.load(folder, "lm-quick")}
     suites, faults = {}, {}
-    for name, suite in found.items():
+    for name, suite in results_of.items():
         suites[name], faults[name] = sound(name, suite)
     return Reading(suites, faults)
 
 
-def headline(judged: Sequence[tuple[Claim, str]]) -> str:
+def headline(verdicts: Sequence[tuple[Claim, str]]) -> str:
     """'3 of 11 claims hold, 2 hold only as published, 4 do not hold, 2 are missing'."""
-    counts = Counter(verdict for _, verdict in judged)
-    said = [f"{counts[HOLDS]} of {len(judged)} claims {'holds' if counts[HOLDS] == 1 else 'hold'}"]
+    counts = Counter(verdict for _, verdict in verdicts)
+    parts = [
+        f"{counts[HOLDS]} of {len(verdicts)} claims {'holds' if counts[HOLDS] == 1 else 'hold'}"
+    ]
     for verdict, one, many in (
         (ONLY_PUBLISHED, "holds only as published", "hold only as published"),
         (FAILS, "does not hold", "do not hold"),
@@ -101,32 +103,32 @@ def headline(judged: Sequence[tuple[Claim, str]]) -> str:
         (MISSING, "is missing", "are missing"),
     ):
         if counts[verdict]:
-            said.append(f"{counts[verdict]} {one if counts[verdict] == 1 else many}")
-    return ", ".join(said)
+            parts.append(f"{counts[verdict]} {one if counts[verdict] == 1 else many}")
+    return ", ".join(parts)
 
 
 def write(folder: Path, out_html: Path) -> Path:
     """Write the page of the suites in `folder` to `out_html`, beside it its figures as PNG and the
     table of claims as claims.md; returns the page's path."""
     reading = read(folder)
-    judged = reading.claims()
+    verdicts = reading.claims()
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    table = claims.markdown([replace(claim, verdict=verdict) for claim, verdict in judged])
+    table = claims.markdown([replace(claim, verdict=verdict) for claim, verdict in verdicts])
     (out_html.parent / "claims.md").write_text(
         table + "\n", encoding="utf-8", errors="backslashreplace"
     )
     sections = _sections(reading)
     _sheets(reading, sections, out_html.parent)
-    counts = Counter(verdict for _, verdict in judged)
+    counts = Counter(verdict for _, verdict in verdicts)
     shown = [v for v in STYLES if counts[v] or v in (HOLDS, ONLY_PUBLISHED, FAILS)]
     return render(
         "paper.html.j2",
         out_html,
-        title=headline(judged),
+        title=headline(verdicts),
         counts=[(verdict, STYLES[verdict], counts[verdict]) for verdict in shown],
         quick_note=QUICK_NOTE,
         quick_suites=[name for name in reading.suites if reading.quick(name)],
-        claims=[(claim, verdict, STYLES[verdict]) for claim, verdict in judged],
+        claims=[(claim, verdict, STYLES[verdict]) for claim, verdict in verdicts],
         sections=[_content(reading, section) for section in sections],
         made=_made(reading),
     )
@@ -173,8 +175,8 @@ def _sections(reading: Reading) -> list[Section]:
 
 
 def _synthetic(reading: Reading) -> list[Section]:
-    found = reading.suites
-    published, *posed = tables.synthetic_tables(found)
+    suites = reading.suites
+    published, *well_posed = tables.synthetic_tables(suites)
     return [
         Section(
             "synthetic",
@@ -187,7 +189,7 @@ def _synthetic(reading: Reading) -> list[Section]:
             "Dots are our models on 4,096 held-out examples, bars 95 % intervals, hollow diamonds "
             "what the paper prints, the upright line the ceiling.",
             lm.BOTH,
-            [figures.published_panel(found)],
+            [figures.published_panel(suites)],
             [published],
         ),
         Section(
@@ -202,8 +204,8 @@ def _synthetic(reading: Reading) -> list[Section]:
             "and 32 times are new. Bands are 95 % intervals over seeds and examples, the dotted "
             "line is chance.",
             ("SWH", "Transformer", "window only"),
-            figures.posed_panels(found),
-            posed,
+            figures.well_posed_panels(suites),
+            well_posed,
             grid="trio",
             leads=False,
         ),

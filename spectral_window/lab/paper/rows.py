@@ -2,7 +2,7 @@
 
 A row can be wrong: a loss that is not a number, more right answers than questions, a field that a
 killed process or a hand left out. Such a row must neither stop the page nor vanish: `sound` takes
-it out of the numbers and says which it was and why, and the page prints that.
+it out of the numbers, with a line that names it and the reason, and the page prints that line.
 """
 
 from __future__ import annotations
@@ -81,23 +81,23 @@ WHERE_MEASURED: dict[str, Check] = {
 }
 
 
-def sound(suite: str, found: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
+def sound(suite: str, content: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
     """The suite with the rows that can be counted on, and a line for each other one.
 
-    found: what `results.load` gave, or None (then None and no lines).
+    content: what `results.load` gave, or None (then None and no lines).
     """
-    if found is None:
+    if content is None:
         return None, []
     rows, faults = [], []
-    for row in found["rows"]:
+    for row in content["rows"]:
         wrong = fault(suite, row)
         if wrong:
             faults.append(f"{_name(row)}: {wrong}")
         else:
             rows.append(row)
-    whole = dict(found) | {"rows": rows}
+    whole = dict(content) | {"rows": rows}
     if suite == "synthetic":
-        whole["ceilings"] = [line for line in found.get("ceilings") or () if _is_ceiling(line)]
+        whole["ceilings"] = [line for line in content.get("ceilings") or () if _is_ceiling(line)]
     return whole, faults
 
 

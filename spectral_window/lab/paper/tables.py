@@ -18,12 +18,12 @@ from spectral_window.lab.experiments import ablate, efficiency, lm, synthetic
 from spectral_window.lab.experiments.efficiency_measure import MODELS as TIMED
 from spectral_window.lab.figures import count, duration, size
 from spectral_window.lab.paper import claims
-from spectral_window.lab.paper.figures import POSED, PRINTED
+from spectral_window.lab.paper.figures import PRINTED, WELL_POSED
 from spectral_window.lab.paper.rows import is_number
 
 MISSING = "missing"
 MODELS = ("SWH", "Transformer", "window only", "spectral only")
-Found = Mapping[str, Any]
+Values = Mapping[str, Any]
 Rows = Sequence[dict[str, Any]]
 
 
@@ -74,22 +74,24 @@ def estimate(score: Estimate | None, digits: int = 2) -> Cell:
 # ---------------------------------------------------------------------------------- synthetic tasks
 
 
-def synthetic_tables(found: Found) -> list[Table]:
+def synthetic_tables(suites: Values) -> list[Table]:
     """The published tasks beside the printed scores; the well-posed ones by length."""
-    reach = [task for task in POSED if task not in ("sorting", "mqar")]
-    short = [task for task in POSED if task not in reach]
+    reach = [task for task in WELL_POSED if task not in ("sorting", "mqar")]
+    short = [task for task in WELL_POSED if task not in reach]
     return [
-        _published(found),
-        _posed(found, "posed", "Well-posed, by length", reach, synthetic.REACH),
-        _posed(found, "posed-short", "Well-posed: sorting and several questions", short, (1, 2, 4)),
+        _published(suites),
+        _well_posed(suites, "posed", "Well-posed, by length", reach, synthetic.REACH),
+        _well_posed(
+            suites, "posed-short", "Well-posed: sorting and several questions", short, (1, 2, 4)
+        ),
     ]
 
 
-def _published(found: Found) -> Table:
+def _published(suites: Values) -> Table:
     rows = []
     for (task, length), (name, says) in PRINTED.items():
         for model, printed in says.items():
-            runs = _runs(found, "published", model, "fixed", task)
+            runs = _runs(suites, "published", model, "fixed", task)
             batch = [(row["batch_right"], row["batch_asked"]) for row in runs]
             taken = length == 32  # the paper's scores at other lengths are of fresh examples
             rows.append(
@@ -98,9 +100,9 @@ def _published(found: Found) -> Table:
                     words(model),
                     number(printed, "{:.2f}"),
                     _batch(batch) if taken else Cell("not taken so"),
-                    estimate(claims.scores(found, "published", task, length, model)),
-                    number(claims.ceiling(found, task, length)),
-                    *_sizes(_runs(found, "published", model, "fixed", _trained_on(task))),
+                    estimate(claims.scores(suites, "published", task, length, model)),
+                    number(claims.ceiling(suites, task, length)),
+                    *_sizes(_runs(suites, "published", model, "fixed", _trained_on(task))),
                 )
             )
     head = (
@@ -124,8 +126,8 @@ def _trained_on(task: str) -> str:
     return "published-associative" if task == "published-needle" else task
 
 
-def _posed(
-    found: Found, name: str, title: str, tasks: Sequence[str], reach: Sequence[int]
+def _well_posed(
+    suites: Values, name: str, title: str, tasks: Sequence[str], reach: Sequence[int]
 ) -> Table:
     asked = dict.fromkeys(
         (trial.run.task, trial.labels["model"], trial.labels["training"])
@@ -134,23 +136,23 @@ def _posed(
     )
     rows = []
     for task, model, training in sorted(asked, key=lambda line: tasks.index(line[0])):
-        called, base = POSED[task]
-        scores = [claims.scores(found, "posed", task, base * k, model, training) for k in reach]
+        called, base = WELL_POSED[task]
+        scores = [claims.scores(suites, "posed", task, base * k, model, training) for k in reach]
         rows.append(
             (
                 words(called),
                 words(model),
                 Cell(f"{base} to 256" if training == "mixed" else f"{base}"),
                 *(estimate(score) for score in scores),
-                *_sizes(_runs(found, "posed", model, training, task)),
+                *_sizes(_runs(suites, "posed", model, training, task)),
             )
         )
     head = ("Task", "Model", "Trained at", *(f"{k}x" for k in reach), "Seeds", "Parameters")
     return Table(name, title, head, tuple(rows))
 
 
-def _runs(found: Found, form: str, model: str, training: str, task: str) -> list[dict[str, Any]]:
-    rows = (found.get("synthetic") or {"rows": []})["rows"]
+def _runs(suites: Values, form: str, model: str, training: str, task: str) -> list[dict[str, Any]]:
+    rows = (suites.get("synthetic") or {"rows": []})["rows"]
     return [
         row
         for row in rows
@@ -170,19 +172,19 @@ def _sizes(rows: Rows) -> tuple[Cell, Cell]:
 # ---------------------------------------------------------------------------------- language model
 
 
-def language_tables(suite: Found | None, name: str) -> list[Table]:
+def language_tables(suite: Values | None, name: str) -> list[Table]:
     """How every stage ended, the sweep, and every run."""
-    found = {name: suite}
+    suites = {name: suite}
     rows = suite["rows"] if suite else []
     rates = sorted({*_rates(name), *(row["lr"] for row in rows if row["part"] == "sweep")})
-    return [_ends(found, rows, name), _sweep(rows, rates, name), _every(rows, name)]
+    return [_ends(suites, rows, name), _sweep(rows, rates, name), _every(rows, name)]
 
 
 def _rates(name: str) -> tuple[float, ...]:
     return lm.SIZES[name.removeprefix("lm-")].rates
 
 
-def _ends(found: Found, rows: Rows, name: str) -> Table:
+def _ends(suites: Values, rows: Rows, name: str) -> Table:
     lines = []
     for part, said, variants in (
         ("main", "well-posed", lm.BOTH),
@@ -191,8 +193,8 @@ def _ends(found: Found, rows: Rows, name: str) -> Table:
     ):
         for variant in variants:
             runs = lm.counted(rows, part, variant)
-            first: Found = runs[0] if runs else {}
-            losses = claims.losses(found, name, part, variant)
+            first: Values = runs[0] if runs else {}
+            losses = claims.losses(suites, name, part, variant)
             printed = Cell("")
             if part == "published":
                 printed = number(first["train_loss"] / lm.ACCUMULATION if runs else None)
@@ -277,7 +279,7 @@ def _said(value: Any, say: Any) -> Cell:
 # --------------------------------------------------------------------------- efficiency, ablations
 
 
-def efficiency_tables(suite: Found | None) -> list[Table]:
+def efficiency_tables(suite: Values | None) -> list[Table]:
     """Every measurement, as published and well-posed."""
     rows = {
         (row["form"], row["length"], row["contestant"]): row
@@ -302,7 +304,7 @@ def efficiency_tables(suite: Found | None) -> list[Table]:
     return [Table("efficiency-rows", "Every measurement", head, lines)]
 
 
-def _measurement(row: Found | None, form: str, length: int, name: str) -> tuple[Cell, ...]:
+def _measurement(row: Values | None, form: str, length: int, name: str) -> tuple[Cell, ...]:
     at = (words(name), words(form), number(length, "{:,d}"))
     if row is None:
         return (*at, *(number(None) for _ in range(5)))
@@ -319,7 +321,7 @@ def _measurement(row: Found | None, form: str, length: int, name: str) -> tuple[
     )
 
 
-def _peak(row: Found) -> Cell:
+def _peak(row: Values) -> Cell:
     """Bytes, and of how many layers where those are not the row's."""
     cell, layers = _said(row.get("peak_bytes"), size), row.get("peak_layers")
     if cell.sort is None or not is_number(layers) or layers == row["layers"]:
@@ -327,7 +329,7 @@ def _peak(row: Found) -> Cell:
     return Cell(cell.text, f"{layers} layers", cell.sort)
 
 
-def _spread(row: Found, key: str, prefix: str, form: str) -> Cell:
+def _spread(row: Values, key: str, prefix: str, form: str) -> Cell:
     """A median above its 10th and 90th percentiles."""
     cell, ends = number(row.get(key), form), [row.get(f"{prefix}p{q}") for q in (10, 90)]
     if cell.sort is None or not all(map(is_number, ends)):
@@ -335,7 +337,7 @@ def _spread(row: Found, key: str, prefix: str, form: str) -> Cell:
     return Cell(cell.text, " to ".join(form.format(end) for end in ends), cell.sort)
 
 
-def ablation_tables(suite: Found | None) -> list[Table]:
+def ablation_tables(suite: Values | None) -> list[Table]:
     """One line a variant, as `ablate.table` gives them."""
     tasks = [f"{ablate.TASK} {reach}x" for reach in ablate.REACH]
     lines = tuple(
