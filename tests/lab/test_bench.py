@@ -13,7 +13,6 @@ from spectral_window.errors import UserError
 from spectral_window.lab import bench
 from spectral_window.lab.bench import delta, figures, models, operators, roofline, targets
 from spectral_window.lab.bench.timing import Timing
-from spectral_window.training.recipes import MATMUL_SETTINGS
 from spectral_window.training.machine import FLOAT32, folder_name
 from spectral_window.training.recipes import MATMUL_SETTINGS
 
