@@ -12,19 +12,18 @@ would inherit the first one's), and a number can be checked by running its comma
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 
 from spectral_window.errors import ResourceError, UserError, from_exit_code
-from spectral_window.files import try_lock
+from spectral_window.files import try_lock, write_json
 from spectral_window.lab.jobs import Child
 from spectral_window.training.interrupt import Interrupted, catch_signals
 
@@ -81,7 +80,7 @@ def run(out: Path | str, *, quick: bool = False, progress: bool = True) -> Path:
 def write_sample(
     folder: Path | str, prompt: str = PROMPT, *, max_new_tokens: int = NEW_TOKENS, seed: int = 0
 ) -> str:
-    """Let the model of the run in `folder` continue `prompt`, and keep that in its samples.json.
+    """Let the model of the run in `folder` continue `prompt`, and save that in its samples.json.
 
     Returns the text that follows the prompt. Raises as `training.loading.load` does.
     """
@@ -94,8 +93,7 @@ def write_sample(
     text = "".join(session.stream(max_new_tokens, **SAMPLING))
     settings = ", ".join(f"{key.replace('_', '-')} {value:g}" for key, value in SAMPLING.items())
     sample = {"prompt": prompt, "text": text, "settings": f"{settings}, seed {seed}"}
-    kept = json.dumps([sample], indent=2) + "\n"
-    (Path(folder) / "samples.json").write_text(kept, encoding="utf-8")
+    write_json(Path(folder) / "samples.json", [sample])
     return text
 
 

@@ -18,6 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from spectral_window.files import write_bytes
 from spectral_window.lab import figures
 from spectral_window.lab.figures import Panel, svg
 from spectral_window.lab.runs import Run, read, read_all
@@ -74,10 +75,8 @@ def render(template: str, out_html: Path, **content: Any) -> Path:
     at all; returns it."""
     page = _templates().get_template(template).render(**content)
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    part = out_html.with_name(out_html.name + ".part")
     # JSON can spell half a surrogate pair, UTF-8 cannot
-    part.write_text(page, encoding="utf-8", errors="backslashreplace")
-    part.replace(out_html)
+    write_bytes(out_html, page.encode("utf-8", errors="backslashreplace"))
     return out_html
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spectral_window.files import write_bytes
 from spectral_window.lab import results
 from spectral_window.lab.experiments import lm
 from spectral_window.lab.figures import Panel, sheet, svg
@@ -114,9 +115,8 @@ def write(folder: Path, out_html: Path) -> Path:
     verdicts = reading.claims()
     out_html.parent.mkdir(parents=True, exist_ok=True)
     table = claims.markdown([replace(claim, verdict=verdict) for claim, verdict in verdicts])
-    (out_html.parent / "claims.md").write_text(
-        table + "\n", encoding="utf-8", errors="backslashreplace"
-    )
+    markdown = f"{table}\n".encode(errors="backslashreplace")
+    write_bytes(out_html.parent / "claims.md", markdown)
     sections = _sections(reading)
     _sheets(reading, sections, out_html.parent)
     counts = Counter(verdict for _, verdict in verdicts)
