@@ -272,7 +272,7 @@ def test_figures_have_names_and_take_the_themes_colours(page: Path) -> None:
 
 def test_svg_is_the_same_for_the_same_data() -> None:
     def svg() -> str:
-        return figures.to_svg(figures.draw(figures.say_missing), "x", "t", "d")
+        return figures.to_svg(figures.draw(figures.write_missing), "x", "t", "d")
 
     assert svg() == svg()
 
