@@ -175,8 +175,8 @@ class Call(NamedTuple):
         """The address of x [B, T, H, V] in the dtype of q."""
         return address(x, self.q.dtype, self.heads * self.q.shape[1] * self.v.shape[3])
 
-    def record(self, first: int, count: int) -> Delta:
-        """The fields up to count, for the chunks `first` ... `first` + `count` - 1."""
+    def record(self, first: int, count: int, **others: Any) -> Delta:
+        """The fields up to count, and others, for the chunks `first` ... `first` + `count` - 1."""
         batch, time, heads, key_dim = self.q.shape
         dtype, most = self.q.dtype, self.chunks.shape[1]
         if dtype is not FLOAT32 and dtype is not BFLOAT16:
@@ -194,6 +194,7 @@ class Call(NamedTuple):
             address(self.lengths, INT64, batch),
             *(batch, time, heads, key_dim, self.v.shape[3], dtype is BFLOAT16),
             *(most, first, count),
+            **others,
         )
 
 
@@ -522,7 +523,7 @@ def plan(args):
 
 def _systems(tiles, call, first, count, systems):
     expect_tiles(tiles, call.heads * count)
-    return call.record(first, count)._replace(systems=address(systems, FLOAT32, tiles * SYSTEM))
+    return call.record(first, count, systems=address(systems, FLOAT32, tiles * SYSTEM))
 
 
 @kernel(Delta, _systems)
@@ -633,7 +634,8 @@ def subtract_recall(args, system, right, recall, rows, step, vectors):
 def _advance(tiles, call, first, count, systems, width, state, checkpoints, out):
     slots = 0 if checkpoints is None else checkpoints.shape[1]
     expect_tiles(tiles, call.heads * column_blocks(call.v.shape[3], width))
-    return call.record(first, count)._replace(
+    return call.record(
+        *(first, count),
         systems=address(systems, FLOAT32, call.heads * count * SYSTEM),
         width=width,
         state=address(state, FLOAT32, call.heads * call.state),
@@ -768,7 +770,8 @@ def _backward(call, first, count, systems, width, state, checkpoints, grad, grad
     values = chunks * CHUNK * padded(call.v.shape[3])
     if (d_decay is None) != (call.decay is None):
         raise UserError("the gradient of a decay (compiled delta): pass it where there is one")
-    return call.record(first, count)._replace(
+    return call.record(
+        *(first, count),
         systems=address(systems, FLOAT32, chunks * SYSTEM),
         width=width,
         state=address(state, FLOAT32, call.heads * call.state),

@@ -85,8 +85,8 @@ class Scan(NamedTuple):
     sums: Address = NOWHERE  # float64 [groups, 3, D, M]: of decay, frequency and gain
 
 
-def _shared(dtype, tiles, inputs, stream, checkpoints, refused, u):
-    """The fields decay ... u, for u in `dtype`; see `scan._inputs`."""
+def _record(dtype, tiles, inputs, stream, checkpoints, refused, u, **others):
+    """The fields decay ... u, for u in `dtype` (see `scan._inputs`), and others."""
     decay, frequency, gain, positions, batch, time, channels, modes, slices, groups = inputs
     kind, count = (FLOAT64 if decay.dtype is FLOAT64 else FLOAT32), channels * modes
     if tiles != slices * groups or min(slices, groups) < 1:
@@ -99,6 +99,7 @@ def _shared(dtype, tiles, inputs, stream, checkpoints, refused, u):
         optional(checkpoints, FLOAT64, batch * -(-time // BLOCK) * 2 * modes * channels),
         optional(refused, INT64, 1),
         address(u, dtype, batch * time * channels),
+        **others,
     )
 
 
@@ -108,7 +109,8 @@ def _forward_arguments(dtype: Any) -> Callable[..., Scan]:
     def arguments(tiles, inputs, stream, checkpoints, refused, u, y, state, final):
         *_, batch, time, channels, modes, _, _ = inputs
         count, numbers = batch * time * channels, batch * channels * modes * 2
-        return _shared(dtype, tiles, inputs, stream, checkpoints, refused, u)._replace(
+        return _record(
+            *(dtype, tiles, inputs, stream, checkpoints, refused, u),
             y=address(y, dtype, count),
             state=optional(state, FLOAT64, numbers),
             final=address(final, FLOAT64, numbers),
@@ -125,7 +127,8 @@ def _backward_arguments(dtype: Any) -> Callable[..., Scan]:
         count, numbers = batch * time * channels, batch * channels * modes * 2
         if checkpoints is None:
             raise UserError("no checkpoints (compiled scan): the forward pass saves them")
-        return _shared(dtype, tiles, inputs, stream, checkpoints, None, u)._replace(
+        return _record(
+            *(dtype, tiles, inputs, stream, checkpoints, None, u),
             d_y=address(d_y, dtype, count),
             d_final=address(d_final, FLOAT64, numbers),
             d_u=address(d_u, dtype, count),

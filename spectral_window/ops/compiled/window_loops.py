@@ -194,8 +194,8 @@ class Call(NamedTuple):
         sizes = (row * key_dim, row * value_dim, ring * key_dim, ring * value_dim)
         return self.q.dtype, *(batch * size for size in sizes)  # type: ignore[return-value]
 
-    def record(self) -> Window:
-        """The fields up to ring_value; the others are left open."""
+    def record(self, **others: Any) -> Window:
+        """The fields up to ring_value, and others."""
         q, k, v, window, frequency, rotations, key, value, begin, positions = self
         batch, time, heads, key_dim = shape = q.shape
         value_dim, dtype = v.shape[3], q.dtype
@@ -216,6 +216,7 @@ class Call(NamedTuple):
             optional(rotations, FLOAT32, rows * time * pairs),
             optional(key, dtype, ring * key_dim),
             optional(value, dtype, ring * value_dim),
+            **others,
         )
 
 
@@ -609,14 +610,14 @@ def _attend(tiles, call, out):
     batch, time, heads, _ = call.q.shape
     expect_tiles(tiles, batch * -(-time // SEGMENT) * heads)
     dtype, _, outs, _, _ = call.numbers
-    return call.record()._replace(out=address(out, dtype, outs))
+    return call.record(out=address(out, dtype, outs))
 
 
 def _remember(tiles, call, new_key, new_value, new_position):
     batch, _, heads, _ = call.q.shape
     expect_tiles(tiles, batch * heads)
     dtype, _, _, keys, values = call.numbers
-    return call.record()._replace(
+    return call.record(
         new_key=address(new_key, dtype, keys),
         new_value=address(new_value, dtype, values),
         new_position=address(new_position, INT64, batch),
@@ -775,7 +776,7 @@ def _backward(tiles, call, grad, grad_key, grad_value, dq, dk, dv, d_key, d_valu
         raise UserError("the gradient of one bfloat16 of a ring (compiled window): pass both")
     dtype, q, v, keys, values = call.numbers
     ring = call.key is not None
-    return call.record()._replace(
+    return call.record(
         out=address(grad, dtype, v),
         new_key=optional(grad_key, dtype, keys),
         new_value=optional(grad_value, dtype, values),

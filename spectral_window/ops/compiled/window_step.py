@@ -104,7 +104,7 @@ def _once(tiles, call, out, new_key, new_value, after, shares):
         raise UserError("no single token with a state (compiled window): see `step`")
     expect_tiles(tiles, batch * shares)
     dtype, _, outs, keys, values = call.numbers
-    return call.record()._replace(
+    return call.record(
         out=address(out, dtype, outs),
         new_key=address(new_key, dtype, keys),
         new_value=address(new_value, dtype, values),
