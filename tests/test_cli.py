@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import typer
 
-from spectral_window import SWHConfig, SWHForCausalLM
-from spectral_window.cli import _spread, app, main
-from spectral_window.commands.failures import explain
+from spectral_window import SWHConfig, SWHForCausalLM, commands
+from spectral_window.cli import main, program, spread_lists
+from spectral_window.cli.errors import explain
 from spectral_window.data.tokenizers import load_tokenizer
 from spectral_window.generation.session import Session
 from spectral_window.ops.window import window_attention
@@ -96,15 +96,61 @@ def assert_one_line(err: str) -> None:
 # ------------------------------------------------------------------------------- usage
 
 
-@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
+COMMANDS = program.command_names()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command, run):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
-    for parameter in typer.main.get_command(app).commands[command].params:
+    assert "--debug" in out
+    for parameter in program.load_command(command).params:
         for name in parameter.opts:
             if name.startswith("--"):
                 assert name in out
         assert getattr(parameter, "help", None), f"{command} {parameter.name} has no help"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_an_example_that_parses(command, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    parsed = program.load_command(command)
+    assert parsed.epilog.startswith(f"Example: spectral-window {command} ")
+    assert run(command, "--help")[1].strip().splitlines()[-1].strip() == parsed.epilog
+    words = shlex.split(parsed.epilog.removeprefix("Example: spectral-window "))
+    monkeypatch.setattr(program.Command, "invoke", lambda _, context: print(context.params))
+    assert run(*words)[::2] == (0, "")
+
+
+HELLO = '''
+"""`spectral-window hello`: greets."""
+from typing import Annotated
+import typer
+from spectral_window.cli.options import Debug, Json
+
+EXAMPLE = "hello --name you"
+
+def run(
+    name: Annotated[str, typer.Option(help="Whom to greet.")] = "world",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Greet somebody."""
+    print(f"hello {name}")
+'''
+
+
+def test_a_new_command_is_one_file(tmp_path, monkeypatch, run):
+    (tmp_path / "hello.py").write_text(HELLO)
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    assert program.command_names() == [*COMMANDS, "hello"]
+    assert run("hello", "--name", "you") == (0, "hello you\n", "")
+    assert run("hallo")[2].endswith("did you mean 'hello'?\n")
+    code, out, _ = run("hello", "--help")
+    assert code == 0
+    for text in ("Greet somebody.", "Whom to greet.", "Print one JSON object", "hello --name you"):
+        assert text in out
+    assert "Greet somebody." in run("--help")[1]
 
 
 def test_help_and_usage_errors_do_not_wait_for_torch():
@@ -205,14 +251,18 @@ def test_data_takes_a_list_as_a_shell_expands_it():
         "o",
     ]
     spread = ["--data", "a.txt", "--data", "b.txt", "steps=3", "--valid", "c", "--valid", "d"]
-    assert _spread(line) == ["train", "tiny", *spread, "--out", "o"]
-    assert _spread(["generate", "m", "--", "--data", "x", "y"])[-3:] == ["--data", "x", "y"]
+    assert spread_lists(line) == ["train", "tiny", *spread, "--out", "o"]
+    assert spread_lists(["generate", "m", "--", "--data", "x", "y"])[-3:] == ["--data", "x", "y"]
 
 
 def test_a_file_named_like_a_knob_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a=b.txt").touch()
-    assert _spread(["--data", "x", "a=b.txt", "steps=3"])[2:] == ["--data", "a=b.txt", "steps=3"]
+    assert spread_lists(["--data", "x", "a=b.txt", "steps=3"])[2:] == [
+        "--data",
+        "a=b.txt",
+        "steps=3",
+    ]
 
 
 # ------------------------------------------------------------------------------- failing

@@ -17,7 +17,7 @@ import torch
 import spectral_window
 from spectral_window import errors
 from spectral_window.cli import main
-from spectral_window.commands.failures import explain
+from spectral_window.cli.errors import explain
 from spectral_window.errors import (
     KINDS,
     DivergedError,

@@ -81,7 +81,9 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("module", ["typer", "spectral_window.cli.lab", "torch", "transformers"])
+@pytest.mark.parametrize(
+    "module", ["typer", "spectral_window.commands.info", "torch", "transformers"]
+)
 def test_ctrl_c_while_modules_are_imported_is_one_line(module):
     done = subprocess.run(
         [sys.executable, "-c", IMPORTING.replace("{module}", module)],

@@ -1,8 +1,13 @@
-"""The command line: a table of commands, each imported when it is called.
+"""The program around the commands: arguments in, one exit code out.
 
-So `--help` and a misspelt option answer at once, without waiting for torch. What a command does is
-in `commands/`, how it fails in `failures.py`; here is what it is called and what it takes: commands
-about one model in `models.py`, measurements and comparisons in `lab.py`.
+The commands themselves are the files of `commands/`. Here stand what they share:
+
+program.py   the program, its own options, how a command is found by its file's name
+options.py   options that several commands take
+output.py    tables and JSON on stdout, warnings and progress on stderr
+errors.py    from an exception to one line and an exit code
+
+Nothing here imports torch, numpy or transformers, so `--help` and a misspelt option answer at once.
 """
 
 from __future__ import annotations
@@ -16,24 +21,28 @@ from collections.abc import Sequence
 
 import typer
 
-from spectral_window.cli import lab, models, usage  # noqa: F401 - they fill the table
-from spectral_window.cli.app import app
-from spectral_window.commands.failures import PROGRAM, explain, say, show_messages
+from spectral_window.cli import errors
+from spectral_window.cli.errors import PROGRAM
+from spectral_window.cli.program import app
 from spectral_window.errors import SpectralWindowError
 from spectral_window.training.interrupt import asked, raise_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own); returns the exit code."""
+    """Run the command line `argv` (default: the arguments of the process).
+
+    Returns:
+        The exit code, see `errors.py`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
-    _forget_senseless_sizes()
-    show_messages()
+    _drop_bad_terminal_sizes()
+    errors.log_to_stderr()
     with raise_on_signals():
         try:
             code = _run(arguments)
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader has gone (`| head`)
+        except BrokenPipeError:  # the reader has closed it (`| head`)
             code = 141
         except (Exception, KeyboardInterrupt) as error:
             if "--debug" in arguments:
@@ -42,31 +51,55 @@ def main(argv: Sequence[str] | None = None) -> int:
                 traceback.print_exc()
             signum = asked()
             if signum and not isinstance(error, (SpectralWindowError, KeyboardInterrupt)):
-                # an import turned what the signal raised into an error of its own
+                # An import turned what the signal raised into an error of its own.
                 line, code = "interrupted", 128 + signum
             else:
-                line, code = explain(error)
-            say(line)
-    _give_up_unwritable_stdout()
+                line, code = errors.explain(error)
+            errors.print_message(line)
+    _discard_unwritable_stdout()
     return code
 
 
 def _run(arguments: list[str]) -> int:
-    command = typer.main.get_command(app)
-    words = _spread(arguments)
+    program = typer.main.get_command(app)
+    command_line = shlex.join([PROGRAM, *arguments])
     try:
-        with command.make_context(PROGRAM, words, obj=shlex.join([PROGRAM, *arguments])) as context:
-            command.invoke(context)
+        with program.make_context(PROGRAM, spread_lists(arguments), obj=command_line) as context:
+            program.invoke(context)
     except typer.Exit as done:
         return done.exit_code
-    except usage.ClickError as error:
-        raise usage.explain(error, PROGRAM) from error
+    except errors.ClickError as error:
+        raise errors.usage_error(error, PROGRAM) from error
     return 0
 
 
+def spread_lists(arguments: Sequence[str]) -> list[str]:
+    """Write `--data a b c` as `--data a --data b --data c`, so that `--data texts/*.txt` works.
+
+    The list ends at the next option or key=value. An argument with "=" that names an existing file
+    is that file.
+    """
+    lists = ("--data", "--valid")
+    spread: list[str] = []
+    current = None
+    for index, argument in enumerate(arguments):
+        if argument == "--":
+            return spread + list(arguments[index:])
+        is_option = argument.startswith("-") and argument != "-"
+        is_override = re.match(r"[A-Za-z_]\w*=", argument) and not os.path.exists(argument)
+        if is_option or is_override:
+            current = argument if argument in lists else None
+        elif current is not None and spread[-1] != current:
+            spread.append(current)
+        spread.append(argument)
+    return spread
+
+
 def _prepare_streams() -> None:
-    """Streams that can be used, whatever the shell gave: a closed one (`<&-`) reads as empty and
-    takes what is written, so that no file opened later comes to stand in its place."""
+    """Open what the shell closed (`<&-`): it reads as empty and discards what is written.
+
+    Otherwise the next file opened would take the number of the closed stream.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -78,47 +111,25 @@ def _prepare_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character gets its escape, never a UnicodeEncodeError.
+        # Where the terminal's encoding lacks a character, print its escape: no UnicodeEncodeError.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
-def _forget_senseless_sizes() -> None:
-    """What the environment says of the terminal's size, where no table fits, is not passed on to
-    libraries."""
+def _drop_bad_terminal_sizes() -> None:
+    """Remove sizes of the terminal from the environment in which no table fits."""
     for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
         if name in os.environ and not re.fullmatch("[2-9][0-9]|[1-9][0-9]{2,3}", os.environ[name]):
             del os.environ[name]
 
 
-def _give_up_unwritable_stdout() -> None:
-    """Python would complain once more when it flushes at its end what cannot be written."""
+def _discard_unwritable_stdout() -> None:
+    """Redirect a stdout that cannot be written, or Python complains when it flushes at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _spread(arguments: list[str]) -> list[str]:
-    """`--data a b c` as `--data a --data b --data c`, so that `--data texts/*.txt` works.
-
-    The list ends at the next option or key=value (an existing file of that name is a file).
-    """
-    lists = ("--data", "--valid")
-    spread: list[str] = []
-    current = None
-    for index, argument in enumerate(arguments):
-        if argument == "--":
-            return spread + arguments[index:]
-        option = argument.startswith("-") and argument != "-"
-        knob = re.match(r"[A-Za-z_]\w*=", argument) and not os.path.exists(argument)
-        if option or knob:
-            current = argument if argument in lists else None
-        elif current is not None and spread[-1] != current:
-            spread.append(current)
-        spread.append(argument)
-    return spread
 
 
 if __name__ == "__main__":

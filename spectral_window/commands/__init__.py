@@ -1,4 +1,5 @@
-"""What the commands do, a file each: its `run` is called by the table in `cli.py`.
+"""The commands, a file each: `train.py` is `spectral-window train`.
 
-Results go to stdout, everything else to stderr.
+A file holds the command's options and their help, an example and the body (see `cli/program.py`).
+To add a command, add a file.
 """

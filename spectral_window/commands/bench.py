@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import typer
 
-from spectral_window.commands.show import print_json, print_table, size
+from spectral_window.cli.options import Debug, Json
+from spectral_window.cli.output import format_bytes, log, print_json, print_table
 from spectral_window.errors import ResourceError, UserError, unknown
 from spectral_window.files import write_json
-from spectral_window.lab import bench
-from spectral_window.lab.bench.figures import draw_all
-from spectral_window.lab.bench.targets import evaluate, format_value
-from spectral_window.lab.jobs import thread_counts
-from spectral_window.training.machine import folder_name
 
+EXAMPLE = "bench decode --threads 1 --quick"
 TAGS = {
     "part": "{}",
     "length": "T {:,}",
@@ -31,41 +27,80 @@ TAGS = {
 
 
 def run(
-    *,
-    benches: list[str],
-    dtypes: list[str],
-    counts: list[int],
-    out: Path | None,
-    quick: bool,
-    json: bool,
-    device: str = "cpu",
-    minutes: float = 10.0,
-    dry_run: bool = False,
+    benches: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BENCH]...",
+            help="spectral, window, prefill, decode, train, scaling, memory, memory_op, "
+            "memory_layer, or all (the default). With --device cuda: ceilings, spectral, window, "
+            "train.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write BENCH.json, goals.json and pictures to DIR/PROCESSOR."
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="float32 or bfloat16. Repeatable. Default: both."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes and few rounds: to see that it works.")
+    ] = False,
+    json: Json = False,
+    thread_count: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            max=4096,
+            metavar="N",
+            help="CPU threads. Default: 1, and then all.",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu or cuda. With cuda, --out is needed.")
+    ] = "cpu",
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=600, metavar="N", help="On a GPU: about how long in all.")
+    ] = 10.0,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="With --device cuda: every step at toy size on a CPU, Triton interpreted.",
+        ),
+    ] = False,
+    debug: Debug = False,
 ) -> None:
-    """Measure, show and, with `out`, write BENCH.json, goals.json and the pictures to its folder
-    for this processor.
+    """How fast every path is here, beside what you would take instead and what the hardware allows;
+    each contestant is checked first."""
+    from spectral_window.lab import bench
+    from spectral_window.lab.bench.figures import draw_all
+    from spectral_window.lab.bench.targets import evaluate
+    from spectral_window.lab.jobs import thread_counts
 
-    device "cuda": the parts of `lab/bench/gpu.py` instead, in about `minutes`; `dry_run` walks
-    them on a CPU.
-    """
     if device != "cpu":
-        _on_gpu(benches, device, out, minutes, dry_run)
+        _run_on_gpu(benches or [], device, out, minutes, dry_run)
         return
-    names = bench.chosen(benches)
+    names = bench.chosen(benches or [])
     out = out and bench.place(out)
-    for dtype in dtypes:
-        if dtype not in bench.DTYPES:
-            raise unknown("dtype", dtype, bench.DTYPES)
-    counts = counts or thread_counts()
+    for name in dtype or ():
+        if name not in bench.DTYPES:
+            raise unknown("dtype", name, bench.DTYPES)
+    # Each number of threads gets a process of its own.
+    counts = [thread_count] if thread_count else thread_counts()
     results: dict[str, Any] = {}
     failed: list[str] = []
     for name in names:
         once = name in bench.ONCE
         for count in counts[-1:] if once else counts:
             begin = time.perf_counter()
-            wanted = [d for d in (dtypes or bench.DTYPES) if d == "float32" or not once or dtypes]
+            dtypes = dtype or [d for d in bench.DTYPES if d == "float32" or not once]
             try:
-                groups = bench.measure_in_child(name, count, wanted, quick)
+                groups = bench.measure_in_child(name, count, dtypes, quick)
             except ResourceError as error:  # the others can still be measured
                 failed.append(str(error))
                 continue
@@ -74,24 +109,29 @@ def run(
                 bench.save(out, name, groups)
             if not json:
                 for group in groups:
-                    _show(name, group)
+                    _print_group(name, group)
             spent = time.perf_counter() - begin
-            print(f"bench {name}, threads {count}: {spent:.0f} s", file=sys.stderr)
-    known = {name: bench.load(out, name) for name in bench.BENCHES} if out else results
-    goals = evaluate(known)
+            log(f"bench {name}, threads {count}: {spent:.0f} s")
+    measured = {name: bench.load(out, name) for name in bench.BENCHES} if out else results
+    goals = evaluate(measured)
     if out is not None:
         write_json(out / "goals.json", {"goals": goals})
-        draw_all(known, out)
+        draw_all(measured, out)
     if json:
         print_json({"benches": results, "goals": goals})
     else:
-        _show_goals([goal for goal in goals if goal["bench"] in names and not quick])
+        _print_goals([goal for goal in goals if goal["bench"] in names and not quick])
     if failed:
         raise ResourceError("; ".join(failed))
 
 
-def _on_gpu(parts: list[str], device: str, out: Path | None, minutes: float, dry_run: bool) -> None:
+def _run_on_gpu(
+    parts: list[str], device: str, out: Path | None, minutes: float, dry_run: bool
+) -> None:
+    import torch
+
     from spectral_window.lab.bench import gpu
+    from spectral_window.training.machine import folder_name
 
     if device != "cuda":
         raise unknown("device", device, ("cpu", "cuda"))
@@ -111,8 +151,10 @@ def _on_gpu(parts: list[str], device: str, out: Path | None, minutes: float, dry
         raise ResourceError(f"{'; '.join(unfinished)}; what was measured is in {out}")
 
 
-def _show(name: str, group: dict[str, Any]) -> None:
-    """The rows of one size under its name; why a contestant has no numbers, below the table."""
+def _print_group(name: str, group: dict[str, Any]) -> None:
+    """Print the rows of each size under its name, and the reasons of missing numbers below."""
+    from spectral_window.lab import bench
+
     lines: list[tuple[str, ...]] = []
     reasons: dict[str, list[str]] = {}
     at = ""
@@ -143,7 +185,7 @@ def _numbers(row: dict[str, Any]) -> tuple[str, str, str, str]:
         return "", "", "", f"slope {row['slope']:.3f}"
     if "peak_bytes" in row:
         beyond = f", {row['inputs']:.2f} x u beyond y" if "inputs" in row else ""
-        return "", "", "", f"{size(row['peak_bytes'])}{beyond}"
+        return "", "", "", f"{format_bytes(row['peak_bytes'])}{beyond}"
     ratio = spread = more = ""
     if "ratio" in row:
         ratio, spread = f"{row['ratio']:.3g}", f"{row['ratio_p10']:.3g} - {row['ratio_p90']:.3g}"
@@ -152,7 +194,9 @@ def _numbers(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return f"{row['milliseconds']:,.4g}", ratio, spread, more
 
 
-def _show_goals(goals: list[dict[str, Any]]) -> None:
+def _print_goals(goals: list[dict[str, Any]]) -> None:
+    from spectral_window.lab.bench.targets import format_value
+
     if not goals:
         return
     lines: list[tuple[str, ...]] = []

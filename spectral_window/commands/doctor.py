@@ -1,37 +1,59 @@
 """`spectral-window doctor`: the architecture's known failures, checked on a model or a recipe.
 
-Exit code 0 where no check found a fault (warnings are advice), 7 where one did; 3 stays for files
-that are damaged, 4 for numbers that broke down while training.
+The exit code is 0 where no check found a fault (warnings are advice) and 7 where one did; 3 means a
+damaged file, 4 numbers that are not finite while training.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+import typer
 
-from spectral_window.commands.show import print_json, print_table, tell
+from spectral_window.cli.options import Debug, Device, Json, Overrides, Threads
+from spectral_window.cli.output import print_json, print_table, warn
 from spectral_window.errors import FaultFound, UserError, unknown
-from spectral_window.hf import SWHConfig, SWHForCausalLM
-from spectral_window.lab.doctor import Finding, examine, summary
-from spectral_window.training.loading import (
-    WeightsNotFinite,
-    choose_device,
-    load,
-    load_config,
-)
-from spectral_window.training.recipes import RECIPES
-from spectral_window.training.recipes import resolve as resolve_recipe
 
+if TYPE_CHECKING:
+    from spectral_window.hf import SWHConfig, SWHForCausalLM
+    from spectral_window.lab.doctor import Finding
+
+EXAMPLE = "doctor runs/tiny --context 4096"
 VOCABULARY = 512  # of a recipe's model: no check depends on it
 
 
-def run(*, model: str, overrides: list[str], context: int | None, device: str, json: bool) -> None:
-    """Print what each check found; raises FaultFound (exit code 7) if one found a fault."""
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RECIPE",
+            help="A model's folder, a config.json, or a recipe's name.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens of text it should serve. Default: what it was trained with.",
+        ),
+    ] = None,
+    json: Json = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Check a model or a recipe for the architecture's known failures; exit code 7 for a fault."""
+    from spectral_window.lab.doctor import Finding, examine, summary
+    from spectral_window.training.loading import WeightsNotFinite
+
     try:
-        patient, source = _find(model, overrides, device)
-    except WeightsNotFinite as error:  # a damaged file, though, is not a sick model
+        patient, source = _find(model, overrides or [], device)
+    except WeightsNotFinite as error:  # any other damaged file stays an error
         findings = [
             Finding("finite numbers", "fault", str(error), "every output is NaN",
                     "go back to an earlier checkpoint, and lower lr")
@@ -43,34 +65,44 @@ def run(*, model: str, overrides: list[str], context: int | None, device: str, j
     if json:
         print_json({"model": source, "context": context, **summary(findings)})
     else:
-        _show(source, findings)
+        _print_findings(source, findings)
     faults = [finding.check for finding in findings if finding.verdict == "fault"]
     if faults:
         raise FaultFound(f"the doctor found a fault ({source}): see {', '.join(faults)}")
 
 
 def _find(name: str, overrides: list[str], device: str) -> tuple[SWHForCausalLM, str]:
-    """The model to examine, and what it is: a checkpoint, or a recipe's or a config.json's model
-    with its first weights."""
+    """Load the model to examine, and name it.
+
+    It is a checkpoint, or the model of a recipe or a config.json with its initial weights.
+    """
+    from spectral_window.training.loading import load, load_config
+    from spectral_window.training.recipes import RECIPES, resolve
+
     path = Path(os.path.expanduser(name))
     if name in RECIPES:
         from spectral_window.training.trainer import model_config
 
-        recipe = resolve_recipe(name, overrides)
-        return _begin(model_config(recipe, VOCABULARY), recipe.seed, device), f"recipe {name}"
+        recipe = resolve(name, overrides)
+        return _initialize(model_config(recipe, VOCABULARY), recipe.seed, device), f"recipe {name}"
     if not path.exists() and "/" not in name:
         raise UserError(f"no such folder, and {unknown('recipe', name, RECIPES)}")
     if overrides:
         raise UserError(f"{overrides[0]} ({name}): only a recipe's knobs can be changed")
     if path.is_file() and path.name == "config.json":
-        return _begin(load_config(path.parent), 0, device), name
+        return _initialize(load_config(path.parent), 0, device), name
     loaded = load(name, device=device)
-    tell(loaded.notes)
+    warn(loaded.notes)
     return loaded.model, str(loaded.folder)
 
 
-def _begin(config: SWHConfig, seed: int, device: str) -> SWHForCausalLM:
-    """A model with fresh weights."""
+def _initialize(config: SWHConfig, seed: int, device: str) -> SWHForCausalLM:
+    """Build a model with its initial weights."""
+    import torch
+
+    from spectral_window.hf import SWHForCausalLM
+    from spectral_window.training.machine import choose_device
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SWHForCausalLM(config).eval()
@@ -78,7 +110,7 @@ def _begin(config: SWHConfig, seed: int, device: str) -> SWHForCausalLM:
     return model
 
 
-def _show(source: str, findings: list[Finding]) -> None:
+def _print_findings(source: str, findings: list[Finding]) -> None:
     print_table(
         source,
         ("check", "verdict", "measured"),

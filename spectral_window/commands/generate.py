@@ -1,62 +1,128 @@
-"""`spectral-window generate`: a model writes, and may go on another time."""
+"""`spectral-window generate`: a model continues a text, and may continue it again later."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from spectral_window.commands.show import tell
+import typer
+
+from spectral_window.cli.options import Debug, Device, Model, Threads
+from spectral_window.cli.output import warn
 from spectral_window.errors import UserError
-from spectral_window.generation.decoding import Sampling, check_stops
-from spectral_window.generation.session import Session, check_length
-from spectral_window.generation.session_file import check_place
-from spectral_window.training.loading import load
+
+EXAMPLE = "generate runs/tiny 'Once upon a time' -n 100 --temperature 0.7"
 
 
 def run(
-    *,
-    model: str,
-    prompt: str | None,
-    prompt_file: Path | None,
-    unconditional: bool,
-    max_new_tokens: int,
-    sampling: dict[str, Any],
-    seed: int | None,
-    stop: list[str],
-    ignore_eos: bool,
-    echo: bool,
-    session: Path | None,
-    save_session: Path | None,
-    device: str,
+    model: Model,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to go on from; '-' reads it from stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Read the prompt from a UTF-8 file; '-' is stdin."),
+    ] = None,
+    unconditional: Annotated[
+        bool,
+        typer.Option("--unconditional", help="No prompt: begin as the training texts begin."),
+    ] = False,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens", "-n", metavar="N", help="Write at most N tokens; 0: none."
+        ),
+    ] = 200,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="0: always the likeliest token; 1: the model's own odds. Default: 0.8.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0: all. Default: 0."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Draw from the likeliest tokens that hold P of the odds; 1: all. Default: 1.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="The same seed, the same text. Default: a new one."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text (\\n: a new line). Repeatable."),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past the model's own end of text.")
+    ] = False,
+    echo: Annotated[
+        bool, typer.Option("--echo/--no-echo", help="Print the prompt before the continuation.")
+    ] = True,
+    save_session: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Afterwards keep the model's state here, to go on another time."
+        ),
+    ] = None,
+    session_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--session",
+            metavar="FILE",
+            help="Go on from where --save-session left off, with PROMPT (if any) as new input.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
 ) -> None:
-    """Print a prompt and its continuation as it comes; see `spectral-window generate --help`."""
-    # All that can be wrong is found before the model loads and before anything is printed.
+    """Let a model write. Text appears as it is made; memory is constant however long it runs."""
+    from spectral_window.generation.decoding import Sampling, check_stops
+    from spectral_window.generation.session import Session, check_length
+    from spectral_window.generation.session_file import check_place
+    from spectral_window.training.loading import load
+
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {name: value for name, value in options.items() if value is not None}
+    # Find every mistake before the model loads and before anything is printed.
     check_length(max_new_tokens)
     Sampling(**sampling)
-    stops = check_stops([_unescape(text) for text in stop])
-    text = _prompt(prompt, prompt_file, unconditional, optional=session is not None)
+    stops = check_stops([_unescape(text) for text in stop or ()])
+    text = _prompt(prompt, prompt_file, unconditional, optional=session_file is not None)
     if save_session is not None:
         check_place(save_session)
     loaded = load(model, device=device)
-    tell(loaded.notes)
-    if session is None:
-        conversation = Session(loaded.model, loaded.tokenizer, seed=seed)
+    warn(loaded.notes)
+    if session_file is None:
+        session = Session(loaded.model, loaded.tokenizer, seed=seed)
     else:
-        conversation = Session.load(session, loaded.model, loaded.tokenizer)
+        session = Session.load(session_file, loaded.model, loaded.tokenizer)
         if seed is not None:
-            conversation.reseed(seed)
-    Sampling(**sampling).check_vocabulary(conversation.vocab_size)
-    write = _writer()
+            session.reseed(seed)
+    Sampling(**sampling).check_vocabulary(session.vocab_size)
+    write = _printer()
     if text is not None:
-        conversation.feed(text)
+        session.feed(text)
         if echo:
             write(text)
     elif unconditional:
-        conversation.feed([loaded.tokenizer.bos_token_id])
+        session.feed([loaded.tokenizer.bos_token_id])
     try:
-        for piece in conversation.stream(
+        for piece in session.stream(
             max_new_tokens,
             stop=stops,
             ignore_eos=ignore_eos,
@@ -65,26 +131,26 @@ def run(
         ):
             write(piece)
     except KeyboardInterrupt:
-        # The session is whole at any moment, and what was said so far is worth keeping.
+        # The session is consistent at any moment: save what was written so far.
         if save_session is not None:
-            conversation.save(save_session)
+            session.save(save_session)
         raise
     if sys.stdout.isatty():
         write("\n")
     if save_session is not None:
-        conversation.save(save_session)
+        session.save(save_session)
 
 
 def _prompt(
     prompt: str | None, file: Path | None, unconditional: bool, *, optional: bool
 ) -> str | None:
-    """The prompt's text from wherever it comes; None if there is none and none is needed."""
-    given = [prompt is not None, file is not None, unconditional]
-    if sum(given) > 1:
+    """Read the prompt from where it is given; None if there is none and none is needed."""
+    sources = [prompt is not None, file is not None, unconditional]
+    if sum(sources) > 1:
         raise UserError(
             "more than one beginning (PROMPT, --prompt-file, --unconditional): give one"
         )
-    if not any(given):
+    if not any(sources):
         if optional:
             return None
         raise UserError("the prompt is empty (PROMPT): give text, or --unconditional to begin anew")
@@ -95,7 +161,7 @@ def _prompt(
             )
         return None
     if prompt is not None and prompt != "-":
-        # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
         text = _utf8(prompt.encode("utf-8", "surrogateescape"), "PROMPT")
     elif prompt == "-" or str(file) == "-":
         text = _utf8(sys.stdin.buffer.read(), "stdin")
@@ -110,7 +176,7 @@ def _prompt(
 
 
 def _utf8(content: bytes, where: str) -> str:
-    """Text as training reads it: strict UTF-8, without a byte order mark, CRLF as LF."""
+    """Decode as training does: strict UTF-8, no byte order mark, CRLF as LF."""
     try:
         return content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -120,13 +186,13 @@ def _utf8(content: bytes, where: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    """`\\n`, `\\t` and `\\\\` as one types them in a shell."""
+    """Read `\\n`, `\\t` and `\\\\`, as typed in a shell."""
     parts = text.split("\\\\")
     return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
 
 
-def _writer() -> Callable[[str], None]:
-    """Writes text to stdout at once; on a terminal control characters are shown, not obeyed."""
+def _printer() -> Callable[[str], None]:
+    """Make a function that prints text at once; a terminal gets no control characters."""
     controls = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
     visible = {**controls, 9: "\t", 10: "\n"} if sys.stdout.isatty() else {}
 

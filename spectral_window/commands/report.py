@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from spectral_window.commands.show import print_table
+import typer
+
+from spectral_window.cli.options import Debug
+from spectral_window.cli.output import print_table
 from spectral_window.errors import UserError
-from spectral_window.lab import report
-from spectral_window.lab.paper import page
 
+EXAMPLE = "report runs/tiny"
 RUN_FILES = ("config.json", "metrics.jsonl")
 
 
-def run(*, folders: list[Path], out: Path | None) -> None:
-    """Write the page and say where it is; of the paper's reproduction, print the claims too."""
+def run(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER]...",
+            help="Results of reproduce and ablate (default: results/paper), or run folders.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The page. Default: FOLDER/report.html.", show_default=False
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """One page of the paper's claims, verdicts, figures and tables; or of runs."""
+    from spectral_window.lab import report
+    from spectral_window.lab.paper import page
+
+    folders = folders or [Path("results/paper")]
     for folder in folders:
         if not folder.is_dir():
             raise UserError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from spectral_window.cli.options import Data, Debug, Jobs, Out, Quick, Valid, Work
+from spectral_window.cli.output import log
 from spectral_window.errors import ResourceError, unknown
-from spectral_window.lab.experiments import efficiency, lm, memory, recall, synthetic
-from spectral_window.lab.experiments.trainings import Text
-from spectral_window.lab.jobs import workers_here
 
+EXAMPLE = "reproduce synthetic --quick"
 PAPER = ("synthetic", "efficiency", "lm")
 BEYOND = ("memory", "recall")  # beyond the paper: only by their names, with results of their own
 SUITES = (*PAPER, *BEYOND)
@@ -18,20 +20,46 @@ QUICK_NOTE = "quick version: it shows the way, and its numbers mean nothing"
 
 
 def run(
-    *,
-    suites: list[str],
-    data: list[str],
-    valid: list[str],
-    size: str,
-    tokens: int | None,
-    out: Path | None,
-    work: Path | None,
-    jobs: int | None,
-    quick: bool,
-    command: str,
+    context: typer.Context,
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SUITE]...",
+            help="synthetic, efficiency, lm, or all of these in this order (the default). Beyond "
+            "the paper, into results/memory: memory, language models with a memory beside the "
+            "branches; recall, what that memory recalls, at up to 1,024 times the length.",
+        ),
+    ] = None,
+    data: Data = None,
+    valid: Valid = None,
+    size: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of the language models: small (hours on CPU cores, any text), short (a million "
+            "tokens, for `memory` on any CPU), 125m (the paper's; "
+            "a GPU, FineWeb-Edu), or 125m-short (its shape, 20 million tokens of any text).",
+        ),
+    ] = "small",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Of a main language-model run, instead of the size's own."
+        ),
+    ] = None,
+    out: Out = None,
+    work: Work = None,
+    jobs: Jobs = None,
+    quick: Quick = False,
+    debug: Debug = False,
 ) -> None:
-    """Run the `suites` one after the other; what each made is in `out`."""
-    for suite in suites:
+    """The paper's experiments, each as published and well-posed. What is done is skipped; Ctrl-C
+    stops, the same command goes on."""
+    from spectral_window.lab.experiments import efficiency, lm, memory, recall, synthetic
+    from spectral_window.lab.experiments.trainings import Text
+    from spectral_window.lab.jobs import workers_here
+
+    for suite in suites or ():
         if suite not in SUITES:
             raise unknown("suite", suite, SUITES)
     if size not in lm.SIZES:
@@ -40,30 +68,31 @@ def run(
     out, work = folders(out, work, quick)
     beyond = beyond or out
     workers = workers_here(jobs)
+    command = context.obj
     failed: list[str] = []
     for suite in suites or PAPER:
-        tell(f"{suite}: {QUICK_NOTE}" if quick else suite)
+        log(f"{suite}: {QUICK_NOTE}" if quick else suite)
         if suite == "synthetic":
-            found = synthetic.run(
-                out, work / "synthetic", quick=quick, workers=workers, command=command, log=tell
+            results = synthetic.run(
+                out, work / "synthetic", quick=quick, workers=workers, command=command, log=log
             )
         elif suite == "efficiency":
-            found = efficiency.run(out, quick=quick, command=command, log=tell)
+            results = efficiency.run(out, quick=quick, command=command, log=log)
         elif suite == "recall":
-            found = recall.run(
+            results = recall.run(
                 beyond,
                 work / "recall",
                 earlier=out,
                 quick=quick,
                 workers=workers,
                 command=command,
-                log=tell,
+                log=log,
             )
         else:
             chosen = "quick" if quick else size
             runs = work / (f"lm-{chosen}" if suite == "lm" else f"memory-{chosen}")
-            text = Text(tuple(data), tuple(valid), runs / "text")
-            found = (lm if suite == "lm" else memory).run(
+            text = Text(tuple(data or ()), tuple(valid or ()), runs / "text")
+            results = (lm if suite == "lm" else memory).run(
                 out if suite == "lm" else beyond,
                 runs,
                 size=chosen,
@@ -71,27 +100,22 @@ def run(
                 workers=workers,
                 command=command,
                 tokens=tokens,
-                log=tell,
+                log=log,
             )
-        failed += found.get("failed", [])
+        failed += results.get("failed", [])
     if not suites or set(suites) - set(BEYOND):
-        tell(f"spectral-window report {out}    makes a page of it")
+        log(f"spectral-window report {out}    makes a page of it")
     refuse_failures(failed)
 
 
 def folders(out: Path | None, work: Path | None, quick: bool) -> tuple[Path, Path]:
-    """Where results and single runs go: a quick version never stands among real ones."""
+    """Choose the folders of results and of single runs; a quick version has its own."""
     work = work or Path("runs/quick" if quick else "runs/paper")
     return out or (work / "results" if quick else Path("results/paper")), work
 
 
-def tell(line: str) -> None:
-    """Progress, on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def refuse_failures(failed: list[str]) -> None:
-    """End with an error that names the runs that failed, if any; the others' results are kept."""
+    """Raise an error that names the runs that failed, if any; the results of others are saved."""
     if failed:
         names = ", ".join(failed[:3]) + (", ..." if len(failed) > 3 else "")
         raise ResourceError(

@@ -1,56 +1,117 @@
-"""`spectral-window train`: a recipe and text in, a run folder out."""
+"""`spectral-window train`: from a recipe and text to a run folder."""
 
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from spectral_window.cli.options import Debug, Threads
+from spectral_window.cli.output import log
 from spectral_window.errors import UserError
-from spectral_window.training.recipes import read_overrides, resolve
+
+EXAMPLE = "train tiny steps=500 lr=1e-3 --data texts/ --out runs/mine"
 
 
 def run(
-    *,
-    recipe: str,
-    overrides: list[str],
-    data: list[str],
-    valid: list[str],
-    out: Path | None,
-    corpus: Path | None,
-    resume: bool,
-    overwrite: bool,
-    init: str | None,
-    command: str | None,
+    context: typer.Context,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="demo, tiny, small, memory or paper-lm: see `info RECIPE`."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Change knobs of the recipe, e.g. steps=500 window=64 lr=1e-3 mixer=attention.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC...",
+            help="Text to learn from: files, folders, globs (.txt .md .py .jsonl .json .csv .tsv "
+            ".parquet, also .gz .zst), 'stdlib' (Python's own library) or hub:NAME:CONFIG. "
+            "Default: the recipe's.",
+        ),
+    ] = None,
+    valid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC...",
+            help="Text to measure on. Default: whole documents held out of --data.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run folder to make: settings, metrics, checkpoints, model, result. "
+            "Default: runs/RECIPE.",
+        ),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the tokens are kept, so that several runs may share them. "
+            "Default: in the run folder.",
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Begin from the weights of this model, a run folder or what save_pretrained "
+            "wrote: it gives the architecture and the tokenizer. Default: random weights.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on, exactly, from the newest intact checkpoint in DIR. With "
+            "schedule=constant, steps=MORE trains a finished run further.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an earlier run in DIR first.")
+    ] = False,
+    threads: Threads = None,
+    debug: Debug = False,
 ) -> None:
-    """Train as the recipe says; see `spectral-window train --help`."""
+    """Train a model on text. Ctrl-C saves a checkpoint, and --resume goes on from it."""
     from spectral_window.training.folder import check
     from spectral_window.training.initial import Initial
     from spectral_window.training.machine import keep_memory
     from spectral_window.training.progress import RichProgress
+    from spectral_window.training.recipes import read_overrides, resolve
     from spectral_window.training.trainer import train
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite (train): one keeps what is there, the other not")
-    asked = resolve(recipe, overrides)
-    folder = out if out is not None else Path("runs") / asked.name
+    settings = resolve(recipe, overrides or [])
+    folder = out if out is not None else Path("runs") / settings.name
     check(folder, resume, overwrite)  # before a model is read, which can take long
-    begin = None if init is None else Initial.read(init)
-    if begin is not None:
-        asked = begin.adopt(asked, read_overrides(overrides))
+    initial = None if init is None else Initial.read(init)
+    if initial is not None:
+        settings = initial.adopt(settings, read_overrides(overrides or []))
     for name, sources in (("data", data), ("valid", valid)):
         if sources:
-            asked = asked.replace(**{name: tuple(sources)})
-    keep_memory()  # every step takes the same large tensors again
+            settings = settings.replace(**{name: tuple(sources)})
+    keep_memory()  # every step allocates the same large tensors again
     train(
-        asked,
+        settings,
         folder,
         resume=resume,
         overwrite=overwrite,
         corpus=corpus,
         progress=RichProgress(),
-        command=command,
-        init=begin,
+        command=context.obj,
+        init=initial,
     )
-    where = shlex.quote(str(folder))
-    print(f"spectral-window generate {where} 'Once'    writes with the model", file=sys.stderr)
+    log(f"spectral-window generate {shlex.quote(str(folder))} 'Once'    writes with the model")

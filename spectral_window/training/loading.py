@@ -25,6 +25,7 @@ from spectral_window.data.tokenizers import load_tokenizer
 from spectral_window.errors import IntegrityError, ResourceError, UserError
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.training import checkpoints, manifest
+from spectral_window.training.machine import choose_device
 
 SHOWN = 10  # tensors that an error names
 LARGEST_JSON = 1 << 20
@@ -42,6 +43,43 @@ class Loaded(NamedTuple):
     tokenizer: Any
     folder: Path
     notes: list[str]
+
+
+class Run(NamedTuple):
+    """What a run folder's config.json records of the run.
+
+    folder: the run folder. recipe: its values, or None where none are recorded. data_fingerprint:
+    names the prepared text, see `data.text.Corpus`. command: the command line that trained it.
+    """
+
+    folder: Path
+    recipe: dict[str, Any] | None
+    data_fingerprint: str | None
+    command: str
+
+
+def read_run(folder: Path) -> Run | None:
+    """Read the record of the run folder `folder`; None where it has no config.json."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    recipe, data = values.get("recipe"), values.get("data")
+    return Run(
+        folder,
+        recipe if isinstance(recipe, dict) else None,
+        data.get("fingerprint") if isinstance(data, dict) else None,
+        str(values.get("command", "")),
+    )
+
+
+def run_of(folder: Path) -> Run | None:
+    """Read the record of the run that made a model folder (RUN/model, RUN/checkpoints/step-N)."""
+    for parent in (folder.parent, folder.parent.parent):
+        run = read_run(parent)
+        if run is not None and run.recipe is not None:
+            return run
+    return None
 
 
 def find_model(path: str | os.PathLike[str]) -> tuple[Path, list[str]]:
@@ -160,24 +198,6 @@ def load_config(folder: Path) -> SWHConfig:
         raise UserError(
             f"{' '.join(str(error).split())} ({folder / 'config.json'}): correct it"
         ) from None
-
-
-def choose_device(name: str) -> torch.device:
-    """`name` as a device of this machine; "auto" takes a GPU if there is one. Or UserError."""
-    have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        have.append("mps")
-    if name == "auto":
-        return torch.device(have[1] if len(have) > 1 else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or not any(str(device) in (known, known.partition(":")[0]) for known in have):
-        raise UserError(
-            f"no device '{name}' (device): this machine has {', '.join(have)}; or use auto"
-        )
-    return device
 
 
 def _names_a_model(folder: Path) -> bool:

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +22,33 @@ from torch import Tensor
 import spectral_window
 from spectral_window.errors import UserError
 from spectral_window.training.recipes import MATMUL_SETTINGS as SETTINGS
-from spectral_window.training.recipes import Recipe
 
 
-def pick_device(recipe: Recipe) -> str:
-    """ "cpu" or "cuda". Raises UserError for a GPU that is not there."""
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda (recipe): this machine has no usable GPU; use device=cpu")
-    if recipe.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return recipe.device
+def choose_device(name: str, kinds: Sequence[str] = ("cpu", "cuda", "mps")) -> torch.device:
+    """Choose a device of this machine.
+
+    Args:
+        name: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        kinds: the kinds of devices that will do.
+
+    Raises:
+        UserError: the machine has no such device.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if "cuda" in kinds else []
+    if "mps" in kinds and torch.backends.mps.is_available():
+        gpus.append("mps")
+    if name == "auto":
+        return torch.device(gpus[0] if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    here = ["cpu", *gpus]
+    if device is None or not any(str(device) in (one, one.partition(":")[0]) for one in here):
+        raise UserError(
+            f"no device '{name}' (device): this machine has {', '.join(here)}; or use auto"
+        )
+    return device
 
 
 def peak_memory(device: str) -> int:

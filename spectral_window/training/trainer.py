@@ -85,7 +85,7 @@ def train(
     if resume:
         recipe = _with_first_precision(recipe, out)
     progress = progress if progress is not None else Silent()
-    device = machine.pick_device(recipe)
+    device = machine.choose_device(recipe.device, ("cpu", "cuda")).type
     world = World.join(device)
     try:
         accumulation(recipe, world)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from spectral_window.cli import app
+from spectral_window.cli.program import app
 from spectral_window.errors import UserError
 from spectral_window.lab import bench
 from spectral_window.lab.bench import delta, figures, models, operators, roofline, targets

@@ -167,13 +167,13 @@ def test_damaged_compiled_code_is_compiled_anew_and_replaced(stored, damage):
 
 
 def test_the_command_line_shows_that_code_is_being_compiled(capsys):
-    from spectral_window.commands.failures import show_messages
+    from spectral_window.cli.errors import log_to_stderr
 
     log = logging.getLogger("spectral_window")
     before, log.handlers = log.handlers, []
     try:
-        show_messages()
-        show_messages()
+        log_to_stderr()
+        log_to_stderr()
         log.info("compiling loops")
         log.warning("compiled code cannot be stored\x1b")
     finally:

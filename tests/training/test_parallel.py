@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from spectral_window.commands.failures import explain
+from spectral_window.cli.errors import explain
 from spectral_window.data.blocks import ShuffledBlocks
 from spectral_window.data.formats import UnreadableFile
 from spectral_window.data.text import open_corpus

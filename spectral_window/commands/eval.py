@@ -1,0 +1,147 @@
+"""`spectral-window eval`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectral_window.cli.options import Debug, Device, Json, Model, Threads
+from spectral_window.cli.output import print_json, print_table, warn
+from spectral_window.errors import IntegrityError, UserError
+from spectral_window.files import scratch_folder
+
+if TYPE_CHECKING:
+    from spectral_window.data.blocks import TokenStream
+    from spectral_window.training.loading import Run
+
+EXAMPLE = "eval runs/tiny --data texts/"
+LENGTH = 1024  # tokens of an evaluated sequence, unless a run tells its own
+
+
+def run(
+    model: Model,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC...",
+            help="Text to measure on, as for train. Default: what the run held out.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="About so many tokens, evenly spread. Default: all."),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2**31 - 1,
+            metavar="T",
+            help="Tokens a sequence. Default: what the run was trained with.",
+        ),
+    ] = None,
+    json: Json = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Measure a model on text: loss (nats a token), perplexity and bits per byte."""
+    from spectral_window.data.sources import find_sources
+    from spectral_window.data.text import open_corpus
+    from spectral_window.training.evaluate import evaluate
+    from spectral_window.training.loading import load, read_run
+
+    notes: list[str] = []
+    data = data or []
+    sources = find_sources(data, notes) if data else []  # refused before the model loads
+    folder = Path(os.path.expanduser(model))
+    trained = read_run(folder) if (folder / "data").is_dir() else None
+    length = length or _trained_length(trained)
+    if not data and trained is None:
+        raise UserError(f"no text to measure on ({model}): name some with --data")
+    loaded = load(model, device=device)
+    warn([*notes, *loaded.notes])
+    with scratch_folder() as scratch:
+        if sources:
+            stream = tokenize(sources, loaded.tokenizer, scratch, " ".join(data))
+        else:
+            assert trained is not None
+            corpus = open_corpus(trained.folder / "data")
+            warn(corpus.notes)
+            _check_text(trained, corpus.fingerprint)
+            if corpus.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+                raise UserError(
+                    f"tokens of another tokenizer ({trained.folder / 'data'}): use --data"
+                )
+            stream = corpus.valid
+        scores = evaluate(loaded.model, stream, length=length, max_tokens=max_tokens)
+        documents = len(stream.documents)
+        del stream  # its files are removed with the folder
+    summary = {
+        "model": str(loaded.folder),
+        "data": data or "the run's held-out text",
+        "documents": documents,
+        "length": length,
+        **scores,
+    }
+    if json:
+        return print_json(summary)
+    rows = [
+        ("loss", f"{scores['loss']:.4f} nats a token"),
+        ("perplexity", f"{scores['perplexity']:.3f}"),
+        ("bits per byte", f"{scores['bits_per_byte']:.4f} (comparable between tokenizers)"),
+        ("tokens", f"{scores['tokens']:,} predicted, in sequences of {length:,}"),
+        ("text", f"{scores['bytes']:,} bytes in {documents:,} documents"),
+    ]
+    title = f"{loaded.folder} on {' '.join(data) or summary['data']}"
+    return print_table(title, ("", ""), rows, numbers=False)
+
+
+def _check_text(run: Run, fingerprint: str) -> None:
+    """Raise IntegrityError unless the run's prepared text is the one it recorded, if it did."""
+    if run.data_fingerprint not in (None, fingerprint):
+        raise IntegrityError(
+            f"not the text of the run (data fingerprint, {run.folder / 'data'}): put its own back, "
+            "or name text with --data"
+        )
+
+
+def _trained_length(run: Run | None) -> int:
+    length = run.recipe.get("sequence_length") if run and run.recipe else None
+    return length if isinstance(length, int) and length > 0 else LENGTH
+
+
+def tokenize(sources: list[Any], tokenizer: Any, folder: Path, name: str) -> TokenStream:
+    """Tokenize all `sources` into one stream, as training does, with nothing held out.
+
+    Takes constant memory: the tokens are in a file in `folder`.
+    """
+    import numpy as np
+
+    from spectral_window.data.arrays import FileArray
+    from spectral_window.data.blocks import TokenStream
+    from spectral_window.data.formats import ReadOptions, ReadReport
+    from spectral_window.data.sources import read
+    from spectral_window.data.tokenizers import plain_text
+
+    backend, report = plain_text(tokenizer), ReadReport()
+    tokens = documents = size = 0
+    starts: list[int] = []
+    with (folder / "tokens").open("wb") as file:
+        for piece in read(sources, ReadOptions(), report):
+            ids = backend.encode(piece.text, add_special_tokens=False).ids
+            if piece.first:
+                starts.append(tokens)
+                ids = [tokenizer.bos_token_id, *ids]
+                documents += 1
+            np.asarray(ids, dtype="<u4").tofile(file)
+            tokens += len(ids)
+            size += len(piece.text.encode())
+    if not documents:
+        raise UserError(f"no text ({name}): name files that hold some")
+    warn(report.lines())
+    array = FileArray(folder / "tokens", "<u4")
+    return TokenStream(array, np.asarray(starts, dtype=np.int64), size, name)
