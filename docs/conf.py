@@ -11,13 +11,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import typer
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import spectral_window
-from spectral_window.cli import app as program
+from spectral_window.cli.program import command_names, load_command
 
 project = "spectral-window"
 author = "The spectral-window maintainers"
@@ -106,8 +105,7 @@ class Commands(SphinxDirective):
     """A section for every command of the program: usage, arguments and options."""
 
     def run(self) -> list[nodes.Node]:
-        group = typer.main.get_command(program)
-        return [self.section(name, command) for name, command in group.commands.items()]
+        return [self.section(name, load_command(name)) for name in command_names()]
 
     def section(self, name: str, command: Any) -> nodes.section:
         context = command.make_context(name, [], resilient_parsing=True)
@@ -120,6 +118,7 @@ class Commands(SphinxDirective):
         options = nodes.definition_list(classes=["options"])
         options += [item for each in command.params for item in self.item(each, context)]
         section += options
+        section += nodes.paragraph(text=command.epilog)
         return section
 
     def item(self, parameter: Any, context: Any) -> Iterator[nodes.definition_list_item]:

@@ -12,10 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import typer
 
 from spectral_window import SWHConfig, SWHForCausalLM
-from spectral_window.cli import app
+from spectral_window.cli.program import command_names, load_command
 from spectral_window.data.tokenizers import load_tokenizer
 from spectral_window.training.recipes import RECIPES, resolve
 
@@ -53,7 +52,7 @@ def test_commands_are_commands_of_the_program(line):
     command, *words = shlex.split(line, comments=True)[1:]
     while command.startswith("--"):  # the program's own option, with its value
         _, command, *words = words
-    known = typer.main.get_command(app).commands[command]
+    known = load_command(command)
     options = {name for parameter in known.params for name in parameter.opts}
     assert {word for word in words if word.startswith("-")} <= options
     if command == "train":
@@ -119,5 +118,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "-d", tmp_path / "trees"]
     subprocess.run([*command, ROOT / "docs", tmp_path / "site"], check=True, cwd=ROOT)
     commands = (tmp_path / "site" / "commands.html").read_text(encoding="utf-8")
-    for name in typer.main.get_command(app).commands:
+    for name in command_names():
         assert f'id="{name}"' in commands
