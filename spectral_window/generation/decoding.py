@@ -23,12 +23,14 @@ MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 class Sampling:
     """How the next token is drawn from the logits.
 
-    temperature: divides the logits; 0 takes the likeliest token (greedy), 1 the model's own
-                 distribution.
-    top_k:       only the k likeliest tokens; 0 keeps all.
-    top_p:       only the likeliest tokens that together have this probability; 1 keeps all.
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token (greedy), 1 the model's own
+            distribution.
+        top_k: only the k likeliest tokens; 0 keeps all.
+        top_p: only the likeliest tokens that together have this probability; 1 keeps all.
 
-    Raises UserError for a value outside its range.
+    Raises:
+        UserError: a value is outside its range.
     """
 
     temperature: float = 0.8
@@ -150,9 +152,10 @@ class TextStream:
 class StopFilter:
     """Lets text through up to the first of some stop strings, however the text is cut into pieces.
 
-    stops: the stop strings.
-    tail:  the text held back: the longest end that can still become a stop string.
-    stop:  the stop string that ended the text, or None.
+    Attributes:
+        stops: the stop strings.
+        tail: the text held back: the longest end that can still become a stop string.
+        stop: the stop string that ended the text, or None.
     """
 
     def __init__(self, stops: Sequence[str], tail: str = "") -> None:
@@ -185,8 +188,11 @@ class StopFilter:
 
 
 def check_stops(stop: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the stop strings as a tuple. Raises UserError for one that is empty or too long, and
-    for too many."""
+    """Return the stop strings as a tuple.
+
+    Raises:
+        UserError: one is empty or too long, or there are too many.
+    """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS:
         raise UserError(f"{len(stops)} stop strings (stop): give at most {MAX_STOPS}")

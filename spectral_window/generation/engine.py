@@ -17,14 +17,14 @@ combination and at any ages:
             engine.drop(row)
             rows.remove(row)
 
-**Rows do not see each other.** A state has the batch as the first dimension of every tensor, and a
+Rows do not see each other. A state has the batch as the first dimension of every tensor, and a
 row's numbers depend on that row alone. A batched product may round differently from that of one
 row, so logits agree within 2e-6 and not in every bit.
 
-**States are values.** A forward makes new ones and changes none, so a copy of a row shares its
-state, and after any exception (Ctrl-C, out of memory) all rows are as they were before the call.
+States are values. A forward makes new ones and changes none, so a copy of a row shares its state,
+and after any exception (Ctrl-C, out of memory) all rows are as they were before the call.
 
-**Rows that ran together stay together.** Their states are one `Batch`, and a row is an index in it.
+Rows that ran together stay together. Their states are one `Batch`, and a row is an index in it.
 States are selected and concatenated only when another set of rows runs. States of constant size are
 batched at any ages, after a row's first token. A state that grows (the Transformer baseline) has
 the length of its row, so rows of the same age run together, and each age is a forward.
@@ -52,9 +52,12 @@ from spectral_window.nn.mixers import map_state
 class Batch:
     """The states of rows that ran together.
 
-    layers: the state of each layer's mixer, B rows in every tensor; None before the first token.
-    size:   B.
-    dtype, device: those of the hidden states that made them.
+    Attributes:
+        layers: the state of each layer's mixer, B rows in every tensor; None before the first
+            token.
+        size: B.
+        dtype: that of the hidden states that made them.
+        device: theirs.
     """
 
     layers: tuple[Any, ...]
@@ -95,13 +98,15 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 class Row:
     """One sequence of an engine; made by `Engine.add`.
 
-    sampling:    how its tokens are drawn.
-    generator:   its own random numbers, started from `seed`.
-    place:       its state: a batch and the index in it.
-    unread:      its newest tokens, which the state has not seen; never changed in place.
-    logits:      [V] float32 on the CPU, after its newest token; None while tokens are unread.
-    tokens_seen: all its tokens, the unread ones included.
-    drawn:       how often a token was drawn.
+    Attributes:
+        sampling: how its tokens are drawn.
+        generator: its own random numbers.
+        seed: what they started from.
+        place: its state: a batch and the index in it.
+        unread: its newest tokens, which the state has not seen; never changed in place.
+        logits: [V] float32 on the CPU, after its newest token; None while tokens are unread.
+        tokens_seen: the number of its tokens, the unread ones included.
+        drawn: how often a token was drawn.
     """
 
     sampling: Sampling
@@ -125,7 +130,11 @@ class Row:
         return batch.select([index]).layers
 
     def reseed(self, seed: int | None) -> None:
-        """Start its random numbers anew from `seed`, 0 ... 2**63 - 1; None takes a fresh one."""
+        """Restart its random numbers from `seed`, 0 ... 2**63 - 1; None takes a fresh one.
+
+        Raises:
+            UserError: the seed is out of range.
+        """
         if seed is None:
             seed = int.from_bytes(os.urandom(7), "big")
         require_int("seed", seed, "a whole number from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)
@@ -134,7 +143,11 @@ class Row:
 
 
 class RowsDivergedError(DivergedError):
-    """The logits of `rows` are not finite; the other rows can go on without them."""
+    """The logits of `rows` are not finite. The other rows can go on without them.
+
+    Attributes:
+        rows: those rows.
+    """
 
     def __init__(self, rows: Sequence[Row]):
         row, several = rows[0], f", {len(rows)} rows" if len(rows) > 1 else ""
@@ -148,9 +161,13 @@ class RowsDivergedError(DivergedError):
 class Engine:
     """Runs rows of token ids through one model.
 
-    model:      a `SWHForCausalLM` (it is put into eval mode).
-    vocab_size: how many ids may be drawn, where that is less than the model's vocabulary (a
-                vocabulary rounded up has entries that mean nothing).
+    Args:
+        model: a `SWHForCausalLM`; it is put into eval mode.
+        vocab_size: how many ids may be drawn, where that is less than the model's vocabulary (a
+            vocabulary rounded up has entries that mean nothing).
+
+    Attributes:
+        rows: the rows that were added and not dropped.
     """
 
     def __init__(self, model: Any, vocab_size: int | None = None) -> None:
@@ -175,9 +192,15 @@ class Engine:
         *,
         seed: int | None = None,
     ) -> Row:
-        """Add a row of the tokens `ids`, all unread. seed: as for `Row.reseed`.
+        """Add a row of the tokens `ids`, all unread.
 
-        Raises UserError for an id outside the vocabulary, a seed or a top_k out of range.
+        Args:
+            ids: token ids, possibly none.
+            sampling: how its tokens are drawn.
+            seed: as for `Row.reseed`.
+
+        Raises:
+            UserError: an id is outside the vocabulary, or the seed or top_k out of range.
         """
         sampling.check_vocabulary(self.input_vocab_size)
         row = Row(sampling, torch.Generator("cpu"), 0, (self._nothing_read, 0))
@@ -194,7 +217,8 @@ class Engine:
     def extend(self, row: Row, ids: Sequence[int]) -> None:
         """Append `ids` to a row, unread: a prompt, or the token that was drawn for it.
 
-        Raises UserError for no ids, and for one outside the model's vocabulary.
+        Raises:
+            UserError: there are no ids, or one is outside the model's vocabulary.
         """
         self._check_rows([row])
         ids = list(ids)
@@ -234,14 +258,20 @@ class Engine:
     def drop(self, row: Row) -> None:
         """Forget a row. The memory of its state is free when the rows that it ran with step again.
 
-        Raises UserError for a row that is not of this engine.
+        Raises:
+            UserError: the row is not of this engine.
         """
         self._check_rows([row])
         self.rows.remove(row)
 
     def restore(self, row: Row, states: Sequence[Any], seen: int) -> None:
-        """Set a row's state to the `Row.states` of another row of this model or an equal one, which
-        had seen `seen` tokens. Its own tokens are forgotten."""
+        """Replace a row's tokens and state by those of another row of this model or an equal one.
+
+        Args:
+            row: the row to change.
+            states: `Row.states` of the other.
+            seen: how many tokens those states have seen.
+        """
         self._check_rows([row])
         with self.all_or_nothing([row]):
             row.place = Batch(tuple(states), 1, self.model.dtype, self.model.device), 0
@@ -252,8 +282,14 @@ class Engine:
     def prefill(self, row: Row, segment: int | None = None) -> bool:
         """Read one segment of a row's unread tokens, at most up to the newest, which `step` reads.
 
-        segment: at most so many tokens; None for the model's own number.
-        Returns whether more are left to read. A scheduler calls this between the steps of others.
+        A scheduler calls this between the steps of other rows.
+
+        Args:
+            row: the row.
+            segment: at most so many tokens; None for the model's own number.
+
+        Returns:
+            Whether more are left to read.
         """
         self._check_rows([row])
         if segment is not None:
@@ -268,8 +304,10 @@ class Engine:
         """Read the newest token of each row, so that all have logits. Rows that have logits already
         stay as they are.
 
-        One forward for all rows; where states grow, one for each age. Raises UserError for a row
-        with more than one unread token.
+        This is one forward for all rows; where states grow, one for each age.
+
+        Raises:
+            UserError: a row has more than one unread token.
         """
         ready: dict[Hashable, list[Row]] = {}
         for row in self._check_rows(rows):
@@ -286,8 +324,10 @@ class Engine:
         """Draw the next token of each row, by its own sampling and random numbers.
 
         The tokens are not appended: that is for `extend`, and until then each row has its logits.
-        Raises UserError for a row without logits, and `RowsDivergedError` where logits are not
-        finite; then nothing is drawn.
+
+        Raises:
+            UserError: a row has no logits.
+            RowsDivergedError: logits are not finite; then nothing is drawn.
         """
         rows = self._check_rows(rows)
         outputs = [row.logits for row in rows if row.logits is not None]
@@ -361,7 +401,10 @@ class Engine:
     def _run(self, ids: Tensor, batch: Batch, seen: list[int]) -> tuple[Tensor, Batch]:
         """Return the logits [B, 1, V] after the last of `ids` [B, T], and the states there.
 
-        seen: how many tokens the state of each row in `batch` has seen.
+        Args:
+            ids: the next tokens of the rows.
+            batch: their states.
+            seen: how many tokens each state has seen.
         """
         start = None
         if min(seen) < max(seen):

@@ -50,13 +50,14 @@ _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 class Session:
     """One conversation: model, tokenizer, state, random generator. Its memory is constant.
 
-    model:     a `SWHForCausalLM` (it is put into eval mode).
-    tokenizer: the one it was trained with.
-    seed:      0 ... 2**63 - 1, or None for a fresh one, which is then in `session.seed`.
-    segment:   tokens of a prompt that the model reads at once; None for the model's own number.
-
     After a prompt or a step the state has seen every token but the newest: the next step feeds it,
     and draws its successor from the logits.
+
+    Args:
+        model: a `SWHForCausalLM`; it is put into eval mode.
+        tokenizer: the one it was trained with.
+        seed: 0 ... 2**63 - 1, or None for a fresh one, which is then in `session.seed`.
+        segment: tokens of a prompt that the model reads at once; None for the model's own number.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Session:
     # -- input
 
     def feed(self, prompt: str | Sequence[int]) -> int:
-        """Read a prompt; returns the number of tokens read.
+        """Read a prompt.
 
         A text is encoded with every special token in it as plain characters, and the first one of a
         session gets the beginning-of-text token in front, as in training. Token ids are taken as
@@ -105,8 +106,12 @@ class Session:
         with the prompt. Text held back by an earlier `stream(..., finish=False)` is dropped: call
         `finish()` before.
 
-        Raises UserError for an empty prompt or an id outside the vocabulary. After an exception
-        nothing was read.
+        Returns:
+            The number of tokens read.
+
+        Raises:
+            UserError: the prompt is empty, or an id is outside the vocabulary. After an exception
+                nothing was read.
         """
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         with self.engine.all_or_nothing([self.row]):
@@ -142,17 +147,23 @@ class Session:
         ignore_eos: bool = False,
         finish: bool = True,
     ) -> Iterator[str]:
-        """The continuation, in pieces of whole characters, as they come.
+        """Yield the continuation, in pieces of whole characters, as they come.
 
-        max_new_tokens: at most so many tokens; None: until end-of-text or a stop string.
-        temperature, top_k, top_p: see `Sampling`.
-        stop:       texts before which the output ends (the session itself has read them).
-        ignore_eos: treat the end-of-text token as any other.
-        finish:     at the end also show what is held back (half a character, half a stop string);
-                    False leaves it for the next call, so that two streams are exactly one.
+        After end-of-text nothing more comes until `feed`.
 
-        After end-of-text nothing more comes until `feed`. Raises UserError for bad arguments, at
-        once and not with the first piece; DivergedError when the logits are not finite.
+        Args:
+            max_new_tokens: at most so many tokens; None: until end-of-text or a stop string.
+            temperature: see `Sampling`.
+            top_k: see `Sampling`.
+            top_p: see `Sampling`.
+            stop: texts before which the output ends (the session itself has read them).
+            ignore_eos: treat the end-of-text token as any other.
+            finish: at the end also show what is held back (half a character, half a stop string);
+                False leaves it for the next call, so that two streams are exactly one.
+
+        Raises:
+            UserError: an argument is bad; at once and not with the first piece.
+            DivergedError: the logits are not finite.
         """
         check_length(max_new_tokens)
         sampling = Sampling(temperature, top_k, top_p)
@@ -229,9 +240,10 @@ class Session:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to `path`: tensors as safetensors, the rest as JSON in their header,
-        with a SHA-256.
+        with a SHA-256. The file appears whole or not at all.
 
-        The file appears whole or not at all. Raises ResourceError if it cannot be written.
+        Raises:
+            ResourceError: it cannot be written.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors()}
         summary = {
@@ -260,8 +272,10 @@ class Session:
         """Return the session that `save` wrote, ready to go on with exactly the text it would have
         had.
 
-        Raises UserError when there is no such file, IntegrityError when it is not a session, is
-        damaged, was written by a newer version, or belongs to another model or tokenizer.
+        Raises:
+            UserError: there is no such file.
+            IntegrityError: it is not a session, is damaged, was written by a newer version, or
+                belongs to another model or tokenizer.
         """
         path = Path(path)
         summary, tensors = session_file.read(path)
@@ -286,7 +300,7 @@ class Session:
         return session
 
     def _restore(self, summary: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from what a file says; IntegrityError or KeyError for what cannot be."""
+        """Take over what a file says. Raises IntegrityError or KeyError where it does not fit."""
         self.text = TextStream(self.tokenizer, summary["window"], summary["shown"])
         self.tail, self.ended = summary["held"], summary["ended"]
         logits, waiting = tensors.get("logits"), summary["waiting"]

@@ -60,8 +60,10 @@ def digest(summary: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def states(model: Any, tensors: dict[str, Tensor], seen: int) -> list[Any]:
     """Return the state of each layer's mixer after `seen` tokens, batch 1, from a file's tensors.
 
-    Raises KeyError for one that is missing, IntegrityError for one of another shape or dtype, that
-    is not finite, or whose position is not that of `seen` tokens of one text without padding.
+    Raises:
+        KeyError: a tensor is missing.
+        IntegrityError: a tensor has another shape or dtype, is not finite, or its positions are
+            not those of `seen` tokens of one text without padding.
     """
 
     def read_state(index: int, block: Any) -> Any:
@@ -107,7 +109,9 @@ _FIELDS: dict[str, Any] = {
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the summary and the tensors of a session file.
 
-    Raises UserError when there is none, IntegrityError when it is not intact.
+    Raises:
+        UserError: there is none.
+        IntegrityError: it is not intact.
     """
     check_name(path, "the session file")
     if not path.is_file():
@@ -154,7 +158,9 @@ def check_place(path: Path) -> None:
 def write(path: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write the file whole or not at all.
 
-    Raises UserError for a bad place, ResourceError where memory or disk is full.
+    Raises:
+        UserError: the place is bad.
+        ResourceError: the disk is full.
     """
     check_place(path)
     summary = {"schema": SCHEMA, **summary}
