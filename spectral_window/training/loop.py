@@ -124,7 +124,7 @@ class Loop:
                 self._accumulate(model, step_batches, tokens)
             norm = self._clip(model)
             optimizer.step()
-            rate = self.schedule.get_last_lr()[0]  # of this step
+            rate = float(self.schedule.get_last_lr()[0])  # of this step
             self.schedule.step()
             model.zero_grad()
             self.step += 1

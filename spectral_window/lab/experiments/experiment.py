@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from spectral_window.lab import results
 from spectral_window.lab.experiments import probes
@@ -23,14 +23,15 @@ from spectral_window.lab.experiments.trainings import Training
 from spectral_window.lab.jobs import Job, Log, Row, run_all
 
 EACH = 3  # probes in one process
+R = TypeVar("R", bound=Probe | Training)
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Generic[R]):
     """A run, its name in the progress, and the labels of its row."""
 
     name: str
-    run: Probe | Training
+    run: R
     labels: dict[str, Any]
 
 
@@ -51,7 +52,7 @@ class Experiment:
         self.earlier: dict[str, Row] = {row["key"]: row for row in (*earlier, *own)}
         self.failed: list[str] = []
 
-    def run(self, trials: Sequence[Trial], each: int = EACH) -> None:
+    def run(self, trials: Sequence[Trial[Any]], each: int = EACH) -> None:
         """Run those of the trials that have no row; names of those that fail go to `failed`.
 
         each: probes in one process. Raises Interrupted on a signal, IntegrityError where `work`
@@ -63,7 +64,7 @@ class Experiment:
         self.log(f"{len(trials)} runs, {known} in earlier results, {len(jobs)} jobs to run")
         self.failed += run_all(jobs, workers=self.workers, log=self.log)
 
-    def rows(self, trials: Iterable[Trial]) -> list[Row]:
+    def rows(self, trials: Iterable[Trial[Any]]) -> list[Row]:
         """The rows of the trials that have one, in their order."""
         rows = []
         for trial in trials:
@@ -82,7 +83,7 @@ class Experiment:
         return results.load(self.out, self.name) or {}
 
 
-def jobs_of(trials: Iterable[Trial], work: Path, each: int = EACH) -> list[Job]:
+def jobs_of(trials: Iterable[Trial[Any]], work: Path, each: int = EACH) -> list[Job]:
     """The trials that have no row in `work` as jobs: a training each, probes that follow one
     another by `each`, because a process needs seconds to start."""
     waiting = [trial for trial in trials if trial.run.read(work) is None]

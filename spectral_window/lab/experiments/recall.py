@@ -120,7 +120,7 @@ MORE = {
 ABILITIES = KNOWN | HARDER | HARDEST | MORE
 
 
-def stages(*, quick: bool = False) -> list[list[Trial]]:
+def stages(*, quick: bool = False) -> list[list[Trial[Probe]]]:
     """The suite, what decides most first; `quick` shows the way and no result: ten steps of each
     model on one task."""
     every = (OURS, PUBLISHED, TRANSFORMER, SHIFTED)
@@ -165,7 +165,7 @@ def stages(*, quick: bool = False) -> list[list[Trial]]:
     return [*(list(_trials(*part)) for part in plan), shared]
 
 
-def _trial(ability: str, model: str, training: str, probe: Probe) -> Trial:
+def _trial(ability: str, model: str, training: str, probe: Probe) -> Trial[Probe]:
     """Labels: the line of the table, the model, and training with "fixed" or "mixed" lengths."""
     name = f"{ability}, {model}, {training}, seed {probe.seed}"
     return Trial(name, probe, {"ability": ability, "model": model, "training": training})
@@ -176,7 +176,7 @@ def _trials(
     models: Sequence[str],
     training: str,
     seeds: Sequence[int],
-) -> Iterator[Trial]:
+) -> Iterator[Trial[Probe]]:
     for seed in seeds:
         for name in abilities:
             for model in models:

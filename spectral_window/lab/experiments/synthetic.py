@@ -46,7 +46,7 @@ REACH = (1, 2, 4, 8, 16, 32)  # times the training length
 BASE = 32
 
 
-def trials(*, seeds: tuple[int, ...] = SEEDS, quick: bool = False) -> list[Trial]:
+def trials(*, seeds: tuple[int, ...] = SEEDS, quick: bool = False) -> list[Trial[Probe]]:
     """The whole suite, the published part first. Labels: form ("published" or "posed"), model, and
     training ("fixed" or "mixed" lengths).
 
@@ -62,12 +62,12 @@ def trials(*, seeds: tuple[int, ...] = SEEDS, quick: bool = False) -> list[Trial
     ]
 
 
-def _trial(form: str, model: str, training: str, probe: Probe) -> Trial:
+def _trial(form: str, model: str, training: str, probe: Probe) -> Trial[Probe]:
     name = f"{form} {probe.task}, {model}, {training}, seed {probe.seed}"
     return Trial(name, probe, {"form": form, "model": model, "training": training})
 
 
-def _published(seeds: tuple[int, ...]) -> Iterator[Trial]:
+def _published(seeds: tuple[int, ...]) -> Iterator[Trial[Probe]]:
     for seed in seeds:
         for task in ("associative", "induction", "sorting"):
             name = f"published-{task}"
@@ -82,7 +82,7 @@ def _published(seeds: tuple[int, ...]) -> Iterator[Trial]:
                 yield _trial("published", model, "fixed", probe)
 
 
-def _well_posed(seeds: tuple[int, ...]) -> Iterator[Trial]:
+def _well_posed(seeds: tuple[int, ...]) -> Iterator[Trial[Probe]]:
     mixed = tuple(BASE * k for k in REACH if k <= 8)
     for seed in seeds:
         # induction asks once a row for a token like all others, and takes longest to learn
@@ -128,7 +128,7 @@ def run(
     return experiment.save(experiment.rows(suite), ceilings=ceilings(suite))
 
 
-def ceilings(suite: Sequence[Trial]) -> list[dict[str, Any]]:
+def ceilings(suite: Sequence[Trial[Probe]]) -> list[dict[str, Any]]:
     """The best possible score of every test in the suite."""
     asked = {(test.task, test.length): None for trial in suite for test in trial.run.tests}
     return [

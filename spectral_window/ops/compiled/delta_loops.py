@@ -120,7 +120,7 @@ class Delta(NamedTuple):
     bfloat16: bool
     most: int  # chunks of a row in `chunks`
     first: int  # of the segment: its first chunk
-    count: int  # ... and how many
+    chunk_count: int  # ... and how many
     systems: Address = NOWHERE  # float32 [B, H, count, SYSTEM], of the chunks of the segment
     width: int = 0  # vectors of a block of columns
     state: Address = NOWHERE  # float32, of each row and head, in panels
@@ -296,7 +296,7 @@ def chunk_at(args, b, n):
 @inner
 def chunks_of(args, b):
     """Of the segment, the chunks that row b has."""
-    return max(min(int64s(args.lengths, args.batch)[b] - args.first, args.count), 0)
+    return max(min(int64s(args.lengths, args.batch)[b] - args.first, args.chunk_count), 0)
 
 
 @inner
@@ -361,7 +361,7 @@ def load_betas(args, b, h, chunk, target):
 @inner
 def system_at(args, b, h, n):
     """The address of the system of the segment's chunk n."""
-    return args.systems + ((b * args.heads + h) * args.count + n) * SYSTEM * 4
+    return args.systems + ((b * args.heads + h) * args.chunk_count + n) * SYSTEM * 4
 
 
 @inner
@@ -539,9 +539,9 @@ def find_systems(args):
     tile = claim_tile(args)
     while tile >= 0:
         n, h, b = (
-            tile % args.count,
-            tile // args.count % args.heads,
-            tile // args.count // args.heads,
+            tile % args.chunk_count,
+            tile // args.chunk_count % args.heads,
+            tile // args.chunk_count // args.heads,
         )
         if n < chunks_of(args, b):
             chunk, system = chunk_at(args, b, args.first + n), system_at(args, b, h, n)
@@ -726,14 +726,14 @@ def advance(args):
 @inner
 def between_at(args, tensor, b, h, n):
     """The address of the segment's chunk n in `errors` or `d_written`."""
-    head = (b * args.heads + h) * args.count + n
+    head = (b * args.heads + h) * args.chunk_count + n
     return tensor + head * CHUNK * vectors_of(args.value_dim) * BYTES
 
 
 @inner
 def d_state_at(args, b, h, n):
     """The address of the segment's chunk n in `d_states`."""
-    head = (b * args.heads + h) * args.count + n
+    head = (b * args.heads + h) * args.chunk_count + n
     return args.d_states + head * vectors_of(args.value_dim) * panel_bytes(args)
 
 
@@ -961,9 +961,9 @@ def collect(args):
     tile = claim_tile(args)
     while tile >= 0:
         n, h, b = (
-            tile % args.count,
-            tile // args.count % args.heads,
-            tile // args.count // args.heads,
+            tile % args.chunk_count,
+            tile // args.chunk_count % args.heads,
+            tile // args.chunk_count // args.heads,
         )
         if n >= chunks_of(args, b):
             tile = claim_tile(args)

@@ -176,7 +176,7 @@ class Maps(NamedTuple):
     x: Address  # [batch, D]
     y: Address  # [batch, columns]
     columns: int
-    count: int
+    matrix_count: int
     matrices: Annotated[bytes, Matrix, MOST]
 
 
@@ -206,7 +206,7 @@ def _multiply(args):
     tile = claim_tile(args)
     while tile >= 0:
         before = 0  # columns of the matrices before
-        for which in range(args.count):
+        for which in range(args.matrix_count):
             matrix = args.matrices[which]
             rows, bias = matrix.rows, matrix.bias
             end = rows * (tile + 1) // args.tiles
