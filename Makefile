@@ -45,7 +45,7 @@ test: lint
 # build/docs/index.html; a warning is an error.
 docs: setup
 	$(BIN)/python docs/tables.py --check
-	$(BIN)/python -m sphinx -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/python -m sphinx -W --keep-going -E -d build/doctrees docs build/docs
 
 # The whole suite as on other machines, up to half an hour each; some of them:
 #     make test-machines MACHINES="threads-4 load"
