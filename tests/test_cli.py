@@ -66,8 +66,8 @@ def prose(tmp_path_factory) -> Path:
 def trained(tmp_path_factory, prose) -> Path:
     """A run folder as `train` leaves it."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    knobs = ["tokenizer=bytes", "hidden_size=16", "steps=4", "warmup_steps=1", "save_every=2"]
-    assert main(["train", "tiny", *knobs, "--data", str(prose), "--out", str(folder)]) == 0
+    overrides = ["tokenizer=bytes", "hidden_size=16", "steps=4", "warmup_steps=1", "save_every=2"]
+    assert main(["train", "tiny", *overrides, "--data", str(prose), "--out", str(folder)]) == 0
     return folder
 
 
@@ -708,8 +708,8 @@ def test_train_that_cannot_begin_leaves_no_folder(bad, prose, run, tmp_path):
 
 
 def test_resume_ends_with_the_result_it_has(trained, prose, run):
-    knobs = ["tokenizer=bytes", "hidden_size=16", "steps=4", "warmup_steps=1", "save_every=2"]
-    arguments = ["train", "tiny", *knobs, "--data", prose, "--out", trained, "--resume"]
+    overrides = ["tokenizer=bytes", "hidden_size=16", "steps=4", "warmup_steps=1", "save_every=2"]
+    arguments = ["train", "tiny", *overrides, "--data", prose, "--out", trained, "--resume"]
     before = (trained / "model" / "model.safetensors").read_bytes()
     assert run(*arguments)[0] == 0
     assert (trained / "model" / "model.safetensors").read_bytes() == before

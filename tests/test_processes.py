@@ -201,7 +201,7 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "overrides",
     [
         ["num_hidden_layers=1000000000"],
         ["batch_size=8e12"],
@@ -210,11 +210,11 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         ["vocab_size=2000000000"],
         ["sequence_length=2000000000"],
     ],
-    ids=lambda knobs: knobs[0],
+    ids=lambda overrides: overrides[0],
 )
-def test_products_are_bounded_before_anything_is_allocated(knobs, tmp_path):
+def test_products_are_bounded_before_anything_is_allocated(overrides, tmp_path):
     (tmp_path / "a.txt").write_text("The cat sat on the mat. " * 400)
-    words = ["train", "tiny", "tokenizer=bytes", "match=none", *knobs]
+    words = ["train", "tiny", "tokenizer=bytes", "match=none", *overrides]
     words += ["--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True)
     code, peak = map(int, done.stdout.split())

@@ -21,7 +21,7 @@ Model = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Knobs of the recipe to change, as for train."),
+    typer.Argument(metavar="KEY=VALUE", help="Settings of the recipe to override, as for train."),
 ]
 Device = Annotated[
     str,

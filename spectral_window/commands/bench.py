@@ -76,7 +76,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """How fast every path is here, beside what you would take instead and what the hardware allows;
-    each contestant is checked first."""
+    each is checked first."""
     from spectral_window.lab import bench
     from spectral_window.lab.bench.figures import draw_all
     from spectral_window.lab.bench.targets import evaluate

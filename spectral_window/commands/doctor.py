@@ -88,7 +88,7 @@ def _find(name: str, overrides: list[str], device: str) -> tuple[SWHForCausalLM,
     if not path.exists() and "/" not in name:
         raise UserError(f"no such folder, and {unknown('recipe', name, RECIPES)}")
     if overrides:
-        raise UserError(f"{overrides[0]} ({name}): only a recipe's knobs can be changed")
+        raise UserError(f"{overrides[0]} ({name}): only a recipe's settings can be changed")
     if path.is_file() and path.name == "config.json":
         return _initialize(load_config(path.parent), 0, device), name
     loaded = load(name, device=device)

@@ -107,7 +107,7 @@ def _describe(name: str, overrides: list[str]) -> tuple[SWHConfig, str, torch.dt
         error = unknown("recipe", name, RECIPES)
         raise UserError(f"no such folder, and {error}")
     if overrides:
-        raise UserError(f"{overrides[0]} ({name}): only a recipe's knobs can be changed")
+        raise UserError(f"{overrides[0]} ({name}): only a recipe's settings can be changed")
     folder, notes = find_model(name)
     warn(notes)
     config = load_config(folder)

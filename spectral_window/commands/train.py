@@ -27,7 +27,7 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Change knobs of the recipe, e.g. steps=500 window=64 lr=1e-3 mixer=attention.",
+            help="Settings to override, e.g. steps=500 window=64 lr=1e-3 mixer=attention.",
         ),
     ] = None,
     data: Annotated[

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import psutil
-import torch
 
 from spectral_window.errors import ResourceError, UserError
 from spectral_window.training.interrupt import Interrupted, catch_signals
+from spectral_window.training.machine import choose_device
 
 Log = Callable[[str], None]
 Row = dict[str, Any]
@@ -74,7 +74,8 @@ def workers_here(asked: int | None) -> int:
     """
     if asked is not None and asked < 1:
         raise UserError(f"--jobs {asked}: use 1 or more")
-    return asked or (1 if torch.cuda.is_available() else thread_counts()[-1])
+    gpu = choose_device("auto", ("cpu", "cuda")).type == "cuda"
+    return asked or (1 if gpu else thread_counts()[-1])
 
 
 class Child:

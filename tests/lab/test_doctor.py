@@ -361,7 +361,7 @@ def test_a_config_alone_is_examined(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_usage_errors_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'tiny'"):
         call("tinny")
-    with pytest.raises(UserError, match="only a recipe's knobs"):
+    with pytest.raises(UserError, match="only a recipe's settings"):
         call(save(model(), tmp_path), "window=8")
     with pytest.raises(UserError, match="at least 1 token"):
         examine(model(), 0)

@@ -204,9 +204,18 @@ def test_the_command_that_a_signal_tells_goes_on(text_file, tmp_path, uninterrup
     from spectral_window.training.recipes import resolve
 
     out = tmp_path / "a run"
-    knobs = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=6", "warmup_steps=1"]
-    words = ["train", "tiny", *knobs, "--data", str(text_file), "--overwrite", "--out", str(out)]
-    recipe = resolve("tiny", knobs).replace(data=(str(text_file),))
+    overrides = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=6", "warmup_steps=1"]
+    words = [
+        "train",
+        "tiny",
+        *overrides,
+        "--data",
+        str(text_file),
+        "--overwrite",
+        "--out",
+        str(out),
+    ]
+    recipe = resolve("tiny", overrides).replace(data=(str(text_file),))
     with pytest.raises(Interrupted) as caught:
         train(
             recipe, out, overwrite=True, command=shlex.join(["spectral-window", *words]),

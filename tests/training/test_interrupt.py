@@ -42,8 +42,8 @@ def test_the_handlers_of_before_are_put_back():
 
 def test_a_second_process_in_a_runs_folder_is_refused_and_the_first_goes_on(text_file, tmp_path):
     out = tmp_path / "run"
-    knobs = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=100000", "log_every=1"]
-    words = ["-m", "spectral_window", "train", "tiny", *knobs]
+    overrides = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=100000", "log_every=1"]
+    words = ["-m", "spectral_window", "train", "tiny", *overrides]
     words += ["--data", str(text_file), "--out", str(out)]
     metrics = out / "metrics.jsonl"
     first = python(*words, stderr=subprocess.PIPE, text=True)
@@ -63,8 +63,8 @@ def test_a_second_process_in_a_runs_folder_is_refused_and_the_first_goes_on(text
 @pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGINT"], ["SIGINT", "SIGTERM"]])
 def test_the_command_saves_says_one_line_and_exits_with_the_signals_code(text_file, tmp_path, sent):
     out = tmp_path / "run"
-    knobs = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=100000", "log_every=1"]
-    words = ["train", "tiny", *knobs, "--data", str(text_file), "--out", str(out)]
+    overrides = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=100000", "log_every=1"]
+    words = ["train", "tiny", *overrides, "--data", str(text_file), "--out", str(out)]
     metrics = out / "metrics.jsonl"
     child = python("-m", "spectral_window", *words, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: metrics.exists() and '"step": 3,' in metrics.read_text(), child)

@@ -32,7 +32,12 @@ from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
 from spectral_window.lab import variants  # noqa: F401 - registers its mixer and the baselines
 from spectral_window.lab.jobs import Job
-from spectral_window.training.machine import environment, keep_memory, matmul_precision
+from spectral_window.training.machine import (
+    choose_device,
+    environment,
+    keep_memory,
+    matmul_precision,
+)
 from spectral_window.training.optimizer import parameter_groups
 
 PRECISION = "auto"  # of float32 products
@@ -243,7 +248,7 @@ def job(named: Sequence[tuple[str, Probe]], work: Path) -> Job:
 def main(settings: Sequence[str]) -> int:
     """Run the probes that the files KEY.probe.json describe, and write KEY.json beside each; 1
     where one of them failed, after the others have run."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device("auto", ("cpu", "cuda")).type
     keep_memory()
     failed = 0
     for path in map(Path, settings):
