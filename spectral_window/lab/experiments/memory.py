@@ -129,10 +129,11 @@ def figure(rows: Rows, path: Path) -> Path:
             )
         )
     for part, models in there.items():
+        tokens = next(iter(models.values()))[1][0]["tokens"]
         panels.append(
             Panel(
                 f"ends-{part}",
-                f"At the end: {TITLES[part]}",
+                f"Held-out loss after {tokens / 1e6:.3g} million tokens",
                 "held-out nats per token of each model",
                 lambda axes, models=models: _paint_ends(axes, models),  # type: ignore[misc]
                 height=1.3 + 0.27 * len(models),
