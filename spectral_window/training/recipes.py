@@ -96,7 +96,7 @@ class Recipe:
     txt_documents: str = _setting(
         "file", "what a document of a .txt file is", choices=("file", "paragraph")
     )
-    max_bytes: int | None = _setting(None, "read at most this many bytes of text", at_most=_LARGEST)
+    max_bytes: int | None = _setting(None, "read at most this many bytes of text")
     errors: str = _setting(
         "strict", "a byte that is not UTF-8 is an error, or replaced", choices=("strict", "replace")
     )
@@ -109,9 +109,7 @@ class Recipe:
         "spectral_window",
         "size the MLP so that the model has as many parameters as with this mixer",
     )
-    parameters: int | None = _setting(
-        None, "size the MLP so that the model has about this many", at_most=_LARGEST
-    )
+    parameters: int | None = _setting(None, "size the MLP so that the model has about this many")
     # Optimisation
     sequence_length: int = _setting(256, "tokens of a training sequence")
     batch_size: int = _setting(16, "sequences per optimiser step, over all processes")
@@ -148,9 +146,7 @@ class Recipe:
     # What is recorded, and when
     log_every: int = _setting(10, "steps between lines of metrics")
     eval_every: int = _setting(200, "steps between evaluations")
-    eval_tokens: int | None = _setting(
-        None, "held-out tokens per evaluation; none: all", at_most=_LARGEST
-    )
+    eval_tokens: int | None = _setting(None, "held-out tokens per evaluation; none: all")
     save_every: int = _setting(200, "steps between checkpoints")
     keep_checkpoints: int = _setting(2, "newest checkpoints that are kept", at_least=2)
 
@@ -177,6 +173,7 @@ class Recipe:
         steps, batch, micro = self.steps, self.batch_size, self.micro_batch_size
         require(self.warmup_steps <= steps, "warmup_steps", f"must not exceed steps ({steps})")
         require(batch % micro == 0, "micro_batch_size", f"must divide batch_size ({batch})")
+        require(steps * batch < 2**62, "steps", f"times batch_size ({batch}) must be below 2**62")
         if not self.data:
             raise UserError("data= (recipe): name at least one source, for example data=book.txt")
 
@@ -231,6 +228,8 @@ def _options() -> dict[str, Option]:
             kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             (kind,) = (typing.get_origin(k) or k for k in kinds if k is not types.NoneType)
             rules = {"optional": types.NoneType in kinds, "decides": "use", **each.metadata}
+            if kind is int:  # what a machine can hold is checked when the model's size is known
+                rules.setdefault("at_most", _LARGEST)
             options[each.name] = Option(each.name, kind, each.default, **rules)
     return options
 
