@@ -15,7 +15,7 @@ tensor. (The conjugate bit is one of complex dtypes, and none is ever declared.)
 
 from __future__ import annotations
 
-from typing import Any, NewType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,11 +23,11 @@ from torch.nn import Parameter
 
 from spectral_window.errors import UserTypeError
 
-Address = NewType("Address", int)  # of the first number in memory; 0 for no tensor
+Address: TypeAlias = int  # of the first number in memory; 0 for no tensor
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 INT64 = torch.int64
-NOWHERE = Address(0)
+NOWHERE: Address = 0
 
 
 def address(x: Tensor, dtype: torch.dtype, count: int) -> Address:
@@ -43,7 +43,7 @@ def address(x: Tensor, dtype: torch.dtype, count: int) -> Address:
         and not x.is_neg()
         and ((place := x.data_ptr()) or not count)
     ):
-        return Address(place)
+        return place
     raise _refusal(x, dtype, f"{count} numbers, contiguous")
 
 
@@ -67,7 +67,7 @@ def strided(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Addr
         and ((place := x.data_ptr()) or not x.numel())
     ):
         size, (row, time, head, _) = x.itemsize, steps
-        return Address(place), row * size, time * size, head * size
+        return place, row * size, time * size, head * size
     raise _refusal(x, dtype, f"{list(shape)}, dense in its last dimension")
 
 

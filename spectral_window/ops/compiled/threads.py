@@ -53,10 +53,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from spectral_window.errors import UserError
-from spectral_window.ops.compiled.addresses import Address
 from spectral_window.ops.compiled.cache import compile_function
 
-_CODES = {int: "q", Address: "q", bool: "?", float: "f"}  # as `struct` and numpy name them
+_CODES = {int: "q", bool: "?", float: "f"}  # as `struct` and numpy name them
 
 
 class Record:
@@ -80,15 +79,10 @@ class Record:
                 columns.append((name, _CODES[hint]))
                 layout += _CODES[hint]
         self.dtype = np.dtype(columns, align=True)
-        self.struct = struct.Struct(layout + "0q")
-        assert self.struct.size == self.dtype.itemsize
-        self._memory = ctypes.c_int64 * (self.struct.size // 8)
-
-    def fill(self, tiles: int, arguments: Any) -> Any:
-        """A record in memory, as an array of int64 whose first is the next tile."""
-        memory = self._memory()
-        self.struct.pack_into(memory, 0, 0, tiles, *arguments)
-        return memory
+        packed = struct.Struct(layout + "0q")
+        assert packed.size == self.dtype.itemsize
+        self.memory: Any = ctypes.c_int64 * (packed.size // 8)  # the first is the next tile
+        self.pack_into = packed.pack_into
 
 
 class Kernel:
@@ -98,6 +92,7 @@ class Kernel:
         self, function: Callable[[Any], None], fields: type, check: Callable[..., Any]
     ) -> None:
         self.function, self.check, self.record = function, check, Record(fields)
+        self._memory, self._pack_into = self.record.memory, self.record.pack_into
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         self._lock = threading.Lock()
         self._compiled: Any = None  # numba's function, kept alive here
@@ -110,7 +105,8 @@ class Kernel:
         """
         if tiles <= 0:
             return
-        args = self.record.fill(tiles, self.check(tiles, *arguments))
+        args = self._memory()
+        self._pack_into(args, 0, 0, tiles, *self.check(tiles, *arguments))
         if self._compiled is None:
             self._compile()
         address = ctypes.addressof(args)
