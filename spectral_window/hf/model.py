@@ -410,6 +410,10 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
             shift_labels=labels,
         )
 
+    def compile_loss(self) -> None:
+        """Compile the loss: it then reads the logits once, and never holds them in float32."""
+        self._loss = torch.compile(self._loss)  # type: ignore[method-assign]
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call transformers' `generate`.
 

@@ -39,6 +39,8 @@ def project(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
         chosen = resolve("linear", "auto", x, weights, biases)
         if chosen.name != "matmul":
             return chosen.function(x, weights, biases)
+    if len(maps) > 1 and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = x.to(torch.get_autocast_dtype("cuda"))  # once, and not once for each map
     return tuple(layer(x) for layer in maps)
 
 

@@ -188,10 +188,12 @@ class MemoryMixer(SpectralWindowMixer):
             positions=documents,
             method=self.method(own.operator),
         )
+        # on a GPU 16-bit values stay so: they are the operands of tensor cores, and sums float32
+        exact = v.dtype if v.is_cuda else write.dtype
         read_values, memory = delta_memory(
-            self._unit(q),
-            self._unit(lagged),
-            self._heads(v).to(write.dtype),
+            self._unit(q).to(exact),
+            self._unit(lagged).to(exact),
+            self._heads(v).to(exact),
             self._amount(write + own.write_bias),
             state=None if state is None else state.memory,
             positions=documents,

@@ -32,7 +32,7 @@ from spectral_window.ops.methods import (
     one_token,
     resolve,
 )
-from spectral_window.ops.tracing import is_recorded, readable
+from spectral_window.ops.tracing import readable
 
 FEW = 16  # taps; an FFT is faster for more
 Convolve = Callable[[Tensor, Tensor], Tensor]
@@ -160,7 +160,7 @@ def _by(convolve: Convolve) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         batch, time, channels = u.shape
         past = weights.shape[1] - 1
-        if documents is not None and is_recorded():
+        if documents is not None and not readable(documents.positions):
             earlier = u.new_zeros(batch, past, channels) if before is None else before
             return recorded.convolve_taps(u, weights, earlier, documents.positions)
         if documents is not None:

@@ -40,7 +40,7 @@ from spectral_window.ops import triton_spectral_gradients as backwards
 from spectral_window.ops import triton_spectral_kernels as forwards
 from spectral_window.ops.chunked_spectral import differentiate_again
 from spectral_window.ops.modes import Modes
-from spectral_window.ops.tracing import may_bypass
+from spectral_window.ops.operators import operator
 
 LANES = 32
 ENOUGH = 768  # programs that fill a large GPU: 6 for each of 132 multiprocessors
@@ -208,32 +208,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def run(
-    u: Tensor,
-    decay: Tensor,
-    frequency: Tensor,
-    gain: Tensor | None,
-    state: Tensor | None,
-    positions: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`scan` as a plain call, without autograd and dispatch."""
-    x = _in_memory(u)
-    y = torch.empty_like(x)
-    before = None if state is None else _in_memory(state)
-    with _on(u.device):
-        call = _Call(x, decay, frequency, gain, positions)
-        starts, final = call.carried(x, before, False, tl.float64)
-        call.streamed(
-            forwards.outputs,
-            *(x, call.z, call.gain, call.positions, starts, y),
-            dtype=call.plan.dtype,
-            rows=call.plan.rows,
-        )
-    return y, final, starts
-
-
-@torch.library.custom_op("spectral_window::triton_scan", mutates_args=())
-def scan(
+def _run(
     u: Tensor,
     decay: Tensor,
     frequency: Tensor,
@@ -255,11 +230,22 @@ def scan(
         y [B, T, D], the final state [B, D, M, 2], and the states before all chunks
         [B, chunks, 2, M, D].
     """
-    return run(u, decay, frequency, gain, state, positions)
+    x = _in_memory(u)
+    y = torch.empty_like(x)
+    before = None if state is None else _in_memory(state)
+    with _on(u.device):
+        call = _Call(x, decay, frequency, gain, positions)
+        starts, final = call.carried(x, before, False, tl.float64)
+        call.streamed(
+            forwards.outputs,
+            *(x, call.z, call.gain, call.positions, starts, y),
+            dtype=call.plan.dtype,
+            rows=call.plan.rows,
+        )
+    return y, final, starts
 
 
-@scan.register_fake
-def _(u, decay, frequency, gain, state, positions):
+def _fake(u, decay, frequency, gain, state, positions):
     batch, time, channels = u.shape
     modes = decay.shape[1]
     chunks = layout(batch, time, channels, modes, u.dtype).chunks
@@ -268,8 +254,7 @@ def _(u, decay, frequency, gain, state, positions):
     return u.new_empty(u.shape), final, kept
 
 
-@torch.library.custom_op("spectral_window::triton_scan_backward", mutates_args=())
-def scan_backward(
+def _run_backward(
     u: Tensor,
     decay: Tensor,
     frequency: Tensor,
@@ -310,12 +295,14 @@ def scan_backward(
     return du, *grads, begin  # type: ignore[return-value]
 
 
-@scan_backward.register_fake
-def _(u, decay, frequency, gain, positions, starts, grad, grad_state):
+def _fake_backward(u, decay, frequency, gain, positions, starts, grad, grad_state):
     batch, _, channels = u.shape
     begin = decay.new_empty((batch, channels, decay.shape[1], 2), dtype=torch.float64)
     modes = (decay, frequency, decay if gain is None else gain)
     return u.new_empty(u.shape), *(p.new_empty(p.shape) for p in modes), begin
+
+
+scan_backward = operator("triton_scan_backward", _run_backward, _fake_backward)
 
 
 def _save(ctx, inputs, output):
@@ -344,13 +331,12 @@ def _differentiate(ctx, grad, grad_state, grad_starts):
     )
 
 
-scan.register_autograd(_differentiate, setup_context=_save)
+scan = operator("triton_scan", _run, _fake, _save, _differentiate)
 
 
 def convolve(
     u: Tensor, modes: Modes, state: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`spectral_conv` for checked inputs: u [B, T, D] not empty, modes [D, M]."""
-    bare = may_bypass(u, *modes, state)
-    y, final, _ = (run if bare else scan)(u, *modes, state, positions)
+    y, final, _ = scan(u, *modes, state, positions)
     return y, final

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from spectral_window.ops import triton_window_kernels as kernels
+from spectral_window.ops.operators import operator
 from spectral_window.ops.rotary import rotate
 from spectral_window.ops.triton_window_stream import (
     find_turns,
@@ -110,8 +111,7 @@ def _find_stream(positions: Tensor, window: int, prefix: int) -> _Stream:
     return _Stream(order, low, count, last)
 
 
-@torch.library.custom_op("spectral_window::triton_window_ring", mutates_args=())
-def last_two_chunks(
+def _last_two_chunks(
     k: Tensor, v: Tensor, window: int, theta: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return keys and values of the state [B, 2W, H, *] after rows without padding.
@@ -148,8 +148,7 @@ def last_two_chunks(
     return key, value
 
 
-@last_two_chunks.register_fake
-def _(k, v, window, theta):
+def _fake(k, v, window, theta):
     shapes = [(x.shape[0], 2 * window, *x.shape[2:]) for x in (k, v)]
     return k.new_empty(shapes[0]), v.new_empty(shapes[1])
 
@@ -178,7 +177,7 @@ def _forget(ctx, d_key, d_value):
     return tokens(d_key, ctx.theta is not None), tokens(d_value, False), None, None
 
 
-last_two_chunks.register_autograd(_forget, setup_context=_keep_shapes)
+last_two_chunks = operator("triton_window_ring", _last_two_chunks, _fake, _keep_shapes, _forget)
 
 
 def _oldest(time: int, window: int) -> int:

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from spectral_window.ops import triton_window_kernels as kernels
+from spectral_window.ops.operators import operator
 from spectral_window.ops.rotary import rotate
 
 FLOAT32_PRODUCTS = "ieee"  # of tl.dot; "tf32" would exceed the limit of 2e-6 by far
@@ -71,8 +72,7 @@ def _multiplies_by_groups(device: torch.device) -> bool:
 # ---------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("spectral_window::triton_window", mutates_args=())
-def stream_attention(
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -106,8 +106,7 @@ def stream_attention(
     return out, lse
 
 
-@torch.library.custom_op("spectral_window::triton_window_backward", mutates_args=())
-def stream_attention_backward(
+def _run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -214,16 +213,17 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@stream_attention.register_fake
-def _(q, k, v, window, theta, low, order):
+def _fake(q, k, v, window, theta, low, order):
     batch, time, heads, _ = q.shape
     out = q.new_empty(batch, time, heads, v.shape[3])
     return out, q.new_empty(batch, heads, time, dtype=torch.float32)
 
 
-@stream_attention_backward.register_fake
-def _(q, k, v, window, theta, low, order, out, lse, grad):
+def _fake_backward(q, k, v, window, theta, low, order, out, lse, grad):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+stream_attention_backward = operator("triton_window_backward", _run_backward, _fake_backward)
 
 
 def _save(ctx, inputs, output):
@@ -246,7 +246,7 @@ def _differentiate(ctx, grad, _):
     return *stream_attention_backward(*call, out, lse, grad), None, None, None, None
 
 
-stream_attention.register_autograd(_differentiate, setup_context=_save)
+stream_attention = operator("triton_window", _run, _fake, _save, _differentiate)
 
 
 def stream_products(

@@ -20,6 +20,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from spectral_window.data.text import Corpus
 from spectral_window.errors import DivergedError, IntegrityError, UserError
 from spectral_window.training import checkpoints, state
 from spectral_window.training.evaluate import evaluate
+from spectral_window.training.graphs import GraphedStep
 from spectral_window.training.interrupt import StopRequest
 from spectral_window.training.metrics import MetricsLog
 from spectral_window.training.optimizer import adamw, learning_rate_factor
@@ -94,6 +96,7 @@ class Loop:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, learning_rate_factor(recipe)
         )
+        self.graphed: GraphedStep | None = None
         self.step = 0  # optimiser steps done
         self.stopping = 0  # the signal that all processes agreed to stop for
         self.saved: Path | None = None  # the newest checkpoint
@@ -113,7 +116,10 @@ class Loop:
         recipe = self.recipe
         if start is not None:
             self._restore(start)
-        model, optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        optimizer = self.accelerator.prepare(self.optimizer)
+        # one process needs no wrapper, which would also copy all logits to float32
+        model = self.model if self.world.size == 1 else self.accelerator.prepare(self.model)
+        self._prepare_step()
         self.clock = _Clock()
         batches = self._batches()
         while self.step < recipe.steps and not self.stopping:
@@ -126,7 +132,7 @@ class Loop:
             optimizer.step()
             rate = float(self.schedule.get_last_lr()[0])  # of this step
             self.schedule.step()
-            model.zero_grad()
+            self.optimizer.zero_grad(set_to_none=self.graphed is None)
             self.step += 1
             self.clock.stop()
             self.progress.step(self.step, *self.logged)
@@ -179,18 +185,41 @@ class Loop:
 
     # ------------------------------------------------------------------------------------- step
 
+    def _prepare_step(self) -> None:
+        """Compile the layers, and replay the step as a graph, where the recipe and the machine
+        ask for it."""
+        if self.recipe.compile:
+            for layer in self.model.model.layers:
+                layer.compile()
+            self.model.compile_loss()
+        alone_on_gpu = self.accelerator.device.type == "cuda" and self.world.size == 1
+        if alone_on_gpu and self.recipe.cuda_graphs and not self.recipe.gradient_checkpointing:
+            self.graphed = GraphedStep(
+                partial(self._compute, self.model), self.accelerator.device, self.progress.note
+            )
+
     def _accumulate(self, model: Any, batches: list[Batch], tokens: Tensor) -> None:
         """Gradients of the mean loss over `tokens`; processes exchange them once, with the last
         micro-batch."""
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
+            if _is_counting(batch["position_ids"]):  # whole rows of one document
+                batch = {name: x for name, x in batch.items() if name != "position_ids"}
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                inputs = {key: value.to(self.accelerator.device) for key, value in batch.items()}
-                output = model(**inputs, num_items_in_batch=tokens, use_cache=False)
-                # gradients are averaged over the processes, and the mean is over all their tokens
-                loss = output.loss * self.world.size
-                self.accelerator.backward(loss)
-                self.loss_sum += loss.detach()
+                if self.graphed is not None:
+                    self.loss_sum += self.graphed(batch, tokens)
+                else:
+                    here = {name: x.to(self.accelerator.device) for name, x in batch.items()}
+                    self.loss_sum += self._compute(model, here, tokens)
+
+    def _compute(self, model: Any, batch: Batch, tokens: Tensor) -> Tensor:
+        """Add to the gradients, and return the loss of a micro-batch."""
+        with self.accelerator.autocast():
+            output = model(**batch, num_items_in_batch=tokens, use_cache=False)
+        # gradients are averaged over the processes, and the mean is over all their tokens
+        loss = output.loss * self.world.size
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def _clip(self, model: Any) -> float:
         """Scale the gradient to at most `clip` (0: not at all); returns its norm before that. This
@@ -328,6 +357,11 @@ class Loop:
             wrong.append("training.json has another learning rate")
         if wrong:
             raise IntegrityError(f"{'; '.join(wrong)} ({folder}): resume another checkpoint")
+
+
+def _is_counting(positions: Tensor) -> bool:
+    """Whether every row of [B, T] is 0, 1, 2, ..."""
+    return bool((positions == torch.arange(positions.shape[1])).all())
 
 
 class _Clock:

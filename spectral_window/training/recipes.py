@@ -35,7 +35,8 @@ from spectral_window.nn.options import Option, all_options, recorded, reserve
 
 # What may differ between a run and its resumption: it changes the record, not what is learned.
 FREE_ON_RESUME = frozenset(
-    {"device", "log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"}
+    {"device", "compile", "cuda_graphs"}
+    | {"log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"}
 )
 
 
@@ -61,7 +62,8 @@ MATMUL_PRECISIONS = ("auto", *MATMUL_SETTINGS)
 
 
 def _setting(default: Any, help: str, **rules: Any) -> Any:
-    """A field of `Recipe`; rules: as `Option` has them. An Option of each is in `SETTINGS`."""
+    """A field of `Recipe`; rules: as `Option` has them, but settings are `always` traced unless they
+    say otherwise, as later ones do. An Option of each is in `SETTINGS`."""
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
@@ -143,6 +145,14 @@ class Recipe:
     gradient_checkpointing: bool = _setting(
         False, "compute activations again in the backward pass: less memory, more time"
     )
+    compile: bool = _setting(
+        False,
+        "torch.compile for layers and loss: faster on a GPU, after a minute of compiling",
+        always=False,
+    )
+    cuda_graphs: bool = _setting(
+        True, "on one GPU: replay the recorded kernels of a step", always=False
+    )
     # What is recorded, and when
     log_every: int = _setting(10, "steps between lines of metrics")
     eval_every: int = _setting(200, "steps between evaluations")
@@ -204,10 +214,10 @@ class Recipe:
         return _plain(self._flat())
 
     def traces(self) -> dict[str, Any]:
-        """What names the run: `to_dict` without the defaults of options that parts were given
-        later than the first runs (see `Option.traced`)."""
-        fields = all_options(MODEL)
-        return {k: v for k, v in self.to_dict().items() if k not in fields or fields[k].traced(v)}
+        """What names the run: `to_dict` without the defaults of options that are later than the
+        first runs (see `Option.traced`)."""
+        fields = SETTINGS | all_options(MODEL)
+        return {k: v for k, v in self.to_dict().items() if fields[k].traced(v)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -227,7 +237,8 @@ def _options() -> dict[str, Option]:
             hint = hints[each.name]
             kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             (kind,) = (typing.get_origin(k) or k for k in kinds if k is not types.NoneType)
-            rules = {"optional": types.NoneType in kinds, "decides": "use", **each.metadata}
+            rules = {"optional": types.NoneType in kinds, "decides": "use", "always": True}
+            rules |= each.metadata
             if kind is int:  # what a machine can hold is checked when the model's size is known
                 rules.setdefault("at_most", _LARGEST)
             options[each.name] = Option(each.name, kind, each.default, **rules)

@@ -222,11 +222,11 @@ def test_registered_operators_pass_opcheck_and_compile_without_a_break():
     leaves = leaves_of(draw_modes(2, 2, dtype=torch.float32, gain=True), torch.randn(1, 3, 2))
     state = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     inputs = (leaves[3], *leaves[:3], state, None)
-    torch.library.opcheck(triton_spectral.scan, inputs)
+    torch.library.opcheck(triton_spectral.scan.registered, inputs)
     plain = [x.detach() for x in inputs[:4]]
     kept = triton_spectral.scan(*inputs)[2].detach()
     torch.library.opcheck(
-        triton_spectral.scan_backward, (*plain, None, kept, plain[0], state.detach())
+        triton_spectral.scan_backward.registered, (*plain, None, kept, plain[0], state.detach())
     )
 
     def loss(u, decay):
