@@ -46,6 +46,7 @@ from spectral_window.errors import DivergedError, UserError
 from spectral_window.generation.decoding import Sampling, require_int
 from spectral_window.hf.cache import Cache, SWHCacheLayer, state_identity
 from spectral_window.nn.mixers import map_state
+from spectral_window.ops.cuda_graphs import Recorder, Replayed
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,12 +166,16 @@ class Engine:
         model: a `SWHForCausalLM`; it is put into eval mode.
         vocab_size: how many ids may be drawn, where that is less than the model's vocabulary (a
             vocabulary rounded up has entries that mean nothing).
+        recorder: what records a token's forward to replay it; None for CUDA graphs on a GPU, and
+            nothing elsewhere.
 
     Attributes:
         rows: the rows that were added and not dropped.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
+    def __init__(
+        self, model: Any, vocab_size: int | None = None, recorder: Recorder | None = None
+    ) -> None:
         self.model = model.eval()
         self.input_vocab_size = int(model.config.vocab_size)
         self.vocab_size = self.input_vocab_size if vocab_size is None else vocab_size
@@ -182,6 +187,10 @@ class Engine:
         self._layers = [SWHCacheLayer() for _ in model.model.layers]
         self._cache = Cache(layers=list(self._layers))
         self._nothing_read = Batch((None,) * len(self._layers), 1)
+        self._tokens: Replayed | None = None
+        if self._constant_state and (recorder is not None or model.device.type == "cuda"):
+            self._tokens = Replayed(self._next_token, model.device, recorder=recorder)
+            self._like: tuple[Any, ...] = ()  # states of the kind that is run
 
     # -- rows
 
@@ -406,15 +415,24 @@ class Engine:
             batch: their states.
             seen: how many tokens each state has seen.
         """
+        if self._tokens is not None and ids.shape[1] == 1 and batch.layers[0] is not None:
+            return self._replay(self._tokens, ids, batch, seen)
         start = None
         if min(seen) < max(seen):
             start = torch.tensor(seen, dtype=torch.int64, device=batch.device)
+        return self._call(ids, batch, max(seen), start)
+
+    def _call(
+        self, ids: Tensor, batch: Batch, seen: int, start: Tensor | None
+    ) -> tuple[Tensor, Batch]:
+        """`_run` as a call of the model. seen: the most tokens that a state has seen; start: of
+        each row [B], None if all have seen as many."""
         try:
             for layer, state in zip(self._layers, batch.layers, strict=True):
                 if state is None:
                     layer.reset()
                     continue
-                layer.state, layer.seen, layer.start = state, max(seen), start
+                layer.state, layer.seen, layer.start = state, seen, start
                 layer.batch_size, layer.dtype, layer.device = batch.size, batch.dtype, batch.device
                 layer.owner, layer.is_initialized = self._identity, True
             output = self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
@@ -424,6 +442,30 @@ class Engine:
         finally:
             for layer in self._layers:
                 layer.state = None
+
+    def _replay(
+        self, tokens: Replayed, ids: Tensor, batch: Batch, seen: list[int]
+    ) -> tuple[Tensor, Batch]:
+        """`_run` for one token of each row, by a recording: its states are copied in and out."""
+        self._like = batch.layers
+        start = torch.tensor(seen, dtype=torch.int64, device="cpu")
+        inputs = {"ids": ids, "start": start}
+        inputs |= {f"state {i}": x for i, x in enumerate(_tensors(batch.layers))}
+        logits, states = tokens(inputs)
+        kept = [torch.empty_like(x) for x in states]
+        torch._foreach_copy_(kept, states)
+        layers = _with_tensors(batch.layers, kept)
+        return logits.clone(), Batch(layers, batch.size, batch.dtype, batch.device)
+
+    def _next_token(self, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return logits, and the tensors of the states, from inputs as `_replay` names them."""
+        states = [x for name, x in inputs.items() if name.startswith("state")]
+        layers = _with_tensors(self._like, states)
+        ids = inputs["ids"]
+        before = Batch(layers, len(ids), self.model.dtype, ids.device)
+        # no mixer of constant size asks how many tokens were seen: its state knows
+        logits, batch = self._call(ids, before, 1, inputs["start"])
+        return logits, _tensors(batch.layers)
 
     def _release(self, batches: Container[Batch], running: set[Row]) -> None:
         """Move rows that were left behind in `batches` to a batch without the others: else a row
@@ -435,6 +477,20 @@ class Engine:
                 for row in rows:
                     row.place = rest, indices.index(row.place[1])
                     row.logits = None if row.logits is None else row.logits.clone()
+
+
+def _tensors(layers: Iterable[Any]) -> list[Tensor]:
+    """The tensors of states, in a fixed order."""
+    found: list[Tensor] = []
+    for state in layers:
+        map_state(state, lambda x: (found.append(x), x)[1])
+    return found
+
+
+def _with_tensors(layers: Iterable[Any], tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """States like `layers` of other tensors, which `_tensors` would return."""
+    each = iter(tensors)
+    return tuple(map_state(state, lambda _: next(each)) for state in layers)
 
 
 def by_batch(rows: Iterable[Row]) -> dict[Batch, list[Row]]:

@@ -35,9 +35,9 @@ from torch.utils.data import DataLoader
 from spectral_window.data.blocks import IGNORED, PackedBlocks, ShuffledBlocks
 from spectral_window.data.text import Corpus
 from spectral_window.errors import DivergedError, IntegrityError, UserError
+from spectral_window.ops.cuda_graphs import Replayed
 from spectral_window.training import checkpoints, state
 from spectral_window.training.evaluate import evaluate
-from spectral_window.training.graphs import GraphedStep
 from spectral_window.training.interrupt import StopRequest
 from spectral_window.training.metrics import MetricsLog
 from spectral_window.training.optimizer import adamw, learning_rate_factor
@@ -96,7 +96,7 @@ class Loop:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, learning_rate_factor(recipe)
         )
-        self.graphed: GraphedStep | None = None
+        self.graphed: Replayed | None = None
         self.step = 0  # optimiser steps done
         self.stopping = 0  # the signal that all processes agreed to stop for
         self.saved: Path | None = None  # the newest checkpoint
@@ -194,8 +194,10 @@ class Loop:
             self.model.compile_loss()
         alone_on_gpu = self.accelerator.device.type == "cuda" and self.world.size == 1
         if alone_on_gpu and self.recipe.cuda_graphs and not self.recipe.gradient_checkpointing:
-            self.graphed = GraphedStep(
-                partial(self._compute, self.model), self.accelerator.device, self.progress.note
+            self.graphed = Replayed(
+                partial(self._compute, self.model),
+                self.accelerator.device,
+                note=self.progress.note,
             )
 
     def _accumulate(self, model: Any, batches: list[Batch], tokens: Tensor) -> None:
@@ -203,19 +205,20 @@ class Loop:
         micro-batch."""
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            if _is_counting(batch["position_ids"]):  # whole rows of one document
-                batch = {name: x for name, x in batch.items() if name != "position_ids"}
+            inputs = batch | {"num_items_in_batch": tokens}
+            if _is_counting(inputs["position_ids"]):  # whole rows of one document
+                del inputs["position_ids"]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 if self.graphed is not None:
-                    self.loss_sum += self.graphed(batch, tokens)
+                    self.loss_sum += self.graphed(inputs)
                 else:
-                    here = {name: x.to(self.accelerator.device) for name, x in batch.items()}
-                    self.loss_sum += self._compute(model, here, tokens)
+                    here = {name: x.to(self.accelerator.device) for name, x in inputs.items()}
+                    self.loss_sum += self._compute(model, here)
 
-    def _compute(self, model: Any, batch: Batch, tokens: Tensor) -> Tensor:
+    def _compute(self, model: Any, inputs: Batch) -> Tensor:
         """Add to the gradients, and return the loss of a micro-batch."""
         with self.accelerator.autocast():
-            output = model(**batch, num_items_in_batch=tokens, use_cache=False)
+            output = model(**inputs, use_cache=False)
         # gradients are averaged over the processes, and the mean is over all their tokens
         loss = output.loss * self.world.size
         self.accelerator.backward(loss)

@@ -62,8 +62,8 @@ MATMUL_PRECISIONS = ("auto", *MATMUL_SETTINGS)
 
 
 def _setting(default: Any, help: str, **rules: Any) -> Any:
-    """A field of `Recipe`; rules: as `Option` has them, but settings are `always` traced unless they
-    say otherwise, as later ones do. An Option of each is in `SETTINGS`."""
+    """A field of `Recipe`; rules: as `Option` has them, but settings are `always` traced unless
+    they say otherwise, as later ones do. An Option of each is in `SETTINGS`."""
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 

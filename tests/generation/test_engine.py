@@ -15,6 +15,7 @@ from spectral_window.errors import DivergedError, UserError
 from spectral_window.generation.decoding import Sampling
 from spectral_window.generation.engine import Engine, Row, RowsDivergedError
 from spectral_window.nn.mixers import MIXERS, map_state
+from tests.ops.recorder import Recorder
 
 GREEDY = Sampling(temperature=0)
 VOCABULARY = 61
@@ -124,6 +125,25 @@ def test_rows_that_join_and_leave_at_every_step_are_as_each_alone(variant):
 
 
 @pytest.mark.parametrize("variant", ["spectral_window", "memory"])
+def test_replayed_tokens_are_as_usual_and_states_stay_values(variant):
+    """CUDA graphs need a GPU: a recorder for a CPU stands for them."""
+    recorder = Recorder()
+    model = tiny(variant)
+    engine, usual = Engine(model, recorder=recorder), Engine(model)
+    written = []
+    for each in (engine, usual):
+        rows = [begun(each, ids, sampling=Sampling(temperature=1)) for ids in PROMPTS[1:4]]
+        first = write(each, rows, 8)
+        twin = each.copy(rows[0])
+        rest = write(each, rows[:2], 6), write(each, [twin, rows[2]], 6)
+        written.append((first, rest))
+    assert written[0] == written[1]
+    constant = model.constant_state
+    assert bool(recorder.replayed) == constant
+    assert recorder.recorded == (2 if constant else 0)  # three rows, and two
+
+
+@every_variant
 def test_the_same_text_alone_and_among_63_others(variant):
     model = tiny(variant)
     engine = Engine(model)

@@ -1,4 +1,4 @@
-"""A step that is replayed from a recording computes what it computes as usual.
+"""A call that is replayed from a recording computes what it computes as usual.
 
 CUDA graphs need a GPU (`bench --device cuda` compares them there); here a recorder for a CPU stands
 for them. Like a graph it calls with the tensors of the recording alone.
@@ -9,29 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_window.training.graphs import WARM, GraphedStep
-
-
-class Recorder:
-    """Records calls on a CPU: replaying calls again, and writes into the recorded result."""
-
-    def __init__(self, fails: bool = False) -> None:
-        self.fails, self.recorded, self.replayed = fails, 0, 0
-
-    def warm(self, call):
-        return call()
-
-    def record(self, call):
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
-        self.recorded += 1
-        result = torch.full((), torch.nan)
-
-        def replay():
-            self.replayed += 1
-            result.copy_(call())
-
-        return replay, result
+from spectral_window.ops.cuda_graphs import WARM, Replayed
+from tests.ops.recorder import Recorder
 
 
 def steps(recorder, batches):
@@ -39,15 +18,16 @@ def steps(recorder, batches):
     notes: list[str] = []
     weight = torch.ones(3, requires_grad=True)
 
-    def compute(batch, tokens):
-        loss = (batch["x"] @ weight).sum() / tokens + batch.get("y", torch.zeros(1)).sum()
+    def compute(inputs):
+        loss = (inputs["x"] @ weight).sum() / inputs["tokens"]
+        loss = loss + inputs.get("y", torch.zeros(1)).sum()
         loss.backward()
         return loss.detach()
 
-    step = GraphedStep(compute, torch.device("cpu"), notes.append, recorder)
+    step = Replayed(compute, torch.device("cpu"), note=notes.append, recorder=recorder)
     seen = []
     for index, batch in enumerate(batches):
-        loss = float(step(batch, torch.tensor(index + 1)))
+        loss = float(step(batch | {"tokens": torch.tensor(index + 1)}))
         seen.append((loss, weight.grad.clone()))
         weight.grad.zero_()
     return seen, notes
@@ -59,7 +39,7 @@ def draw(count, rows=2, **more):
 
 def test_replayed_steps_compute_the_loss_and_the_gradient_of_their_own_batch():
     batches = draw(WARM + 4)
-    recorder = Recorder()
+    recorder = Recorder(adds=True)
     seen, notes = steps(recorder, batches)
     assert recorder.recorded == 1
     assert recorder.replayed == 4
@@ -72,7 +52,7 @@ def test_replayed_steps_compute_the_loss_and_the_gradient_of_their_own_batch():
 def test_batches_of_other_shapes_and_tensors_have_recordings_of_their_own():
     kinds = [draw(1), draw(1, rows=5), draw(1, y=torch.ones(2))]
     batches = [batch for _ in range(WARM + 2) for kind in kinds for batch in kind]
-    recorder = Recorder()
+    recorder = Recorder(adds=True)
     seen, _ = steps(recorder, batches)
     assert recorder.recorded == len(kinds)
     assert recorder.replayed == 2 * len(kinds)
