@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.lab.bench.timing import Call, reason, time_on
+from spectral_window.lab.bench.timing import Call, graphed, reason, time_on
 from spectral_window.lab.jobs import Row
 from spectral_window.ops import Modes, spectral_conv
 
@@ -290,21 +290,6 @@ def _calls(
     }
 
 
-def _graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
-    """`call` as a CUDA graph, without the host's time; itself where that cannot be."""
-    if device != "cuda":
-        return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def _measure(
     calls: dict[str, Call], rounds: int, moved: int, device: str, **tags: Any
 ) -> list[Row]:
@@ -340,19 +325,17 @@ def bench(minutes: float = 1.0, device: str = "cuda") -> Iterator[Row]:
                     torch.cuda.empty_cache()
 
 
+def _lost(error: Exception) -> None:
+    raise error
+
+
 def _one(shape, dtype, backward: bool, device: str, tags: Row) -> list[Row]:
     torch.manual_seed(0)
     calls = _calls(shape, dtype, backward, device)
-    if not backward:  # a graph takes the host's part away, which many launches hide
-        try:
-            calls["triton, CUDA graph"] = _graphed(calls["triton"], device)
-        except Exception as error:
-            why = error
-
-            def lost() -> object:
-                raise why
-
-            calls["triton, CUDA graph"] = lost
+    try:  # a graph takes the host's part away, which many launches hide
+        calls["triton, CUDA graph"] = graphed(calls["triton"], device)
+    except Exception as error:
+        calls["triton, CUDA graph"] = partial(_lost, error)
     moved = least_bytes(shape, dtype, backward)
     return _measure(calls, 1 if device == "cpu" else 9, moved, device, **tags)
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.errors import UserError
-from spectral_window.lab.bench.timing import clock, reason, spread, time_on
+from spectral_window.lab.bench.timing import clock, graphed, reason, spread, time_on
 from spectral_window.lab.jobs import Row
 from spectral_window.ops import window_attention
 from spectral_window.ops.rotary import angles
@@ -375,6 +375,10 @@ def compare(
             name: partial(_call, name, operator, qkv, grad if backward else None)
             for name, operator in operators.items()
         }
+        try:
+            calls["ours, CUDA graph"] = graphed(calls["ours"], torch.device(device).type)
+        except Exception as error:
+            yield {**about, "contestant": "ours, CUDA graph", "status": reason(error)}
         calls |= {"copy": _copy(qkv, backward)}
         part: Row = {**about, "pass": "forward + backward" if backward else "forward"}
         yield from time_on(device, calls, seconds=seconds, fewest=2 if quick else 5, **part)

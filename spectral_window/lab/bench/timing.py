@@ -109,6 +109,25 @@ def time_on(
     return timing.run(calls, **tags)
 
 
+def graphed(call: Call, device: str, pool: Any = None) -> Call:
+    """`call` as a CUDA graph, which has no time of the host; on a CPU the call itself.
+
+    pool: memory that it shares with other graphs (`torch.cuda.graph_pool_handle`).
+    """
+    if device == "cpu":
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph.replay
+
+
 def clock(call: Call, device: str = "cpu", repeats: int = 1) -> float:
     """Seconds of one call, the mean of `repeats` that follow one another."""
     if device == "cpu":
