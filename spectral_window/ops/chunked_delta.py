@@ -248,3 +248,51 @@ def _over_chunks(
             state, end = state.split((more, rows[n] - more))
             ended.append(end)
     return torch.baddbmm(torch.cat(outs), scores, torch.cat(writes)), torch.cat(ended)
+
+
+def differentiate_again(
+    tensors: Sequence[Tensor | None],
+    positions: Tensor | None,
+    grad: Tensor | None,
+    grad_final: Tensor | None,
+) -> list[Tensor | None]:
+    """Compute a method's gradients by operations that can be differentiated themselves.
+
+    Args:
+        tensors: the method's inputs q, k, v, beta [B, T, H], decay [B, T, H] or None, state or
+            None.
+        positions: [B, T], or None.
+        grad: the gradient of the output, or None.
+        grad_final: the gradient of the final state, or None.
+
+    Returns:
+        The gradients of `tensors`, None for those that need none.
+    """
+    asked = [x for x in tensors if x is not None and x.requires_grad]
+    with torch.enable_grad():
+        q, k, v, beta, decay, state = tensors
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert beta is not None
+        inputs = [q, k, v, beta[..., None], *([] if decay is None else [decay[..., None]])]
+        documents = None if positions is None else Documents(positions, checked=True)
+        if state is None:
+            before = q.new_zeros(
+                q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float64
+            )
+        else:
+            before = state.double()
+        out, final = chunked(inputs, before, documents)
+        final = final.to(torch.float32 if state is None else state.dtype)
+        given = ((out.to(v.dtype), grad), (final, grad_final))
+        known = [(y, g) for y, g in given if g is not None and y.requires_grad]
+        derivatives = torch.autograd.grad(
+            [y for y, _ in known],
+            asked,
+            [g for _, g in known],
+            create_graph=True,
+            allow_unused=True,
+        )
+    by_id = {id(x): d for x, d in zip(asked, derivatives, strict=True)}
+    return [None if x is None else by_id.get(id(x)) for x in tensors]

@@ -13,7 +13,9 @@ Precision. The state is float32 (float64 for float64 inputs), whatever the input
 `chunked` computes in float64 and rounds once, so neither autocast nor the precision setting of
 float32 products affects it. On other devices it computes in float32 under that setting: with
 `torch.set_float32_matmul_precision("highest")` the error is below 3e-6 of the output for nearly
-equal keys and 1e-6 for others; with TF32 products it is about 1e-3.
+equal keys and 1e-6 for others; with TF32 products it is about 1e-3. `triton` follows the setting
+too, for float32 inputs; for 16-bit inputs it rounds the operands of products to their dtype and
+keeps the state and every sum in float32, see `triton_delta`.
 """
 
 from __future__ import annotations
@@ -29,14 +31,17 @@ from spectral_window.ops.chunked_delta import chunked
 from spectral_window.ops.documents import Documents, anywhere, documents_after, each_document
 from spectral_window.ops.methods import (
     Method,
+    Reason,
     enrol,
     first_of,
     not_exported,
+    not_interpreted,
     not_transformed,
     numba_on_cpu,
     one_token,
     past_the_dispatcher,
     resolve,
+    triton_on_gpu,
 )
 from spectral_window.ops.tracing import readable
 
@@ -238,6 +243,20 @@ def _step_compiled(
     return step(inputs, _initial_state(inputs, state, torch.float32), positions)
 
 
+def _triton(
+    inputs: list[Tensor], state: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    from spectral_window.ops.triton_delta import memory
+
+    positions = None if documents is None else documents.positions
+    return memory(inputs, None if state is None else state.float(), positions)
+
+
+def _few_keys(x: Tensor, *_: object) -> Reason:
+    """Reason of kernels that hold all rows of the state in registers."""
+    return "its kernels hold at most 256 channels of a key" if x.shape[-1] > 256 else None
+
+
 _IN_NUMBA = numba_on_cpu(torch.float32, torch.bfloat16)
 
 enrol(
@@ -259,6 +278,15 @@ enrol(
         _compiled,
         "a triangular system in each chunk, the state in cache, compiled by numba, O(T), on a CPU",
         first_of(_IN_NUMBA, not_exported, not_transformed),
+    ),
+    Method(
+        "triton",
+        _triton,
+        "a triangular system in each chunk and a scan over chunks, O(T), Triton kernels for a GPU",
+        first_of(
+            triton_on_gpu(torch.float32, torch.bfloat16, torch.float16), not_transformed, _few_keys
+        ),
+        not_interpreted,
     ),
     Method(
         "chunked",

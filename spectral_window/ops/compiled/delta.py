@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_window.ops.chunked_delta import chunked
+from spectral_window.ops.chunked_delta import differentiate_again
 from spectral_window.ops.compiled import delta_loops
 from spectral_window.ops.compiled.addresses import dense
 from spectral_window.ops.compiled.delta_loops import CHUNK, SYSTEM, Call
@@ -228,28 +228,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, grad_state, _):
     *tensors, positions, checkpoints = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return *_differentiate_again(tensors, positions, grad, grad_state), *[None] * 3
+        return *differentiate_again(tensors, positions, grad, grad_state), *[None] * 3
     *d_inputs, d_decay, d_state = delta_rule_backward(
         *tensors, positions, checkpoints, grad, grad_state
     )
     return *d_inputs, None if tensors[4] is None else d_decay, d_state, *[None] * 3
-
-
-def _differentiate_again(tensors, positions, grad, grad_state):
-    """The same gradients by operations that can be differentiated themselves."""
-    asked = [x for x in tensors if x is not None and x.requires_grad]
-    with torch.enable_grad():
-        q, k, v, beta, decay, state = tensors
-        inputs = [q, k, v, beta[..., None], *([] if decay is None else [decay[..., None]])]
-        documents = None if positions is None else Documents(positions, checked=True)
-        out, final = chunked(inputs, state.double(), documents)
-        given = (out.to(v.dtype), grad), (final.to(state.dtype), grad_state)
-        outputs, gradients = zip(*((y, g) for y, g in given if y.requires_grad), strict=True)
-        derivatives = torch.autograd.grad(
-            outputs, asked, gradients, create_graph=True, allow_unused=True
-        )
-    by_id = {id(x): d for x, d in zip(asked, derivatives, strict=True)}
-    return [None if x is None else by_id.get(id(x)) for x in tensors]
 
 
 delta_rule.register_autograd(_differentiate, setup_context=_save)

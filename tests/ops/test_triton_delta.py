@@ -1,0 +1,149 @@
+"""The memory's GPU kernels, proven without a GPU: their numbers in Triton's interpreter (in a
+process of its own), and what the compiler makes of them for real cards."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_window.errors import UserError
+from spectral_window.ops import delta_memory, resolve
+from tests.ops.test_triton_window import PRODUCTS, SHORT, TARGETS, in_interpreter
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+
+def test_the_kernels_keep_the_contract_in_the_interpreter():
+    pytest_alone = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist")
+    shown = in_interpreter(*pytest_alone, "tests/ops/interpreted_delta.py")
+    assert re.search(r"\d+ passed", shown)
+    assert "skipped" not in shown
+
+
+def test_a_cpu_takes_no_gpu_method(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.randn(1, 5, 1, 4)
+    with pytest.raises(UserError, match="'triton'"):
+        delta_memory(q, q, q, torch.ones(1, 5, 1), method="triton")
+    assert resolve("delta", "auto", q)[0] != "triton"
+
+
+def test_a_gpu_takes_the_kernels_and_says_why():
+    class OnGPU:
+        shape, dtype, device = (1, 5, 1, 4), torch.bfloat16, torch.device("cuda")
+        is_cuda = True
+
+        def dim(self):
+            return 4
+
+    assert resolve("delta", "auto", OnGPU())[0] == "triton"
+    OnGPU.dtype = torch.float64
+    assert resolve("delta", "auto", OnGPU())[0] == "chunked"
+    OnGPU.dtype, OnGPU.shape = torch.float32, (1, 5, 1, 257)
+    choice = resolve("delta", "auto", OnGPU())
+    assert choice.name == "chunked"
+    assert "256" in dict(choice.passed)["triton"]
+
+
+def test_the_dry_run_walks_every_part_of_the_bench():
+    run = (
+        "import sys; from spectral_window.lab.bench import gpu_delta;"
+        "sys.argv[1:] = ['--device', 'cpu', '--quick']; gpu_delta.main()"
+    )
+    rows = [json.loads(line) for line in in_interpreter("-c", run).splitlines()]
+    wrong = [r for r in rows if r["status"] != "ok" and not r["status"].startswith("left out")]
+    assert not wrong
+    parts = {row.get("part", "bench") for row in rows}
+    assert parts >= {"float64", "documents and state", "equal keys", "repeats", "bench"}
+
+
+# ---------------------------------------------------------------- what the compiler makes of it
+
+KERNELS = ("prepare", "scan", "outputs", "inflow", "retreat", "gradients")
+OPERANDS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "states", "writes")
+OPERANDS += ("d_states", "d_writes")
+
+
+def build(name, target, dtype=torch.bfloat16, key=128, value=128, decay=False, docs=False):
+    """(compiled kernel, its tiles), as a call with these inputs would have it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from spectral_window.ops import triton_delta_gradients, triton_delta_kernels
+    from spectral_window.ops.triton_delta import CHUNK, tiles
+
+    files = triton_delta_kernels, triton_delta_gradients
+    kernel = next(getattr(file, name) for file in files if hasattr(file, name))
+    wide = dtype == torch.float32
+    cut = tiles(name, 96, key, value, wide)
+    how = "ieee" if target == "gfx942" else "tf32x3" if wide else "tf32"
+    constants = {"H": 6, "K": key, "V": value, "KB": cut.keys, "VB": cut.columns, "C": CHUNK}
+    constants |= {"DECAY": decay, "DOCS": docs, "GATED": decay or docs, "GIVEN": True}
+    constants |= {"PRECISION": how, "SOLVE": how}
+    signature, aligned = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        if argument in OPERANDS:
+            signature[argument] = f"*{SHORT[dtype]}"
+        elif argument == "positions":
+            signature[argument] = "*i64"
+        else:
+            signature[argument] = "i32" if argument in ("time", "chunks") else "*fp32"
+        if signature[argument][0] == "*":
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    places = {
+        (kernel.arg_names.index(name),): value
+        for name, value in constants.items()
+        if name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options), cut
+
+
+def check_compiled(name, target, **about):
+    compiled, _ = build(name, target, **about)
+    wide = about.get("dtype") == torch.float32
+    if target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        assert re.search(r"\.private_segment_fixed_size: 0\b", text), "spills"
+        assert re.search(r"\.vgpr_spill_count: +0\b", text), "spills"
+        assert "v_mfma" in text
+        assert "load_dwordx4" in text
+        return
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [str(program), "--dump-resource-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
+    assert found["STACK"] == found["LOCAL"] == 0, f"spills: {found}"
+    text = compiled.asm["ptx"]
+    if not wide:
+        assert PRODUCTS[target] in text, "products by tensor cores"
+    assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg\.shared\.global", text), "128-bit loads"
+    assert ".f64" not in text
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_compile_without_spills_to_tensor_cores(name, dtype):
+    check_compiled(name, "sm_90", dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 128, 192, 256])
+def test_kernels_of_every_kind_compile_without_spills(name, target, gated, dtype, size):
+    check_compiled(name, target, dtype=dtype, key=size, value=size, decay=gated, docs=gated)
