@@ -1,4 +1,4 @@
-"""The tables of measurements in README.md and in these pages, made from results/.
+"""The tables of measurements in README.md and in these pages, made from results/, and from counts.
 
     python docs/tables.py          write them anew
     python docs/tables.py --check  exit 1 and name the files that are out of date
@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from spectral_window.lab.bench import gpu_roofline
 from spectral_window.lab.paper import claims
+from spectral_window.ops.methods import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -130,6 +132,57 @@ def goals() -> str:
     return markdown(head, rows)
 
 
+def roofline() -> str:
+    """Least times on an H100: of each kernel, and of the rest of a layer forward and backward."""
+    kernels, rest = [], {}
+    for row in gpu_roofline.table():
+        share = "-" if row["share"] is None else f"{100 * row['share']:.1f}%"
+        if row["part"] not in ("convolution", "window", "memory"):
+            times = rest.setdefault((row["part"], row["kernel"]), {"bound": set(), "share": 0.0})
+            times[row["pass"]] = row["microseconds"]
+            times["bound"].add(row["bound"])
+            times["share"] += row["share"] or 0.0
+        elif row["microseconds"] >= 0.1:
+            numbers = (cell or "-" for cell in gpu_roofline.number_cells(row))
+            name = f"{gpu_roofline.PARTS[row['part']]}: `{row['kernel'].replace(' ', '`, ', 1)}"
+            name = name if "`, " in name else f"{name}`"
+            kernels.append([name, row["pass"], *numbers, row["bound"], share])
+    head = [
+        "kernel",
+        "pass",
+        "bytes in",
+        "bytes out",
+        "tensor",
+        "other",
+        "us",
+        "limit",
+        "of a layer",
+    ]
+    lines = [
+        [
+            name,
+            *(f"{times[each]:.1f}" if each in times else "-" for each in ("forward", "backward")),
+            " and ".join(sorted(times["bound"])),
+            f"{100 * times['share']:.1f}%" if times["share"] else "-",
+        ]
+        for (_, name), times in rest.items()
+    ]
+    others = ["the rest", "us forward", "us backward", "limit", "of a layer"]
+    return f"{markdown(head, kernels)}\n{markdown(others, lines)}"
+
+
+def roofline_sums() -> str:
+    """Least milliseconds of layers and training steps, and what was measured."""
+    head, lines = gpu_roofline.sum_cells(gpu_roofline.sums(folder=RESULTS / "gpu"))
+    return markdown(head, ([cell or "-" for cell in line] for line in lines))
+
+
+def roofline_measured() -> str:
+    """Measured times of the operators beside their least."""
+    head, lines = gpu_roofline.measured_cells(gpu_roofline.compare(RESULTS / "gpu"))
+    return markdown(head, lines)
+
+
 # ------------------------------------------------------------------------------- others
 
 
@@ -163,14 +216,24 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper,
     "recall": recall,
     "recall-far": recall_far,
+    "roofline": roofline,
+    "roofline-measured": roofline_measured,
+    "roofline-sums": roofline_sums,
     "text": text,
     "text-longer": text_longer,
 }
 
 
 def renew(page: str) -> str:
-    """The text of a page with every table in it made from results/."""
-    return _PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], page)
+    """The text of a page with every table in it made from results/. Without Triton the tables that
+    count its kernels stay as they are."""
+
+    def table(place: re.Match[str]) -> str:
+        if place[2].startswith("roofline") and not HAS_TRITON:
+            return place[0]
+        return place[1] + TABLES[place[2]]() + place[3]
+
+    return _PLACE.sub(table, page)
 
 
 def main() -> int:

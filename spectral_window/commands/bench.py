@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,17 @@ def run(
             help="With --device cuda: every step at toy size on a CPU, Triton interpreted.",
         ),
     ] = False,
+    roofline: Annotated[
+        bool,
+        typer.Option(
+            "--roofline",
+            help="Measure nothing: print the least time of each GPU kernel and of a layer on an "
+            "H100, beside what was measured (in --out, default results/gpu).",
+        ),
+    ] = False,
+    shape: Annotated[
+        str, typer.Option(metavar="ROWSxTOKENS", help="With --roofline: of a batch.")
+    ] = "16x1024",
     debug: Debug = False,
 ) -> None:
     """How fast every path is here, beside what you would take instead and what the hardware allows;
@@ -82,6 +94,9 @@ def run(
     from spectral_window.lab.bench.targets import evaluate
     from spectral_window.lab.jobs import thread_counts
 
+    if roofline:
+        _show_roofline(dtype or ["bfloat16"], shape, out or Path("results/gpu"), json)
+        return
     if device != "cpu":
         _run_on_gpu(benches or [], device, out, minutes, dry_run)
         return
@@ -149,6 +164,36 @@ def _run_on_gpu(
     unfinished = gpu.run(out, minutes=minutes, parts=parts, dry_run=dry_run)
     if unfinished:
         raise ResourceError(f"{'; '.join(unfinished)}; what was measured is in {out}")
+
+
+def _show_roofline(dtypes: list[str], shape: str, folder: Path, json: bool) -> None:
+    from spectral_window.lab import bench
+    from spectral_window.lab.bench import gpu_roofline
+    from spectral_window.ops.methods import HAS_TRITON
+
+    if not HAS_TRITON:
+        raise UserError("triton is missing (bench --roofline): its kernels are counted; install it")
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,7})", shape)
+    if not found:
+        raise UserError(f"--shape is {shape!r} (bench --roofline): write ROWSxTOKENS, as 16x1024")
+    size = int(found[1]), int(found[2])
+    shown: dict[str, Any] = {}
+    for name in dtypes:
+        if name not in bench.DTYPES:
+            raise unknown("dtype", name, bench.DTYPES)
+        chosen = bench.DTYPES[name]
+        rows = gpu_roofline.table(*size, chosen)
+        sums = gpu_roofline.sums(*size, chosen, folder)
+        shown[name] = {"kernels": rows, "sums": sums}
+        if not json:
+            at = f"{size[0]} rows of {size[1]:,} tokens, 768 channels, {name}, on an H100"
+            print_table(f"least time, bytes and operations: {at}", *gpu_roofline.kernel_cells(rows))
+            print_table("a layer and a training step of 12", *gpu_roofline.sum_cells(sums))
+    measured = gpu_roofline.compare(folder)
+    if json:
+        print_json({"shape": list(size), "dtypes": shown, "measured": measured})
+    elif measured:
+        print_table(f"operators, measured: {folder}", *gpu_roofline.measured_cells(measured))
 
 
 def _print_group(name: str, group: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from spectral_window.errors import UserError
-from spectral_window.lab.bench.gpu_window import count
+from spectral_window.lab.bench.gpu_roofline import count
 from spectral_window.ops import (
     WindowState,
     reference,

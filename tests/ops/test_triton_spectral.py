@@ -14,8 +14,23 @@ import pytest
 import torch
 
 from spectral_window.errors import UserError
+from spectral_window.lab.bench.gpu_roofline import convolution
 from spectral_window.ops import Modes, spectral_conv
 from spectral_window.ops.methods import HAS_TRITON, resolve
+from tests.ops.machine_code import (
+    F32,
+    F64,
+    REGISTERS,
+    TARGETS,
+    build,
+    check_no_spill,
+    count,
+    loops,
+    module_of,
+    moved,
+    moved_outside,
+    resources,
+)
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -71,156 +86,199 @@ def test_kernels_asked_for_on_a_cpu_are_refused_by_what_they_need(monkeypatch):
 
 # --- what the compiler makes of them ------------------------------------------------------------
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
+SHORT = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
 }
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 STREAMS = {"x", "u", "y", "g", "du"}
-KERNELS = ["ends", "ends_back", "outputs", "gradients"]
+STREAMING = ["ends", "ends_back", "outputs", "gradients"]
+KERNELS = [*STREAMING, "dynamics", "carry", "finish"]
 # registers a lane: at least 12 programs of a warp fit a multiprocessor
 MOST = {"ends": 168, "ends_back": 128, "outputs": 128, "gradients": 168}
+WARPS = {"dynamics": 4, "finish": 4}  # of a program; others are one
+FEWEST = 8  # warps that fit a multiprocessor: two for each of its schedulers
+SHAPE = (8, 4096, 768)
+SIZES = ("time", "channels", "chunks", "count", "parts")
 
 
 def compiled(name: str, dtype, target: str = "sm_90", *, documents: bool = False, **changed):
-    """A streaming kernel compiled as `triton_spectral` would launch it at [8, 4096, 768]."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """A kernel compiled as `triton_spectral` would launch it at `SHAPE`; modules: where it is
+    defined, other than there."""
     from spectral_window.ops import triton_spectral as ts
 
-    plan = ts.PLANS[dtype]
-    cut = ts.layout(8, 4096, 768, 1, dtype)
-    kernel = getattr(
-        ts.backwards if name == "gradients" else ts.forwards, name.removesuffix("_back")
-    )
-    state = ts.tl.float64 if name == "ends" else plan.dtype
+    modules = changed.pop("modules", (ts.forwards, ts.backwards))
+    function = name.removesuffix("_back")
+    kernel = next(vars(m)[function] for m in reversed(modules) if function in vars(m))
+    plan, cut = ts.PLANS[dtype], ts.layout(*SHAPE, 1, dtype)
     rows = plan.rows_back if name == "gradients" else plan.rows
-    constants = ts.constants(plan, cut, 768, state, rows)
-    constants |= {"GAIN": False, "DOCUMENTS": documents, "gain": None} | changed
-    if name.startswith("ends"):
-        constants |= {"REVERSE": name == "ends_back", "BITS": cut.chunk.bit_length()}
-        if not documents:
-            constants["steps"] = None
+    state = ts.tl.float64 if name == "ends" else plan.dtype
+    given = {"GAIN": False, "gain": None, "DOCUMENTS": documents, "GIVEN": False, "first": None}
+    given |= {"REVERSE": name.endswith("_back"), "BITS": cut.chunk.bit_length()}
+    given |= ts.constants(plan, cut, SHAPE[2], state, rows)
     if not documents:
-        constants["positions"] = None
-    signature, aligned = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-            continue
-        if argument in ("time", "chunks", "channels"):
-            signature[argument] = "i32"
-        elif argument in STREAMS:
-            signature[argument] = POINTERS[dtype]
-        else:
-            signature[argument] = "*i64" if argument == "positions" else "*fp64"
-        if argument not in ("time", "chunks"):
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": 1})
+        given |= {"positions": None, "steps": None}
+    if name == "carry":
+        given |= {"BLOCK": ts.LANES, "ROWS": ts.CARRIED}
+    if name == "finish":
+        given |= dict(zip(("ROWS", "BLOCK"), ts.SUMMED, strict=True))
+    if name == "dynamics":
+        given |= {"BLOCK": 128}
+    constants = {key: value for key, value in (given | changed).items() if key in kernel.arg_names}
+    types = dict.fromkeys(kernel.arg_names, "*fp64")
+    types |= dict.fromkeys(SIZES, "i32") | {"positions": "*i64"}
+    types |= dict.fromkeys(STREAMS, f"*{SHORT[dtype]}")
+    parameters = ("decay", "frequency", "d_decay", "d_frequency", "d_gain")
+    types |= dict.fromkeys(parameters, "*fp32")
+    warps = WARPS.get(name, 1)
+    return build(kernel, types, constants, target, ("channels", "count"), num_warps=warps)
 
 
-def resources(kernel, folder: Path) -> dict[str, int]:
-    """What the machine code takes: REG, STACK, LOCAL."""
-    import triton
-
-    path = folder / "kernel.cubin"
-    path.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    shown = subprocess.run(
-        [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-    ).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
-
-
-def loops(ptx: str) -> list[str]:
-    """The bodies of the loops: blocks that branch back to their own label."""
-    parts = re.split(r"^(\$L__BB\d+_\d+):", ptx, flags=re.M)
-    pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return [body for label, body in pairs if re.search(rf"bra\S*\s+{re.escape(label)}\b", body)]
-
-
-def count(pattern: str, text: str) -> int:
-    return len(re.findall(pattern, text))
-
-
-WIDE_LOAD = r"ld\.global\S*\.v4\.b32"
-WIDE_STORE = r"st\.global\S*\.v4\.b32"
-F64 = r"\b(?:fma|mul|add|sub)\.rn\.f64|\b(?:mul|add|sub)\.f64"
-
-
-def check_kernel(name, dtype, target, folder, documents=False):
+def check_kernel(name, dtype, target, documents=False):
+    """Without a spill; as many registers as the planned occupancy allows; rows in 128 bits; float64
+    in no loop but where states of chunks are computed."""
     kernel = compiled(name, dtype, target, documents=documents)
+    streams = name in STREAMING
+    about = f"{name} {dtype} {target}"
+    if name != "dynamics":  # libdevice's cos and sin reduce large angles by an array on the stack
+        check_no_spill(kernel, about)
     if target.startswith("gfx"):
-        code = kernel.asm["amdgcn"]
-        assert int(re.search(r"\.private_segment_fixed_size: (\d+)", code)[1]) == 0
-        assert count("scratch_", code) == 0
+        # 64 lanes there: a row of a program's block has 64 bits a lane, 512 bytes in all
+        narrow = r"(?:global|buffer|flat)_(?:load|store)_(?:dword\b|[us]?short|[us]?byte)"
+        assert not streams or documents or not count(narrow, kernel.asm["amdgcn"])
         return
-    used = resources(kernel, folder)
-    assert used["STACK"] == used["LOCAL"] == 0, f"{name} {dtype} {target}: {used}"
-    assert used["REG"] <= MOST[name], f"{name} {dtype} {target}: {used}"
+    used = resources(kernel)
+    if dtype == torch.float64 or not streams:
+        warps = WARPS.get(name, 1)
+        assert REGISTERS // (used["REG"] * 32 * warps) * warps >= FEWEST, f"{about} {used}"
+    else:
+        assert used["REG"] <= MOST[name], f"{about} {used}"
     ptx = kernel.asm["ptx"]
+    if not streams:
+        return
     bodies = loops(ptx)
     assert bodies
-    if name != "ends":
+    if name != "ends" and dtype != torch.float64:
         assert not any(count("f64", body) for body in bodies), "float64 in a loop"
     assert count(r"cp\.async\.cg\S* .*, (?:16|0x10)", ptx) > 0, "rows are not asked for ahead"
-    assert count(r"cp\.async\.c[ag]\S* .*, (?:4|8|0x4|0x8),", ptx) == 0, "narrow copies"
+    narrow = "(?:4|0x4)" if documents else "(?:4|8|0x4|0x8)"  # a position has 8 bytes
+    assert count(rf"cp\.async\.c[ag]\S* .*, {narrow},", ptx) == 0, "narrow copies"
+    for body in bodies:
+        assert not set(moved(body).stores) - {16}, "narrow stores in a loop"
     if name in ("outputs", "gradients"):
-        assert count(WIDE_STORE, ptx) > 0
+        assert any(moved(body).stores for body in bodies)
         assert dtype != torch.bfloat16 or "cvt.rn.bf16" in ptx, "bfloat16 is not rounded to nearest"
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernel_compiles_for_hopper_without_a_spill(name, dtype, tmp_path):
-    check_kernel(name, dtype, "sm_90", tmp_path)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_for_every_gpu_without_a_spill(name, target):
+    check_kernel(name, torch.bfloat16, target)
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_kernel_compiles_for_other_gpus_without_a_spill(target, tmp_path):
-    check_kernel("outputs", torch.bfloat16, target, tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", STREAMING)
+def test_wider_dtypes_compile_for_hopper_without_a_spill(name, dtype):
+    check_kernel(name, dtype, "sm_90")
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_kernel_compiles_for_every_gpu_without_a_spill(
-    name, dtype, target, documents, tmp_path
-):
-    check_kernel(name, dtype, target, tmp_path, documents)
+def test_every_kernel_of_every_dtype_compiles_without_a_spill(name, dtype, target, documents):
+    check_kernel(name, dtype, target, documents)
+
+
+# --- the roofline -------------------------------------------------------------------------------
+
+
+def compare_stream(name, dtype, **changed):
+    """The roofline's bytes and operations of a streaming kernel with those of its PTX.
+
+    Without copies ahead (STAGES=1) every load is an instruction in the loop that uses it. A kernel
+    has two loops each time it passes over a chunk: one takes ROWS rows of time a trip, one takes
+    single rows. A trip moves per lane the bytes of its instructions, and a row has 16 bytes per
+    lane: bytes per trip / rows per trip = bytes per token, for both loops. Outside the loops a
+    program moves the chunk's states and z, once.
+    """
+    from spectral_window.ops.triton_spectral import LANES, PLANS, layout
+
+    plan, cut = PLANS[dtype], layout(*SHAPE, 1, dtype)
+    ptx = compiled(name, dtype, STAGES=1, **changed).asm["ptx"]
+    row = next(
+        work
+        for work in convolution(*SHAPE, dtype)
+        if work.name == name.removesuffix("_back") and work.backward == (name in BACKWARD)
+    )
+    tokens = SHAPE[0] * SHAPE[1] * SHAPE[2]
+    border = 16 * SHAPE[0] * SHAPE[2] * cut.chunks  # bytes of one state per chunk
+    passes = 2 if name == "gradients" else 1
+    rows = plan.rows_back if name == "gradients" else plan.rows
+    bodies = loops(ptx)
+    assert len(bodies) == 2 * passes
+    for each, per_trip in ((bodies[0::2], rows), (bodies[1::2], 1)):
+        found = moved("".join(each))
+        assert set(found.loads) | set(found.stores) == {16}, "128-bit loads and stores"
+        per_channel = per_trip * plan.lanes
+        streamed = row.read + row.again - border * (1 + STATES[name][0])
+        assert found.loads[16] / per_channel == streamed / tokens, "bytes loaded"
+        streamed = row.written - border * STATES[name][1]
+        assert found.stores[16] / per_channel == streamed / tokens, "bytes stored"
+        exact = count(F64, "".join(each)) / per_channel
+        single = count(F32, "".join(each)) / per_channel
+        assert exact == pytest.approx(row.float64 / tokens, rel=0.05)
+        assert single == pytest.approx(row.float32 / tokens, rel=0.05)
+    outside, programs = moved_outside(ptx), SHAPE[0] * cut.chunks * cut.blocks
+    loaded, stored = (LANES * programs * sum(side.values()) for side in outside)
+    assert loaded == (1 + STATES[name][0]) * border  # and z
+    assert stored == STATES[name][1] * border
+
+
+BACKWARD = ("ends_back", "gradients")
+# states of a chunk that are read and written
+STATES = {"ends": (0, 1), "ends_back": (0, 1), "outputs": (1, 0), "gradients": (2, 1.5)}
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("name", STREAMING)
 def test_roofline_counts_what_the_compiled_kernel_loads_and_stores(name, dtype):
-    from spectral_window.lab.bench.gpu_spectral import roofline
-    from spectral_window.ops.triton_spectral import PLANS
+    compare_stream(name, dtype)
 
-    # without copies ahead every load of a row is one instruction of 16 bytes a lane
-    kernel = compiled(name, dtype, STAGES=1)
-    row = next(r for r in roofline(dtype) if r["kernel"] == name)
-    plan = PLANS[dtype]
-    rows = (plan.rows_back if name == "gradients" else plan.rows) + 1  # and one row at a time
-    lane = 16  # bytes
-    ptx = kernel.asm["ptx"]
-    per_lane = plan.lanes * dtype.itemsize
-    assert per_lane == lane
-    assert count(WIDE_LOAD, ptx) == row["reads"] * rows
-    assert count(WIDE_STORE, ptx) == row["writes"] * rows
-    if name == "ends":
-        done = count(F64, "".join(loops(ptx)))
-        assert done == row["float64_operations"] * plan.lanes * rows
-    else:
-        done = count(r"\b(?:fma|mul|add|sub)\.rn\.f32|\b(?:mul|add|sub)\.f32", "".join(loops(ptx)))
-        assert done == pytest.approx(row["float32_operations"] * plan.lanes * rows, rel=0.05)
+
+@needs_triton
+def test_roofline_tells_a_kernel_that_reads_its_input_twice(tmp_path):
+    from spectral_window.ops import triton_spectral_kernels as kernels
+
+    line = "            h = step_state(h, z, rows[k], position, PAIR, DOCUMENTS)\n            value"
+    twice = line.replace("rows[k]", "rows[k] + load_rows(u, at, i + k + 1, 1, 1, MASKED)[0]")
+    source = Path(kernels.__file__).read_text()
+    assert source.count(line) == 1
+    module = module_of(source.replace(line, twice), tmp_path)
+    with pytest.raises(AssertionError, match="bytes loaded"):
+        compare_stream("outputs", torch.bfloat16, modules=(module,))
+
+
+@needs_triton
+def test_roofline_counts_what_the_carry_and_the_last_sum_move():
+    from spectral_window.ops import triton_spectral as ts
+
+    works = {work.name: work for work in convolution(*SHAPE, torch.bfloat16)}
+    border = 16 * SHAPE[0] * SHAPE[2] * ts.layout(*SHAPE, 1, torch.bfloat16).chunks
+    (body,) = loops(compiled("carry", torch.bfloat16).asm["ptx"])
+    states = ts.CARRIED  # of a lane in a trip: it has a channel
+    loaded, stored = (sum(side.values()) / states for side in moved(body))
+    assert loaded * border / 16 == works["carry"].read
+    final = 16 * SHAPE[0] * SHAPE[2]
+    assert stored * border / 16 + final == works["carry"].written
+    (body,) = loops(compiled("finish", torch.bfloat16).asm["ptx"])
+    parts, block = ts.SUMMED
+    threads = 32 * WARPS["finish"]
+    loaded = sum(moved(body).loads.values()) * threads / (parts * block)
+    assert loaded * border / 16 == works["finish"].read

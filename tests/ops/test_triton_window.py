@@ -8,15 +8,29 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from spectral_window.errors import UserError
-from spectral_window.lab.bench.gpu_window import roofline
+from spectral_window.lab.bench.gpu_roofline import count as count_window
+from spectral_window.lab.bench.gpu_roofline import trip, window
 from spectral_window.ops import resolve, window_attention
+from tests.ops.machine_code import (
+    EXP2,
+    F32,
+    REGISTERS,
+    TARGETS,
+    build,
+    check_no_spill,
+    count,
+    loops,
+    module_of,
+    moved,
+    moved_outside,
+    resources,
+)
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parent.parent.parent
@@ -86,79 +100,99 @@ def test_the_dry_run_walks_every_part_of_the_bench():
 
 
 def test_the_roofline_says_what_limits_each_kernel():
-    rows = {(row["kernel"], row["window"]): row for row in roofline()}
-    assert rows["attend", 128]["memory"] == pytest.approx(
-        0.154, rel=0.01
-    )  # (4 * 64 * 2 + 4) / 3.35
-    assert rows["attend", 256]["products"] > rows["attend", 32]["products"]
+    few, many = (window(1, 1 << 14, 1, 64, width, torch.bfloat16) for width in (32, 256))
+    attend = next(work for work in few if work.name == "attend W=32")
+    # a token of a head: q, k, v in, out and lse out
+    assert attend.seconds()["bytes"] == pytest.approx((1 << 14) * (4 * 64 * 2 + 4) / 3.35e12)
+    assert attend.bound == "bytes"
+    assert sum(work.tensor for work in many) > 2 * sum(work.tensor for work in few)
 
 
 # ---------------------------------------------------------------- what the compiler makes of it
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
-TARGETS["gfx942"] = ("hip", "gfx942", 64)
 PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
-KERNELS = ("attend", "attend_queries", "attend_keys")
+ATTEND = ("attend", "attend_queries", "attend_keys")
+KERNELS = (*ATTEND, "remember", "find_turns")
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FEWEST = 8  # warps that fit a multiprocessor: two for each of its schedulers
+ROWS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "key", "value")
 
 
-def build(name, target, dtype=torch.bfloat16, window=128, size=64, documents=False, rope=True):
-    """(compiled kernel, its tiles), as a call with these inputs would have it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compiled(
+    name,
+    target="sm_90",
+    *,
+    dtype=torch.bfloat16,
+    window=128,
+    size=64,
+    documents=False,
+    rope=True,
+    **changed,
+):
+    """(compiled kernel, its tiles), as a call with these inputs would have it; module: where it is
+    defined, other than `triton_window_kernels`."""
     from spectral_window.ops import triton_window_kernels
-    from spectral_window.ops.triton_window_stream import tiles
+    from spectral_window.ops.triton_window_stream import Tiles, tiles
 
-    kernel = getattr(triton_window_kernels, name)
-    cut = tiles(name, window, size, size, dtype, target in ("sm_90", "sm_100"))
-    constants = {"K": size, "KP": size, "V": size, "VP": size, "M": cut.own, "N": cut.met}
-    constants |= {"ROPE": rope, "DOCS": documents, "GUARD": documents, "PRECISION": "ieee"}
-    signature, aligned = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        stride = re.fullmatch(r"[qkvg]_[bth]", argument)
-        if argument in constants:
-            signature[argument] = "constexpr"
-            continue
-        if argument in ("q", "k", "v", "out", "grad", "dq", "dk", "dv"):
-            signature[argument] = f"*{SHORT[dtype]}"
-        elif argument in ("low", "order"):
-            signature[argument] = "*i32" if documents else "*fp32"
-        elif argument in ("lse", "delta", "turns"):
-            signature[argument] = "*fp32"
-        else:
-            signature[argument] = "fp32" if argument in ("scale", "unit") else "i32"
-        if signature[argument][0] == "*" or stride:
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
-    options = {"num_warps": cut.warps, "num_stages": cut.stages}
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options), cut
+    kernel = vars(changed.pop("module", triton_window_kernels))[name]
+    cut = Tiles(16, 16, 4, 3)
+    if name in ATTEND:
+        cut = tiles(name, window, size, size, dtype, target in ("sm_90", "sm_100"))
+    given = {"K": size, "KP": size, "V": size, "VP": size, "M": cut.own, "N": cut.met, "R": 16}
+    given |= {"ROPE": rope, "DOCS": documents, "GUARD": documents, "PRECISION": "ieee"}
+    if name == "find_turns":
+        given |= {"R": 8, "KH": size // 2, "LOG_THETA": 9.2}
+    constants = {key: value for key, value in given.items() if key in kernel.arg_names}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(ROWS, f"*{SHORT[dtype]}")
+    types |= dict.fromkeys(("low", "order"), "*i32" if documents else "*fp32")
+    types |= dict.fromkeys(("lse", "delta", "turns"), "*fp32")
+    types |= dict.fromkeys(("scale", "unit"), "fp32")
+    strides = [argument for argument in kernel.arg_names if re.fullmatch(r"[qkvg]_[bth]", argument)]
+    options = {"num_warps": cut.warps, "num_stages": cut.stages} | changed
+    return build(kernel, types, constants, target, strides, **options), cut
+
+
+def spills(name, target, cut, *, dtype=torch.bfloat16, size=64, documents=False, **_):
+    """Whether this kernel is known to keep registers on the stack within its loop.
+
+    Smaller tiles would not; which are faster only a card can show, and none of these was on one.
+    """
+    if target == "gfx942":
+        if dtype == torch.float32:
+            return name == "attend_keys" and size <= 64
+        return name in ("attend_queries", "attend_keys") and size > 64
+    if target == "sm_90":
+        return documents and name == "attend_keys" and cut[:2] == (64, 64)
+    return target == "sm_100" and documents and size > 64 and dtype == torch.float16
 
 
 def check_compiled(name, target, **about):
-    compiled, cut = build(name, target, **about)
+    """Without a spill; with the planned occupancy; products by tensor cores; rows in 128 bits; no
+    float64 but in the angles."""
+    kernel, cut = compiled(name, target, **about)
+    products = name in ATTEND
+    short = about.get("dtype") != torch.float32
+    # cos and sin of find_turns: libdevice reduces large angles by an array on the stack
+    if name != "find_turns" and not spills(name, target, cut, **about):
+        check_no_spill(kernel, name)
     if target == "gfx942":
-        text = compiled.asm["amdgcn"]
-        assert re.search(r"\.private_segment_fixed_size: 0\b", text), "spills"
-        assert re.search(r"\.vgpr_spill_count: +0\b", text), "spills"
-        assert "v_mfma" in text
-        assert "load_dwordx4" in text
+        text = kernel.asm["amdgcn"]
+        assert not products or not short or "v_mfma" in text
+        assert name == "find_turns" or "load_dwordx4" in text
         return
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [str(program), "--dump-resource-usage", file.name]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
-    assert found["STACK"] == found["LOCAL"] == 0, f"spills: {found}"
-    per_processor = 65_536 // (found["REG"] * 32 * cut.warps)
-    assert per_processor * cut.warps >= 8, f"two warps for each scheduler: {found}"
-    text = compiled.asm["ptx"]
-    if about.get("dtype") != torch.float32:
+    used = resources(kernel)
+    per_processor = REGISTERS // (used["REG"] * 32 * cut.warps)
+    assert per_processor * cut.warps >= FEWEST, f"two warps for each scheduler: {used}"
+    text = kernel.asm["ptx"]
+    if products and short:
         groups = PRODUCTS[target] if cut.own >= 64 else "mma.sync"
         assert groups in text, "products by tensor cores"
-    assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg\.shared\.global", text), "128-bit loads"
+    if name == "find_turns":
+        return
+    if products or about.get("size", 64) >= 64:  # else a tile has fewer bytes for each thread
+        wide = r"ld\.global\S*\.v4|cp\.async\.cg\.shared\.global"
+        assert re.search(wide, text), "128-bit loads"
+        assert "st.global.v4" in text, "128-bit stores"
     assert ".f64" not in text
 
 
@@ -176,3 +210,68 @@ def test_kernels_compile_without_spills_to_tensor_cores(name, target):
 @pytest.mark.parametrize(("window", "size"), [(16, 64), (128, 32), (128, 64), (128, 128)])
 def test_kernels_of_every_kind_compile_without_spills(name, target, documents, dtype, window, size):
     check_compiled(name, target, dtype=dtype, window=window, size=size, documents=documents)
+
+
+# ---------------------------------------------------------------- the roofline
+
+SHARED = 32  # threads that hold one number of a column of a tile of products, and load it each
+
+
+def compare_loop(name, **about):
+    """The roofline's counts of a tile that a program meets, with the loop of its PTX.
+
+    With one stage every load is an instruction of the loop that uses it. A trip of the loop meets
+    one tile, so it loads, over all threads, the bytes of the tile's rows: 128-bit loads alone,
+    exactly as many as counted. The numbers of its rows (lse, delta) are loaded by every thread that
+    needs them, SHARED of them each; the cache serves these as one. RoPE is off for that, and on for
+    the instructions: its tables are the same for all programs and stay in the cache.
+    """
+    kernel, cut = compiled(name, rope=False, num_stages=1, **about)
+    (body,) = loops(kernel.asm["ptx"])
+    size = about.get("size", 64)
+    counts = trip(name, size, size, 2, cut.own, cut.met)
+    threads, found = 32 * cut.warps, moved(body)
+    assert found.loads[16] * threads == counts.loads, "bytes loaded"
+    narrow = sum(found.loads.values()) - found.loads[16]
+    assert narrow * threads == SHARED * counts.tables
+    assert not found.stores
+    kernel, cut = compiled(name, num_stages=1, **about)
+    (body,) = loops(kernel.asm["ptx"])
+    assert count(F32, body) * threads == counts.float32
+    assert count(EXP2, body) * threads == counts.special
+
+
+@pytest.mark.parametrize("width", [32, 128])
+@pytest.mark.parametrize("name", ATTEND)
+def test_the_roofline_counts_the_loop_of_the_compiled_kernel(name, width):
+    compare_loop(name, window=width)
+
+
+def test_the_roofline_tells_a_kernel_that_reads_its_keys_twice(tmp_path):
+    from spectral_window.ops import triton_window_kernels as kernels
+
+    line = "        values, poison = clean(values, GUARD)\n"
+    twice = (
+        line + "        keys += load_rows(k + b * k_b + h * k_h, source + 1, exists, k_t, K, KP)\n"
+    )
+    source = Path(kernels.__file__).read_text()
+    assert source.count(line) == 1
+    module = module_of(source.replace(line, twice), tmp_path)
+    with pytest.raises(AssertionError, match="bytes loaded"):
+        compare_loop("attend", module=module)
+
+
+@pytest.mark.parametrize("name", ATTEND)
+def test_the_roofline_counts_what_a_program_moves_outside_its_loop(name):
+    """One document in one head whose tiles are met once each: loads and stores of all programs are
+    theirs outside the loop, plus a trip's for each tile."""
+    kernel, cut = compiled(name, rope=False, num_stages=1)
+    outside, threads = moved_outside(kernel.asm["ptx"]), 32 * cut.warps
+    whole = count_window(name, cut.own, 128, 64, 64, 2, cut.own, cut.own)  # one program, one trip
+    inside = trip(name, 64, 64, 2, cut.own, cut.own)
+    assert outside.loads[16] * threads == whole.loads - inside.loads - inside.tables - OWN[name][0]
+    assert outside.stores[16] * threads == whole.stores - OWN[name][1]
+
+
+# bytes of lse and delta that a tile of 64 queries loads and stores: in narrower instructions
+OWN = {"attend": (0, 256), "attend_queries": (256, 256), "attend_keys": (0, 0)}

@@ -6,6 +6,7 @@
     memory                      peaks, a process each peaks.py
     memory_op, memory_layer     the delta-rule memory delta.py
     roofline.py  what the hardware needs for the same products and bytes
+    gpu_roofline.py  what a GPU must move and compute: counted, not measured
     timing.py    the measurement: interleaved, median and spread of ratios
     targets.py   what is to be reached, computed from the rows
     figures.py   a picture of each bench

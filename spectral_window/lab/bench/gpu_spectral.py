@@ -1,12 +1,12 @@
-"""The convolution on a GPU: what its kernels must cost, whether they are right, what they cost.
+"""The convolution on a GPU: whether its kernels are right, and what they cost.
 
-    roofline   bytes and operations a token and channel, counted from the kernels; least times
     check      right at sizes only a GPU reaches, and the same bits every time
     bench      against a device copy, the paper's FFT and the chunked method, taking turns
 
 Every row stands alone: a failure has its reason and the next row is tried, so that whatever is
 measured before time runs out is kept. On a CPU with `TRITON_INTERPRET=1` (set before the first
-import of triton) `check` and `bench` walk the same steps at toy sizes.
+import of triton) `check` and `bench` walk the same steps at toy sizes. What the kernels must cost
+stands in `gpu_roofline`.
 """
 
 from __future__ import annotations
@@ -23,60 +23,6 @@ from torch import Tensor
 from spectral_window.lab.bench.timing import Call, graphed, reason, time_on
 from spectral_window.lab.jobs import Row
 from spectral_window.ops import Modes, spectral_conv
-
-H100 = {"bytes": 3.35e12, "float32": 67e12, "float64": 34e12, "conversions": 132 * 16 * 1.755e9}
-
-
-def roofline(dtype: torch.dtype, chunk: int = 128, modes: int = 1) -> list[Row]:
-    """A row for each kernel: what it reads and writes for a token of a channel (`reads`, `writes`:
-    numbers of `dtype`; `border_bytes`: its share of the chunk's states), operations (fused
-    multiply-adds count as one instruction) and the time all that must take on an H100, in
-    nanoseconds a token of 768 channels."""
-    from spectral_window.ops.triton_spectral import PLANS
-
-    plan = PLANS[dtype]
-    wide = dtype == torch.float64
-    product = 8 if plan.pair else 4  # instructions of z h + x
-    counts = [
-        # kernel, reads, writes, states a chunk, operations in the state's type, in float64
-        ("ends", 1, 0, 1, 0, 4),
-        ("carry", 0, 0, 2, 0, 0),
-        ("outputs", 1, 1, 1, product, 0),
-        ("ends_back", 1, 0, 1, product + 1, 0),
-        ("carry_back", 0, 0, 2, 0, 0),
-        ("gradients", 3, 1, 3.5, 3 * product + 5, 0),
-    ]
-    rows = []
-    for kernel, reads, writes, states, single, double in counts:
-        border = 16 * states * modes / chunk
-        moved = (reads + writes) * dtype.itemsize + border
-        if kernel == "gradients":  # g is read again at once, from the cache
-            moved -= dtype.itemsize
-        single, double = single * modes, double * modes
-        if wide:
-            single, double = 0, single + double
-        converted = 0 if wide else (reads if kernel == "ends" else 0)
-        seconds = {
-            "memory": moved / H100["bytes"],
-            "float32": 2 * single / H100["float32"],
-            "float64": 2 * double / H100["float64"] + converted / H100["conversions"],
-        }
-        bound = max(seconds, key=lambda k: seconds[k])
-        rows.append(
-            {
-                "kernel": kernel,
-                "dtype": str(dtype).removeprefix("torch."),
-                "reads": reads,
-                "writes": writes,
-                "border_bytes": border,
-                "bytes": moved,
-                "float32_operations": single,
-                "float64_operations": double,
-                "nanoseconds_a_token_of_768": float(f"{768e9 * seconds[bound]:.3g}"),
-                "bound_by": bound,
-            }
-        )
-    return rows
 
 
 def least_bytes(shape: tuple[int, int, int], dtype: torch.dtype, backward: bool) -> int:

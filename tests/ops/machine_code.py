@@ -1,0 +1,150 @@
+"""What a compiler made of a Triton kernel: resources, loops, bytes and instructions.
+
+Triton compiles for cards that are not here, so what follows from the code of a kernel is tested
+without one; `test_triton_*.py` share this.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+PARKED = 16  # bytes
+REGISTERS = 65_536  # of a multiprocessor of NVIDIA's
+F64 = r"\b(?:fma|mul|add|sub)(?:\.rn)?\.f64\b"
+F32 = r"\b(?:fma|mul|add|sub|max|min)(?:\.rn)?\.f32\b"
+EXP2 = r"\bex2\.approx\S*\.f32\b"
+
+
+def resources(kernel) -> dict[str, int]:
+    """REG, STACK and LOCAL of a thread; a spill is STACK or LOCAL."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [str(program), "--dump-resource-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
+
+
+def check_no_spill(kernel, about: str = "") -> None:
+    """No loop of the kernel keeps a register on the stack.
+
+    On NVIDIA a few registers may be parked there around a loop (PARKED bytes): that costs a store
+    and a load per program. On AMD neither scratch memory nor a spilled register is allowed.
+    """
+    if "cubin" in kernel.asm:
+        used = resources(kernel)
+        assert used["STACK"] + used["LOCAL"] <= PARKED, f"spills: {about} {used}"
+        if used["STACK"]:
+            assert spilled_in_loops(kernel) == 0, f"spills in a loop: {about} {used}"
+        return
+    code = kernel.asm["amdgcn"]
+    assert re.search(r"\.private_segment_fixed_size: +0\b", code), f"spills: {about}"
+    assert re.search(r"\.vgpr_spill_count: +0\b", code), f"spills: {about}"
+    assert count(r"\bscratch_", code) == 0, f"spills: {about}"
+
+
+def loops(ptx: str) -> list[str]:
+    """The bodies of the loops: blocks that branch back to their own label."""
+    parts = re.split(r"^(\$L__BB\d+_\d+):", ptx, flags=re.M)
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    return [body for label, body in pairs if re.search(rf"bra\S*\s+{re.escape(label)}\b", body)]
+
+
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+class Moved(NamedTuple):
+    """Bytes that one thread loads and stores, by the bytes of an instruction: {16: 64} is four
+    loads of 128 bits."""
+
+    loads: Counter
+    stores: Counter
+
+    def __sub__(self, other: Moved) -> Moved:
+        return Moved(self.loads - other.loads, self.stores - other.stores)
+
+
+def moved(ptx: str) -> Moved:
+    """What a piece of PTX loads from global memory and stores there, for each thread."""
+    found = {"ld": Counter(), "st": Counter()}
+    pattern = r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
+    for kind, vector, bits in re.findall(pattern, ptx):
+        size = int(vector or 1) * int(bits) // 8
+        found[kind][size] += size
+    return Moved(found["ld"], found["st"])
+
+
+def moved_outside(ptx: str) -> Moved:
+    """What is moved before, between and after the loops."""
+    rest = moved(ptx)
+    for body in loops(ptx):
+        rest -= moved(body)
+    return rest
+
+
+def build(kernel, types: dict[str, str], constants: dict, target: str, divisible=(), **options):
+    """A kernel compiled for a target of `TARGETS`, as a launch would.
+
+    Args:
+        kernel: the JIT function.
+        types: of the arguments by name, pointers as "*bf16".
+        constants: compile-time constants, and arguments that are None.
+        target: a key of `TARGETS`.
+        divisible: integer arguments that are divisible by 16, as pointers are.
+        options: num_warps and others.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, aligned = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        signature[argument] = types[argument]
+        if types[argument][0] == "*" or argument in divisible:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def module_of(source: str, folder: Path):
+    """A module made of changed kernels: Triton reads a kernel's source from its file."""
+    path = folder / "changed_kernels.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def spilled_in_loops(kernel) -> int:
+    """Instructions of a loop of the machine code that store a register on the stack or load it."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [str(program), "--dump-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)
+    jumps = [(int(at, 16), re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", line)) for at, line in lines]
+    bodies = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    stack = [int(at, 16) for at, line in lines if re.search(r"\b(?:STL|LDL)\b", line)]
+    return sum(any(first <= at <= last for first, last in bodies) for at in stack)
