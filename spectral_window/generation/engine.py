@@ -264,6 +264,14 @@ class Engine:
         self.rows.add(twin)
         return twin
 
+    def adopt(self, row: Row) -> None:
+        """Add a row as it is that was made by another engine of this model, and is dropped there.
+
+        Its state stays shared with whoever holds it. From here on only this engine may run it.
+        """
+        row.sampling.check_vocabulary(self.input_vocab_size)
+        self.rows.add(row)
+
     def drop(self, row: Row) -> None:
         """Forget a row. The memory of its state is free when the rows that it ran with step again.
 

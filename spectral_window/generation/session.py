@@ -171,9 +171,8 @@ class Session:
         stops = StopFilter(check_stops(stop), self.tail)
         if self.tokens_seen == 0:
             raise UserError("nothing to continue (session): feed a prompt first")
-        return self._stream(
-            max_new_tokens, sampling, stops, frozenset() if ignore_eos else self._eos(), finish
-        )
+        eos = frozenset() if ignore_eos else end_tokens(self.model, self.tokenizer)
+        return self._stream(max_new_tokens, sampling, stops, eos, finish)
 
     def _stream(
         self,
@@ -214,15 +213,6 @@ class Session:
         tail, self.tail = self.tail, ""
         return tail + self.text.finish()
 
-    def _eos(self) -> frozenset[int]:
-        ids: set[int] = set()
-        for owner in (self.model.generation_config, self.model.config, self.tokenizer):
-            value = getattr(owner, "eos_token_id", None)
-            ids.update(
-                value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-            )
-        return frozenset(ids)
-
     # -- memory and file
 
     @property
@@ -238,17 +228,24 @@ class Session:
             yield "logits", self.row.logits
         yield "generator", self.row.generator.get_state()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, owner: session_file.Owner | None = None
+    ) -> None:
         """Write the session to `path`: tensors as safetensors, the rest as JSON in their header,
         with a SHA-256. The file appears whole or not at all.
+
+        Args:
+            path: the file.
+            owner: the fingerprints of model and tokenizer, if the caller has them; they read every
+                weight.
 
         Raises:
             ResourceError: it cannot be written.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors()}
+        owner = owner or session_file.Owner.of(self.model, self.tokenizer)
         summary = {
-            "model": session_file.fingerprint(self.model),
-            "tokenizer": session_file.tokenizer_fingerprint(self.tokenizer),
+            **owner._asdict(),
             "seed": self.seed,
             "tokens_seen": self.tokens_seen,
             "state_seen": self.row.state_seen,
@@ -268,9 +265,17 @@ class Session:
         tokenizer: Any,
         *,
         segment: int | None = None,
+        owner: session_file.Owner | None = None,
     ) -> Session:
         """Return the session that `save` wrote, ready to go on with exactly the text it would have
         had.
+
+        Args:
+            path: the file.
+            model: the model it was saved with, or an equal one.
+            tokenizer: its tokenizer.
+            segment: as for `Session`.
+            owner: as for `save`.
 
         Raises:
             UserError: there is no such file.
@@ -279,11 +284,12 @@ class Session:
         """
         path = Path(path)
         summary, tensors = session_file.read(path)
-        if summary["model"] != session_file.fingerprint(model):
+        owner = owner or session_file.Owner.of(model, tokenizer)
+        if summary["model"] != owner.model:
             raise IntegrityError(
                 f"the session belongs to another model ({path}): use the one it was saved with"
             )
-        if summary["tokenizer"] != session_file.tokenizer_fingerprint(tokenizer):
+        if summary["tokenizer"] != owner.tokenizer:
             raise IntegrityError(
                 f"the session belongs to another tokenizer ({path}): use its model's own"
             )
@@ -354,6 +360,15 @@ def generate(
     session = Session(model, tokenizer, seed=seed)
     session.feed(prompt)
     return "".join(session.stream(max_new_tokens, **sampling))
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a text, of the model's settings and of the tokenizer's."""
+    ids: set[int] = set()
+    for owner in (model.generation_config, model.config, tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return frozenset(ids)
 
 
 def check_length(max_new_tokens: int | None) -> None:

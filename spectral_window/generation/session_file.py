@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -26,6 +26,21 @@ from spectral_window.nn.mixers import map_state
 SCHEMA, HEADER = 1, "spectral-window session"
 # What transformers adds to a config and no function depends on.
 _NO_FUNCTION = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
+
+
+class Owner(NamedTuple):
+    """What a session belongs to: the fingerprints of its model and its tokenizer.
+
+    They read every weight, so whoever opens many sessions of one model takes them once.
+    """
+
+    model: str
+    tokenizer: str
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> Owner:
+        """Compute both."""
+        return cls(fingerprint(model), tokenizer_fingerprint(tokenizer))
 
 
 def fingerprint(model: Any) -> str:

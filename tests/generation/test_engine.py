@@ -364,3 +364,18 @@ def test_what_cannot_be_is_refused(engine):
             call()
     assert engine.rows == {row}
     assert row.unread == [1, 2, 3]
+
+
+@every_variant
+def test_a_row_goes_on_in_another_engine_of_the_model(variant):
+    model = tiny(variant)
+    first, second = Engine(model), Engine(model)
+    row = begun(first, PROMPTS[2])
+    text = write(first, [row], 4)[0]
+    first.drop(row)
+    beside = begun(second, PROMPTS[1])
+    second.adopt(row)
+    text += write(second, [row, beside], 5)[0]
+    assert text == alone(model, PROMPTS[2], 9)[0]
+    with pytest.raises(UserError, match="not of this engine"):
+        first.step([row])

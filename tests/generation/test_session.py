@@ -669,3 +669,13 @@ def test_a_session_that_cannot_be_written_leaves_nothing_and_the_old_one(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saved.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+
+
+def test_fingerprints_that_the_caller_took_once_are_those_of_the_file(model, tokenizer, tmp_path):
+    owner = session_file.Owner.of(model, tokenizer)
+    session = begun(model, tokenizer)
+    session.save(tmp_path / "a", owner=owner)
+    assert text(Session.load(tmp_path / "a", model, tokenizer), 9) == text(session, 9)
+    Session.load(tmp_path / "a", model, tokenizer, owner=owner)
+    with pytest.raises(IntegrityError, match="another tokenizer"):
+        Session.load(tmp_path / "a", model, tokenizer, owner=owner._replace(tokenizer="0"))
