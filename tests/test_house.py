@@ -21,6 +21,7 @@ FLOORS = [
     {"commands"},
     {"cli"},
     {"lab"},
+    {"serving"},
     {"generation", "training"},
     {"hf"},
     {"data"},
@@ -37,6 +38,8 @@ ONLY_IN = {
     "triton": ("ops/triton_",),
     "datasets": ("data/",),
     "typer": ("cli/", "commands/"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic"), ("serving/",)),
+    "prometheus_client": ("serving/",),
 }
 
 
