@@ -81,7 +81,8 @@ def tiles(kernel: str, rows: int, key_dim: int, value_dim: int, wide: bool) -> T
         few = rows * -(-value_dim // columns) < ENOUGH
         if columns > 16 and (few or (wide and key_dim > 128)):
             columns = 16
-        return Tiles(keys, columns, 4, 1 if wide else 2)
+        ahead = not wide or (kernel == "scan" and key_dim <= 128)  # what registers allow
+        return Tiles(keys, columns, 4, 2 if ahead else 1)
     if kernel == "gradients":
         return Tiles(min(keys, 32), min(columns, 32), 8, 1) if wide else Tiles(keys, columns, 8, 1)
     return Tiles(keys, columns, 8 if wide and kernel != "prepare" else 4, 1)
@@ -244,16 +245,17 @@ def run_back(
         grad = torch.zeros_like(call.v) if grad is None else grad.contiguous()
         end = None if grad_final is None else grad_final.contiguous()
         states, writes, _ = call.scan(solved, gates)
-        d_states, d_writes = torch.empty_like(states), torch.empty_like(writes)
+        entering, d_states = torch.empty_like(states), torch.empty_like(states)
+        d_writes = torch.empty_like(writes)
         dq, dk, dv, d_beta = (x.new_empty(x.shape) for x in (call.q, call.k, call.v, call.beta))
         d_decay = None if decay is None else decay.new_empty(decay.shape)
         d_first = q.new_empty(states.shape[:2] + states.shape[3:], dtype=torch.float32)
-        tensors = (call.q, call.k, call.positions, gates, grad, d_states, d_writes)
+        tensors = (call.q, call.k, call.positions, gates, grad, entering, d_writes)
         call.launch(backwards.inflow, *tensors, across=False)
         call.launch(
             backwards.retreat,
             *(call.k, call.beta, call.positions, solved, gates, end),
-            *(d_states, d_writes, dv, d_first),
+            *(entering, d_states, d_writes, dv, d_first),
             across=True,
             GIVEN=end is not None,
             SOLVE=call.solve,
@@ -296,9 +298,9 @@ def memory(
     return _DeltaRule.apply(*call)
 
 
-def _differentiate(ctx, solved, gates, backward, grad, grad_final):
+def _differentiate(ctx, backward, grad, grad_final):
     """The gradients of the inputs of `run`, by `backward` or so that they have derivatives."""
-    *tensors, positions = ctx.saved_tensors[:7]
+    *tensors, positions, solved, gates = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return *differentiate_again(tensors, positions, grad, grad_final), None
     *d_inputs, d_decay, d_first = backward(*tensors, positions, solved, gates, grad, grad_final)
@@ -324,7 +326,7 @@ class _DeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_final):  # type: ignore[override]
-        return _differentiate(ctx, *ctx.saved_tensors[7:], run_back, grad, grad_final)
+        return _differentiate(ctx, run_back, grad, grad_final)
 
 
 @torch.library.custom_op("spectral_window::triton_delta", mutates_args=())
@@ -377,7 +379,8 @@ def delta_rule_backward(
     *d_inputs, d_decay, d_first = run_back(
         q, k, v, beta, decay, state, positions, solved, gates, grad, grad_final
     )
-    return *d_inputs, q.new_empty(0) if d_decay is None else d_decay, d_first
+    d_decay = q.new_empty(0) if d_decay is None else d_decay
+    return *d_inputs, d_decay, d_first  # type: ignore[return-value]
 
 
 @delta_rule_backward.register_fake
@@ -394,7 +397,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate_recorded(ctx, grad, grad_final, *_):
-    return _differentiate(ctx, *ctx.saved_tensors[7:], delta_rule_backward, grad, grad_final)
+    return _differentiate(ctx, delta_rule_backward, grad, grad_final)
 
 
 delta_rule.register_autograd(_differentiate_recorded, setup_context=_save)

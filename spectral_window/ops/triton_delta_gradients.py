@@ -4,9 +4,10 @@
     retreat     the gradient of the state after each chunk, from the end; of the targets; dv
     gradients   dq, dk, and the gradients of beta and decay
 
-Constants and buffers are as in `triton_delta_kernels`. `retreat` replaces what `inflow` wrote:
-`d_states` by the gradients of the states *after* the chunks, and `d_writes` by those of the targets
-beta (V - exp(G) K S).
+Constants and buffers are as in `triton_delta_kernels`. `entering` are the gradients of the states
+before the chunks from the chunks' own outputs; `d_states` are those of the states *after* the
+chunks, complete. `d_writes` holds the gradients of the writes by `inflow`, until `retreat` replaces
+them by those of the targets beta (V - exp(G) K S).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from spectral_window.ops.triton_delta_kernels import (
 
 @triton.jit(do_not_specialize=["time", "chunks"])
 def inflow(
-    q, k, positions, gates, d_out, d_states, d_writes, time, chunks,
+    q, k, positions, gates, d_out, entering, d_writes, time, chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     C: tl.constexpr, GATED: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -51,14 +52,14 @@ def inflow(
     row, live = tokens(positions, b, n, h, time, H, C, DOCS)
     i = tl.arange(0, C)
     grad = tile(d_out, row, live, column, V, VB)
-    entering = grad
+    seeing = grad
     if GATED:
-        entering = weighted(grad.to(tl.float32), gates, chunk, ENTER, C, GATED).to(DTYPE)
+        seeing = weighted(grad.to(tl.float32), gates, chunk, ENTER, C, GATED).to(DTYPE)
     for first in range(0, K, KB):
         query = tile(q, row, live, first, K, KB)
         query = where_gate(query, gates, chunk, ENTER, C, DOCS)
-        before = tl.dot(tl.trans(query), entering, input_precision=PRECISION)
-        store_state(d_states, before.to(DTYPE), chunk, first, column, K, V, KB, VB)
+        before = tl.dot(tl.trans(query), seeing, input_precision=PRECISION)
+        store_state(entering, before.to(DTYPE), chunk, first, column, K, V, KB, VB)
     scores = tl.zeros((C, C), tl.float32)
     for first in range(0, K, KB):  # a loop of its own needs fewer registers
         query = tile(q, row, live, first, K, KB)
@@ -72,7 +73,7 @@ def inflow(
 
 @triton.jit(do_not_specialize=["time", "chunks"])
 def retreat(
-    k, beta, positions, solved, gates, d_final, d_states, d_writes, dv, d_first,
+    k, beta, positions, solved, gates, d_final, entering, d_states, d_writes, dv, d_first,
     time, chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     C: tl.constexpr, GIVEN: tl.constexpr, GATED: tl.constexpr, DOCS: tl.constexpr,
@@ -127,7 +128,7 @@ def retreat(
             else:
                 key = keys[part]
             key = where_gate(key, gates, chunk, ENTER, C, DOCS)
-            more = load_state(d_states, chunk, part * KB, column, K, V, KB, VB)
+            more = load_state(entering, chunk, part * KB, column, K, V, KB, VB)
             operand = d_state[part].to(DTYPE)
             store_state(d_states, operand, chunk, part * KB, column, K, V, KB, VB)
             moved = scaled(d_state[part], factor, GATED) + more.to(tl.float32)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_window.lab.bench.gpu_window import measured
-from spectral_window.lab.bench.timing import relative_error, time_on
+from spectral_window.lab.bench.timing import graphed, reason, relative_error, time_on
 from spectral_window.lab.jobs import Row
 from spectral_window.ops import delta_memory
 
@@ -320,6 +320,10 @@ def compare(
         calls["copy"] = _copy(inputs, backward)
         about: Row = {"shape": list(shape), "dtype": str(dtype)[6:]}
         about["pass"] = "forward + backward" if backward else "forward"
+        try:  # a graph takes the host's part away, which is most of a small model's
+            calls["ours, CUDA graph"] = graphed(calls["ours"], torch.device(device).type)
+        except Exception as error:
+            yield {**about, "contestant": "ours, CUDA graph", "status": reason(error)}
         fewest = 2 if quick else 5
         yield from time_on(device, calls, seconds=seconds, fewest=fewest, **about)
 
