@@ -134,7 +134,8 @@ def goals() -> str:
 
 def roofline() -> str:
     """Least times on an H100: of each kernel, and of the rest of a layer forward and backward."""
-    kernels, rest = [], {}
+    kernels: list[Sequence[str]] = []
+    rest: dict[tuple[str, str], Row] = {}
     for row in gpu_roofline.table():
         share = "-" if row["share"] is None else f"{100 * row['share']:.1f}%"
         if row["part"] not in ("convolution", "window", "memory"):

@@ -14,6 +14,8 @@ import torch
 from spectral_window.cli import main
 from spectral_window.hf.model import SWHForCausalLM
 from spectral_window.lab.bench import gpu_roofline
+from tests.ops.machine_code import moved_in_tiles
+from tests.ops.test_triton_delta import KERNELS, build
 
 pytest.importorskip("triton", reason="triton is not installed")
 OPS = Path(gpu_roofline.__file__).parents[2] / "ops"
@@ -58,6 +60,30 @@ def test_shares_of_a_layer_add_up_to_its_least_time():
     own = [row for row in rows if row["part"] != "once"]
     assert sum(row["share"] for row in own) == pytest.approx(1, rel=1e-3)
     assert sum(row["microseconds"] for row in own) == pytest.approx(layer["microseconds"], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_the_memorys_compiled_kernels_load_and_store_is_counted(name, dtype):
+    """Triton's optimised form of a kernel loads tiles, so the bytes of every load are known, and so
+    are the trips of the loops over K and V. `scan` and `retreat` loop over chunks: what stands in
+    that loop is a trip's, and outside it are the first and the last state. Times the programs of a
+    chunk this is what the table counts per chunk, to the byte."""
+    batch, time, heads, size = 16, 1024, 6, 128
+    compiled, cut = build(name, "sm_90", dtype=dtype, key=size, value=size)
+    found = moved_in_tiles(compiled.asm["ttir"])
+    work = next(
+        each for each in gpu_roofline.memory(batch, time, heads, size, dtype) if each.name == name
+    )
+    chunks, state = batch * heads * time // 64, 4 * size * size
+    programs = 1 if name in ("prepare", "gradients") else size // cut.columns
+    follows = name in ("scan", "retreat")
+    inside = " in a loop" if follows else ""
+    assert programs * found["load" + inside] == (work.read + work.again) / chunks
+    if follows:
+        assert programs * found["load"] == programs * found["store"] == state
+    last = batch * heads * state if follows else 0
+    assert programs * found["store" + inside] == (work.written - last) / chunks
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ without one; `test_triton_*.py` share this.
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import subprocess
 import tempfile
@@ -148,3 +149,33 @@ def spilled_in_loops(kernel) -> int:
     bodies = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
     stack = [int(at, 16) for at, line in lines if re.search(r"\b(?:STL|LDL)\b", line)]
     return sum(any(first <= at <= last for first, last in bodies) for at in stack)
+
+
+def moved_in_tiles(ttir: str) -> dict[str, int]:
+    """Bytes that a program loads and stores, from Triton's optimised form of the kernel, in which a
+    load is one of a tile: {"load", "load in a loop", "store", "store in a loop"}.
+
+    Each is the bytes of its tile times the trips of the loops around it whose bounds are constants.
+    "in a loop" is what stands in a loop of other bounds, for one trip of that.
+    """
+    widths = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i32": 4, "i64": 8}
+    found: dict[str, int] = Counter()
+    nest: list[int | None] = []  # per brace: trips of a loop, 0 for unknown, None for other blocks
+    for line in ttir.splitlines():
+        name = re.search(r"= tt\.(load) |^\s*tt\.(store) ", line)
+        if name:
+            tile, kind = re.findall(r"(?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>", line)[-1]
+            size = widths[kind] * math.prod(int(side) for side in tile.split("x") if side)
+            trips = [trip for trip in nest if trip is not None]
+            inside = " in a loop" if 0 in trips else ""
+            found[(name[1] or name[2]) + inside] += size * math.prod(trip or 1 for trip in trips)
+        loop = re.search(r"scf\.for .*= %c(\d+)_i32\S* to %c(\d+)_i32\S* step %c(\d+)_i32", line)
+        for brace in re.findall(r"[{}]", re.sub(r"{[^{}]*}", "", line)):
+            if brace == "}":
+                nest.pop()
+            elif loop:
+                first, last, step = map(int, loop.groups())
+                nest.append(-(-(last - first) // step))
+            else:
+                nest.append(0 if "scf.for" in line else None)
+    return found

@@ -44,8 +44,6 @@ FLOAT64 = 34e12 / 2  # instructions/s without tensor cores
 SPECIAL = FLOAT32 * 16 / 128
 
 WINDOWS = (32, 128)  # shown: the paper's, and one whose tiles are full
-CHUNK = 64  # tokens of a chunk of the memory
-COLUMNS = (32, 64)  # of its state per program: where chunks follow one another, and elsewhere
 ADAMW = (16, 12)  # bytes read and written per parameter: float32 weight, gradient and two moments
 
 
@@ -394,16 +392,18 @@ def window(
 def memory(
     batch: int, time: int, heads: int, size: int, dtype: torch.dtype, exact: bool = True
 ) -> list[Work]:
-    """Count the kernels of the delta rule in chunks of 64, without documents, decay and a state.
+    """Count the kernels of `triton_delta`, without documents, decay and an initial state.
 
     Args:
         batch: B.
         time: T.
         heads: H.
-        size: of a head, K = V.
+        size: of a head, K = V, of whole tiles.
         dtype: of q, k and v.
         exact: whether a product of float32 inputs is three in TF32, as under "highest".
     """
+    from spectral_window.ops.triton_delta import CHUNK, tiles
+
     chunks, number = batch * heads * -(-time // CHUNK), dtype.itemsize
     plane = batch * time * heads * size * number  # bytes of q, k, v, out, or what tokens write
     column = batch * time * heads * 4  # beta
@@ -416,49 +416,57 @@ def memory(
     # TF32 has half the rate of 16-bit products; those with the inverse are TF32 for all inputs
     slow = (3 if exact and wide else 1) * 2
     rate = slow if wide else 1
-    scanned, met = (-(-size // columns) for columns in COLUMNS)
+
+    def blocks(kernel: str) -> tuple[int, int]:
+        """How many tiles cover K, and V."""
+        cut = tiles(kernel, batch * heads, size, size, wide)
+        return -(-size // cut.keys), -(-size // cut.columns)
 
     def of(
         name: str, back: bool, read: float, written: float, flops: float, again: float = 0
     ) -> Work:
         return Work("memory", name, back, read, written, again, tensor=flops)
 
-    # every block of columns loads k (float32: twice) and the inverses
-    loads = scanned * (2 if wide else 1)
-    scans = (loads - 1) * plane + (scanned - 1) * (system + column)
     final = batch * heads * size * size * 4
-    twice = (met - 1) * 2 * plane  # q and k for each block of columns
 
-    def scan(back: bool) -> Work:
-        """k S, the inverse times what is left of v, and k^T times that."""
-        moved = 2 * plane + column + system, plane + states + final
-        return of("scan", back, *moved, rate * 2 * outer + slow * inner, scans)
+    def follow(name: str, back: bool, moved: tuple[float, float]) -> Work:
+        """A block of columns through all chunks: K S or K dS, the inverse times what is left, and
+        K^T times that; each block loads k (float32: twice), beta and the inverses."""
+        programs = blocks(name)[1]
+        again = (programs * (2 if wide else 1) - 1) * plane + (programs - 1) * (system + column)
+        return of(name, back, *moved, rate * 2 * outer + slow * inner, again)
 
+    def meet(name: str, back: bool, moved: tuple[float, float]) -> Work:
+        """Q K^T for each block of columns, which loads q and k, and products with a state and
+        with the scores. The compiler makes two loops of that of inflow, and both load q."""
+        programs = blocks(name)[1]
+        flops = rate * ((programs + 1) * inner + outer)
+        again = 2 * (programs - 1) + (programs if name == "inflow" else 0)
+        return of(name, back, *moved, flops, again * plane)
+
+    scanned = 2 * plane + column + system, plane + states + final
     return [
         # k k^T, and the inverse: by four products from blocks of 16 on
         of("prepare", False, plane + column, system, rate * inner + slow * 4 * cube),
-        scan(False),
-        # q k^T for each block of columns, q S, and the scores times the writes
-        of("outputs", False, 3 * plane + states, plane, rate * ((met + 1) * inner + outer), twice),
-        scan(True),
-        # q k^T for each block of columns, its transpose times d out, and q^T d out
-        of("inflow", True, 3 * plane, plane + states, rate * ((met + 1) * inner + outer), twice),
-        # `scan` from the end, on what inflow left and in its place
-        of(
+        follow("scan", False, scanned),
+        meet("outputs", False, (3 * plane + states, plane)),
+        follow("scan", True, scanned),
+        meet("inflow", True, (3 * plane, plane + states)),
+        # on what inflow left and in its place
+        follow(
             "retreat",
             True,
-            2 * plane + column + system + states,
-            2 * plane + states + final,
-            rate * 2 * outer + slow * inner,
-            scans,
+            (2 * plane + column + system + states, 2 * plane + states + final),
         ),
-        # from d out, writes, targets and both states to dq, dk and d beta
+        # from d out, writes, targets and both states to dq, dk and d beta; for each tile of K the
+        # first three again
         of(
             "gradients",
             True,
             6 * plane + column + 2 * states,
             2 * plane + column,
             rate * (3 * outer + 6 * inner),
+            3 * blocks("gradients")[0] * plane,
         ),
     ]
 
@@ -700,13 +708,21 @@ def compare(folder: Path) -> list[Row]:
     rows: list[Row] = []
     for each in _measured(folder, "spectral"):
         if str(each.get("contestant")).startswith("triton"):
-            works = convolution(*each["shape"], getattr(torch, each["dtype"]))
+            batch, time, channels = each["shape"]
+            works = convolution(batch, time, channels, getattr(torch, each["dtype"]))
             about = {"operator": "convolution", "window": None}
             rows.append(about | _beside(each, works, each["direction"] == "both"))
     for each in _measured(folder, "window"):
         if each.get("contestant") == "ours":
-            works = window(*each["shape"], each["window"], getattr(torch, each["dtype"]))
+            batch, time, heads, size = each["shape"]
+            works = window(batch, time, heads, size, each["window"], getattr(torch, each["dtype"]))
             about = {"operator": "window", "window": each["window"]}
+            rows.append(about | _beside(each, works, each["pass"] != "forward"))
+    for each in _measured(folder, "delta"):
+        if each.get("contestant") == "ours" and each["shape"][3] == each["shape"][4]:
+            batch, time, heads, size = each["shape"][:4]
+            works = memory(batch, time, heads, size, getattr(torch, each["dtype"]))
+            about = {"operator": "memory", "window": None}
             rows.append(about | _beside(each, works, each["pass"] != "forward"))
     return rows
 
@@ -770,7 +786,7 @@ def _short(value: float) -> str:
 def sum_cells(rows: list[Row]) -> Cells:
     """Return the rows of `sums` as cells: a head, and lines."""
     head = ("least ms", "forward", "backward", "both", "measured", "times")
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         name = f"{row['what']}, {MIXERS[row['mixer']].label}, W={row['window']}"
         times = (f"{row[key] / 1000:.3g}" for key in ("forward", "backward", "microseconds"))
@@ -784,7 +800,7 @@ def sum_cells(rows: list[Row]) -> Cells:
 def measured_cells(rows: list[Row]) -> Cells:
     """Return the rows of `compare` as cells: a head, and lines."""
     head = ("us", "dtype", "pass", "how", "least", "measured", "times")
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         name = row["operator"] + (f" W={row['window']}" if row["window"] else "")
         shape = "x".join(str(size) for size in row["shape"])
