@@ -57,7 +57,8 @@ def test_the_dry_run_walks_every_part_of_the_bench():
         "sys.argv[1:] = ['--device', 'cpu', '--quick']; gpu_delta.main()"
     )
     rows = [json.loads(line) for line in in_interpreter("-c", run).splitlines()]
-    wrong = [r for r in rows if r["status"] != "ok" and not r["status"].startswith("left out")]
+    excused = ("left out", "not here")  # a CUDA graph on a CPU, a package that is not installed
+    wrong = [r for r in rows if r["status"] != "ok" and not r["status"].startswith(excused)]
     assert not wrong
     parts = {row.get("part", "bench") for row in rows}
     assert parts >= {"float64", "documents and state", "equal keys", "repeats", "bench"}
