@@ -452,7 +452,7 @@ def memory(
         meet("outputs", False, (3 * plane + states, plane)),
         follow("scan", True, scanned),
         meet("inflow", True, (3 * plane, plane + states)),
-        # on what inflow left and in its place
+        # backwards over chunks, with what inflow left
         follow(
             "retreat",
             True,
