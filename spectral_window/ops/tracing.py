@@ -25,7 +25,8 @@ def is_exported() -> bool:
 
     Such a graph may only use PyTorch's own operations.
     """
-    return torch.compiler.is_exporting() or (
+    # `is_exporting()` is always true inside torch.compile of torch 2.11: it returns this flag
+    return torch.compiler._is_exporting_flag or (
         not torch.compiler.is_compiling() and torch._C._is_tracing()
     )
 
