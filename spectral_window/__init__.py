@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SWHConfig,
         SWHForCausalLM,
         SWHForSequenceClassification,
+        SWHForTokenClassification,
         SWHModel,
         match_parameters,
     )
@@ -30,6 +31,7 @@ __all__ = [
     "SWHConfig",
     "SWHForCausalLM",
     "SWHForSequenceClassification",
+    "SWHForTokenClassification",
     "SWHModel",
     "UserError",
     "__version__",

@@ -1,4 +1,4 @@
-"""Everything that uses transformers: configuration, models, cache.
+"""Everything that uses transformers: configuration, models, cache, and what a saved folder holds.
 
 Names are imported when first used, and "swh" is registered with transformers when transformers is
 imported (`registration.py`), so importing this package loads neither torch nor transformers.
@@ -13,7 +13,10 @@ from spectral_window.hf.registration import register_on_import
 
 if TYPE_CHECKING:
     from spectral_window.hf.cache import SWHCacheLayer
-    from spectral_window.hf.classification import SWHForSequenceClassification
+    from spectral_window.hf.classification import (
+        SWHForSequenceClassification,
+        SWHForTokenClassification,
+    )
     from spectral_window.hf.config import SWHConfig
     from spectral_window.hf.model import SWHForCausalLM, SWHModel, match_parameters
     from spectral_window.hf.sharding import shard
@@ -23,6 +26,7 @@ _MODULES = {
     "SWHConfig": "config",
     "SWHForCausalLM": "model",
     "SWHForSequenceClassification": "classification",
+    "SWHForTokenClassification": "classification",
     "SWHModel": "model",
     "match_parameters": "model",
     "shard": "sharding",
@@ -32,6 +36,7 @@ __all__ = [
     "SWHConfig",
     "SWHForCausalLM",
     "SWHForSequenceClassification",
+    "SWHForTokenClassification",
     "SWHModel",
     "match_parameters",
     "shard",

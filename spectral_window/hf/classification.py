@@ -1,4 +1,8 @@
-"""Text classification: `SWHModel`, and a linear map of the hidden state at the last token."""
+"""Classification of texts and of tokens: `SWHModel`, and a linear map of its hidden states.
+
+A text is classified at its last token, which has read all of it; a token from the tokens before it,
+since every layer is causal.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from spectral_window.data.blocks import IGNORED
@@ -117,9 +121,93 @@ class SWHForSequenceClassification(SWHPreTrainedModel):
         classes = kind == "single_label_classification" or (kind is None and self.num_labels > 1)
         if not classes or labels.is_floating_point() or not readable(labels):
             return
-        check_integers("labels", labels)
-        if bool(((labels < 0) | (labels >= self.num_labels)).logical_and(labels != IGNORED).any()):
-            raise UserError(
-                f"labels are {int(labels.min())} to {int(labels.max())} (model): there are "
-                f"{self.num_labels} classes, use 0 to {self.num_labels - 1} or set num_labels"
-            )
+        _check_classes(labels, self.num_labels)
+
+
+class SWHForTokenClassification(SWHPreTrainedModel):
+    """A classifier of tokens: tokens [B, T] -> logits [B, T, config.num_labels].
+
+    Every layer is causal, so a token is classified by itself and the tokens before it.
+
+    Example:
+        >>> from spectral_window.hf import SWHConfig, SWHForTokenClassification
+        >>> config = SWHConfig(vocab_size=10, hidden_size=16, num_hidden_layers=1, num_labels=3)
+        >>> model = SWHForTokenClassification(config).eval()
+        >>> model(torch.tensor([[1, 2, 3, 4]])).logits.shape
+        torch.Size([1, 4, 3])
+    """
+
+    def __init__(self, config: SWHConfig):
+        super().__init__(config)
+        self.num_labels = cast(int, config.num_labels)
+        self.model = SWHModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Run the model and classify each token; what stands at padding has no meaning.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as
+                in `SWHModel.forward`.
+            labels: [B, T] classes, 0 to num_labels - 1; -100 is ignored.
+            kwargs: as in `SWHModel.forward`, and num_items_in_batch, by which the summed loss is
+                divided instead of by the number of labels.
+
+        Raises:
+            UserError: a bad argument (a ValueError); raised before any work.
+        """
+        check_keywords(kwargs, SWHForTokenClassification.forward, "num_items_in_batch")
+        items = kwargs.pop("num_items_in_batch", None)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and inputs is not None:
+            if labels.shape != inputs.shape[:2]:
+                raise UserError(
+                    f"labels have shape {list(labels.shape)} (model): expected "
+                    f"{list(inputs.shape[:2])}, a class for each token"
+                )
+            if readable(labels):
+                _check_classes(labels, self.num_labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            count = (labels != IGNORED).sum() if items is None else items
+            count = torch.as_tensor(count, device=logits.device).clamp(min=1)
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=count)
+        return TokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _check_classes(labels: Tensor, classes: int) -> None:
+    """Raise UserError for a label that is neither a class nor -100."""
+    check_integers("labels", labels)
+    if bool(((labels < 0) | (labels >= classes)).logical_and(labels != IGNORED).any()):
+        raise UserError(
+            f"labels are {int(labels.min())} to {int(labels.max())} (model): there are "
+            f"{classes} classes, use 0 to {classes - 1} or set num_labels"
+        )

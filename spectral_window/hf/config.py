@@ -16,16 +16,20 @@ Attributes that other libraries set on a config stay in memory and are not writt
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
 
-from spectral_window.errors import UserError, UserTypeError, unknown
+from spectral_window.errors import UserError, unknown
 from spectral_window.hf.limits import check_size
+from spectral_window.hf.stubs import write_stubs
 from spectral_window.nn.layers import MLPS
 from spectral_window.nn.memory import recommended
 from spectral_window.nn.mixers import MIXERS
@@ -130,7 +134,9 @@ class SWHConfig(PreTrainedConfig):
     vocab_size: int = _field(int, 50304, "number of tokens", decides="function")
     hidden_size: int = _field(int, 768, "D, channels of the residual stream")
     num_hidden_layers: int = _field(int, 12, "blocks")
-    num_attention_heads: int = _field(int, 12, "H, heads; divides hidden_size")
+    num_attention_heads: int | None = _field(
+        int, None, "H, heads; divides hidden_size; null: heads of 64 channels", optional=True
+    )
     intermediate_size: int | None = _field(
         int, None, "width of the mlp; null: the mlp's own (8 D / 3, or 4 D for gelu)",
         optional=True, decides="function",
@@ -276,21 +282,41 @@ class SWHConfig(PreTrainedConfig):
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """Empty: a model's folder contains no code. Other libraries would import what is here."""
+        """Empty, whatever a file says: in memory the classes are this package's own. Libraries
+        import what they find here; what a file says is in `stubs.py`."""
         return {}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Not supported: the copied source file could not be imported on its own."""
-        raise cannot_copy_code(cls)
+        """Do nothing: every saved folder can be loaded by trust_remote_code (`stubs.py`).
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write config.json; attributes that are not fields are left out, with a warning."""
+        transformers calls this after loading a class that way.
+        """
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write config.json and the files by which `trust_remote_code=True` finds this package.
+
+        Attributes that are not fields are left out, with a warning.
+
+        Args:
+            save_directory: the folder, which is made.
+            push_to_hub: upload the config too, to the repository `repo_id` (default: the folder's
+                name).
+            kwargs: repo_id, and those of `push_to_hub`.
+
+        Raises:
+            UserError: a field has a bad value.
+        """
         foreign = sorted(key for key in super().to_diff_dict() if not self._loads(key))
         if foreign:
             hints = "; ".join(str(unknown("config key", key, self._names())) for key in foreign)
             warnings.warn(f"not saved with the config: {hints}", stacklevel=2)
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory)
+        write_stubs(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the content of config.json: fields that differ from transformers' defaults."""
@@ -302,7 +328,7 @@ class SWHConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def validate(self) -> None:
-        """Check all fields, and fill in an intermediate_size of None.
+        """Check all fields, and fill in an intermediate_size and num_attention_heads of None.
 
         Raises:
             UserError: the first bad value.
@@ -312,6 +338,8 @@ class SWHConfig(PreTrainedConfig):
                 option.check(option.normal(getattr(self, name)), "config")
         if self.intermediate_size is None:
             self.intermediate_size = MLPS[self.mlp].default_hidden(self.hidden_size)
+        if self.num_attention_heads is None:  # heads of 64 channels, or of fewer that divide them
+            self.num_attention_heads = self.hidden_size // math.gcd(self.hidden_size, 64)
         values = self.recorded()
         check_size(values)
         for option in chosen(CORE, vars(self)):
@@ -358,14 +386,6 @@ reserve(dir(SWHConfig), "an attribute of every config")
 reserve(GenerationConfig().to_dict(), "a setting of transformers' generate()")
 # Called after every construction of a config.
 after_init: list[Callable[[], None]] = []
-
-
-def cannot_copy_code(cls: type) -> TypeError:
-    """Return the error of `register_for_auto_class`, for the config and the models."""
-    return UserTypeError(
-        f"{cls.__name__} cannot travel in a model's folder (register_for_auto_class): "
-        "`import spectral_window` makes it known to the Auto classes"
-    )
 
 
 def _is_int(value: Any) -> bool:

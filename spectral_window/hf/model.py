@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 from spectral_window.data.blocks import IGNORED
 from spectral_window.errors import UserError, UserTypeError
 from spectral_window.hf.cache import SWHCacheLayer, open_cache
-from spectral_window.hf.config import SWHConfig, cannot_copy_code
+from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.inputs import (
     as_indices,
     check_count_kept,
@@ -45,6 +45,7 @@ from spectral_window.hf.inputs import (
     resolve_documents,
 )
 from spectral_window.hf.keywords import check_keywords, check_wishes, read_documents
+from spectral_window.hf.saving import SavedModel
 from spectral_window.nn.fusions import Fusion
 from spectral_window.nn.kernels import Kernel
 from spectral_window.nn.layers import MLPS, RMSNorm, no_weight_decay, project
@@ -85,7 +86,7 @@ class SWHLayer(GradientCheckpointingLayer):
         return self.mixer(self.mixer_norm(x), documents, state)[1]
 
 
-class SWHPreTrainedModel(PreTrainedModel):
+class SWHPreTrainedModel(SavedModel, PreTrainedModel):
     """Base class of the models: initialisation of weights, and the cost of a model."""
 
     config_class = SWHConfig
@@ -116,11 +117,6 @@ class SWHPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Not supported: the copied source file could not be imported on its own."""
-        raise cannot_copy_code(cls)
 
     def count_parameters(self, embeddings: bool = True) -> int:
         """Return the number of parameters; tied ones count once.

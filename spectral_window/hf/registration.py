@@ -4,7 +4,7 @@ Importing `spectral_window` makes `AutoConfig` and `AutoModelForCausalLM` load o
 their `register` at once, the package would have to import transformers and torch: `import
 spectral_window` would take 4.7 s of processor time instead of 0.09 s (median of 7 on one core).
 That is too long for `spectral-window --help` and for a script that uses a single operator. So an
-import hook waits for four modules and completes each of them right after its import, wherever that
+import hook waits for five modules and completes each of them right after its import, wherever that
 happens:
 
     transformers' registry of configs     learns SWHConfig
@@ -14,8 +14,9 @@ happens:
                                           `transformers serve` and some trainers look up
     transformers.trainer                  does not decay our dynamics and gains: by default Trainer
                                           decays everything that is not a bias or a norm by its name
+    peft.utils.constants                  the linear maps that LoRA adapts where none are named
 
-The hook removes itself when all four have been imported.
+The hook removes itself when all five have been imported.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from spectral_window.hf.stubs import AUTO_CLASSES
+
 Action = Callable[[ModuleType], None]
 
 
 def register_on_import() -> None:
-    """Complete the four modules now where they are imported already, else on their import."""
+    """Complete the five modules now where they are imported already, else on their import."""
     actions: dict[str, Action] = {
         "transformers.models.auto.configuration_auto": _register_config,
         "spectral_window.hf.config": _register_models_with_first_config,
         "transformers.utils.import_utils": _add_names,
         "transformers.trainer": _exclude_from_decay,
+        "peft.utils.constants": _name_adapted_maps,
     }
     pending = {name: action for name, action in actions.items() if name not in sys.modules}
     if pending:
@@ -94,16 +98,12 @@ def _register_models_with_first_config(config: ModuleType) -> None:
 
 @functools.cache  # the first config is enough
 def _register_models() -> None:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    from spectral_window.hf import classification, config, model
-
-    for auto_class, model_class in (
-        (AutoModel, model.SWHModel),
-        (AutoModelForCausalLM, model.SWHForCausalLM),
-        (AutoModelForSequenceClassification, classification.SWHForSequenceClassification),
-    ):
-        auto_class.register(config.SWHConfig, model_class, exist_ok=True)
+    hf = importlib.import_module("spectral_window.hf")
+    for name, auto_class in AUTO_CLASSES.items():
+        register = getattr(transformers, auto_class).register
+        register(hf.SWHConfig, getattr(hf, name), exist_ok=True)
 
 
 def _add_names(lazy: ModuleType) -> None:
@@ -132,3 +132,16 @@ def _exclude_from_decay(trainer: ModuleType) -> None:
         return [name for name in original(self, model) if name not in excluded]
 
     trainer.Trainer.get_decay_parameter_names = without_ours
+
+
+def _name_adapted_maps(constants: ModuleType) -> None:
+    """Let `LoraConfig()` adapt the maps that mix tokens, as PEFT does for other models.
+
+    PEFT has a table for each method, most of them copies of LoRA's; those learn ours too.
+    """
+    from spectral_window.hf.config import MODEL_TYPE
+
+    of_lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"]
+    for name, table in vars(constants).items():
+        if name.endswith("_TARGET_MODULES_MAPPING") and table.get("llama") == of_lora:
+            table.setdefault(MODEL_TYPE, ["q_proj", "v_proj", "conv_proj", "out_proj"])

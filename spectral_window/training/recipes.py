@@ -47,7 +47,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "vocab_size": {"default": None, "optional": True},
     "hidden_size": {"default": 256},
     "num_hidden_layers": {"default": 6},
-    "num_attention_heads": {"default": 4},
+    "num_attention_heads": {
+        "default": 4,
+        "optional": False,
+        "help": "H, heads; divides hidden_size",
+    },
 }
 MODEL = tuple(
     dataclasses.replace(option, **_OWN.get(option.name, {})) for option in CORE if option.in_recipes

@@ -5,6 +5,7 @@ from elsewhere runs no code from it. A checkpoint folder is also a model folder:
 `from_pretrained(folder)` loads it.
 
     config.json, model.safetensors, tokenizer files     the model, as Hugging Face writes it
+    README.md, *_spectral_window.py                      its card, and how to load it anywhere
     optimizer.safetensors                                Adam's moments, by parameter name
     rng.safetensors                                      torch's random generators, one per process
     training.json                                        step counters, schedule, other generators
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from spectral_window.errors import DivergedError, IntegrityError
+from spectral_window.hf.card import TrainingRecord, write_card
 
 _JSON = "training.json"
 
@@ -33,8 +35,14 @@ _JSON = "training.json"
 # ---------------------------------------------------------------------------------------- the model
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Weights, config and tokenizer, as from_pretrained loads them. DivergedError if not finite."""
+def save_model(
+    folder: Path, model: Any, tokenizer: Any, training: TrainingRecord | None = None
+) -> None:
+    """Weights, config, tokenizer and model card, as from_pretrained loads them. DivergedError if
+    not finite.
+
+    training: what the run knows when it ends, for the card.
+    """
     check_finite(model)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -45,6 +53,8 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
             logging.enable_progress_bar()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if training is not None:
+        write_card(folder, model, training)
 
 
 def check_finite(model: nn.Module) -> None:

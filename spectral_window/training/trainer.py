@@ -5,7 +5,7 @@
       data/             the prepared tokens (unless another place was given)
       metrics.jsonl     losses, speed and events, one JSON object per line
       checkpoints/      step-N folders, the newest verified ones
-      model/            the final weights, config and tokenizer: from_pretrained(folder / "model")
+      model/            the final weights, config, tokenizer and model card, for from_pretrained
       result.json       final loss, speed, memory, environment
 
 An interrupted run resumes with `resume=True` and ends with the same bits as an uninterrupted one:
@@ -36,6 +36,7 @@ from spectral_window.data.text import Corpus
 from spectral_window.data.tokenizers import SMALLEST
 from spectral_window.errors import IntegrityError, UserError
 from spectral_window.files import write_folder, write_json
+from spectral_window.hf.card import TrainingRecord
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
 from spectral_window.training import checkpoints, loading, machine, manifest, state
@@ -356,8 +357,20 @@ class _Run:
             "environment": self._environment(),
         }
 
+        record = TrainingRecord(
+            recipe=recipe.name,
+            command=self.command,
+            data=recipe.data,
+            tokens=result["tokens"],
+            loss=scores["loss"],
+            perplexity=scores["perplexity"],
+            bits_per_byte=scores["bits_per_byte"],
+            held_out=scores["tokens"],
+            context=recipe.sequence_length,
+        )
+
         def write_model(folder: Path) -> None:
-            state.save_model(folder, model, self.corpus.tokenizer)
+            state.save_model(folder, model, self.corpus.tokenizer, record)
             manifest.seal(folder, result=result)
 
         def write() -> dict[str, Any]:

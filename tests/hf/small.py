@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from spectral_window.hf import SWHConfig, SWHForCausalLM
 
@@ -29,6 +30,18 @@ def small_config(**fields: Any) -> SWHConfig:
 def small_model(seed: int = 0, **fields: Any) -> SWHForCausalLM:
     torch.manual_seed(seed)
     return SWHForCausalLM(small_config(**fields)).eval()
+
+
+def word_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """Words w1 to w60, each the token of its number; 0 pads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(1, VOCAB)} | {"<pad>": 0}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", padding_side=padding_side
+    )
 
 
 def tokens(batch: int, time: int, seed: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""SWHForSequenceClassification: the class of a text does not depend on padding."""
+"""Classes of texts and of tokens do not depend on padding."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
-from spectral_window.hf import SWHForSequenceClassification
-from tests.hf.small import MIXERS, error, small_config, small_model, tokens
+from spectral_window.hf import SWHForSequenceClassification, SWHForTokenClassification
+from tests.hf.small import MIXERS, error, small_config, small_model, tokens, word_tokenizer
 
 LENGTHS = (9, 4, 7)
 
@@ -123,3 +129,69 @@ def test_accumulated_steps_have_the_gradient_of_one_large_batch(tmp_path: Path) 
         trained.append(trainer.model.score.weight.detach().clone())
     moved = trained[0] - _classifier().score.weight
     assert error(trained[1] - trained[0] + moved, moved) < 1e-4
+
+
+# -------------------------------------------------------------------------------- classes of tokens
+
+
+def _tagger(**fields: Any) -> SWHForTokenClassification:
+    torch.manual_seed(0)
+    return SWHForTokenClassification(small_config(num_labels=3, **fields)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_of_a_padded_text_have_the_classes_they_have_alone(side: str, mixer: str) -> None:
+    model = _tagger(mixer=mixer)
+    ids, mask, texts = _padded(side)
+    want = torch.cat([model(text[None]).logits[0] for text in texts])
+    got = model(ids, attention_mask=mask).logits
+    assert got.shape == (3, 9, 3)
+    assert error(got[mask.bool()], want) <= 5e-6
+
+
+def test_a_language_model_becomes_a_tagger_that_a_pipeline_uses(tmp_path: Path) -> None:
+    language = small_model()
+    language.save_pretrained(tmp_path / "lm")
+    names = {0: "O", 1: "WORD", 2: "NAME"}
+    model = AutoModelForTokenClassification.from_pretrained(
+        tmp_path / "lm", num_labels=3, id2label=names, label2id={v: k for k, v in names.items()}
+    )
+    assert type(model) is SWHForTokenClassification
+    model.eval().save_pretrained(tmp_path / "tags")
+    word_tokenizer().save_pretrained(tmp_path / "tags")
+    tag = pipeline("token-classification", str(tmp_path / "tags"), device="cpu", ignore_labels=[])
+    classes = model(torch.tensor([[3, 4, 5]])).logits[0].argmax(1)
+    assert [each["entity"] for each in tag("w3 w4 w5")] == [names[int(c)] for c in classes]
+
+
+def test_the_loss_of_tokens_ignores_what_has_no_label() -> None:
+    model, x = _tagger(), tokens(2, 6)
+    labels = torch.tensor([[0, 1, 2, -100, 0, 1], [2, -100, -100, 1, 1, 1]])
+    out = model(x, labels=labels)
+    log_p = out.logits.log_softmax(2)
+    scored = labels != -100
+    want = -log_p[scored].gather(1, labels[scored][:, None]).mean()
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model(x, labels=labels, num_items_in_batch=18).loss.item() == pytest.approx(
+        want.item() / 2, rel=1e-5
+    )
+    assert model(x, labels=torch.full_like(x, -100)).loss.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.full((2, 6), 3), "there are 3 classes, use 0 to 2"),
+        (torch.zeros(2, 5, dtype=torch.int64), r"labels have shape \[2, 5\] .* expected \[2, 6\]"),
+        (torch.zeros(2, dtype=torch.int64), r"labels have shape \[2\]"),
+    ],
+)
+def test_labels_that_are_no_classes_of_tokens_are_refused(
+    labels: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _tagger()(tokens(2, 6), labels=labels)

@@ -11,13 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from spectral_window.errors import UserError
-from spectral_window.hf import (
-    SWHConfig,
-    SWHForCausalLM,
-    SWHForSequenceClassification,
-    SWHModel,
-    match_parameters,
-)
+from spectral_window.hf import SWHConfig, SWHForCausalLM, match_parameters
 from spectral_window.hf.config import PRESETS, UNLIMITED
 from spectral_window.hf.model import count_parameters
 from tests.hf.small import MIXERS, small_config, small_model, tokens
@@ -142,13 +136,6 @@ def test_attributes_of_other_libraries_are_not_saved_and_the_file_loads(tmp_path
     assert model.config.windw == 64
 
 
-def test_a_folder_of_code_that_nothing_loads_is_not_written() -> None:
-    for cls in (SWHConfig, SWHForCausalLM, SWHModel, SWHForSequenceClassification):
-        with pytest.raises(TypeError, match="import spectral_window"):
-            cls.register_for_auto_class()
-        assert cls._auto_class is None
-
-
 def test_only_attention_has_a_longest_context() -> None:
     """Harnesses cut texts to it, and generate() warns beyond it and stops there by default."""
     swh, full = (
@@ -230,6 +217,17 @@ def test_every_keyword_that_transformers_itself_passes_is_accepted() -> None:
         transformers_version="5.0.0",
         use_cache=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "heads"), [(16, 1), (32, 1), (48, 3), (64, 1), (160, 5), (768, 12), (2048, 32)]
+)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_defaults_fit_every_even_width(size: int, heads: int, mixer: str) -> None:
+    """Tools build a small config by its width alone; 12 heads do not divide 32 channels."""
+    config = SWHConfig(hidden_size=size, mixer=mixer)
+    assert config.num_attention_heads == heads
+    assert SWHConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
 def test_the_paper_preset_is_the_papers_model() -> None:

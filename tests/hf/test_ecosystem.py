@@ -13,10 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from spectral_window.hf import SWHForCausalLM
-from tests.hf.small import MIXERS, VOCAB, error, small_config, small_model, tokens
+from tests.hf.small import (
+    MIXERS,
+    VOCAB,
+    error,
+    small_config,
+    small_model,
+    tokens,
+    word_tokenizer,
+)
 
 
 class Repeats(Dataset):
@@ -87,20 +95,11 @@ def test_trainer_with_gradient_checkpointing(tmp_path: Path) -> None:
         assert error(saving.model.state_dict()[name], p) < 1e-5, name
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{i}": i for i in range(1, VOCAB)} | {"<pad>": 0}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", padding_side="left")
-
-
 def test_pipeline_generates_text_alone_and_in_a_padded_batch(tmp_path: Path) -> None:
     from transformers import pipeline
 
     small_model().save_pretrained(tmp_path)
-    _tokenizer().save_pretrained(tmp_path)
+    word_tokenizer("left").save_pretrained(tmp_path)
     write = pipeline("text-generation", model=str(tmp_path), device="cpu")
     how = {"max_new_tokens": 9, "do_sample": False, "return_full_text": False}
     prompts = ["w3 w4 w5 w6 w7 w8 w9", "w11 w12", "w5"]
@@ -143,6 +142,34 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     assert torch.equal(
         got, merged.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=False)
     )
+
+
+@renamed
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("kind", ["LoraConfig", "AdaLoraConfig", "LoHaConfig"])
+def test_an_adapter_without_named_maps_takes_those_that_mix_tokens(kind: str, mixer: str) -> None:
+    """PEFT knows the maps of its own models by a table; for ours it asked for target_modules."""
+    import peft
+
+    base, x = small_model(mixer=mixer), tokens(2, 9)
+    before = base(x).logits.detach()
+    more = {"total_step": 9} if kind == "AdaLoraConfig" else {}
+    model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **more))
+    adapted = {name.split(".")[-1] for name, p in base.named_modules() if hasattr(p, "base_layer")}
+    ours = {"conv_proj"} if mixer != "attention" else set()
+    assert adapted == {"q_proj", "v_proj", "out_proj"} | ours
+    model(x, labels=x).loss.backward()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learned)
+    for p in learned:
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+    want = model.eval()(x).logits.detach()
+    assert error(want, before) > 1e-3
+    assert error(model.merge_and_unload()(x).logits, want) < 1e-5
+    if kind == "LoraConfig":
+        base = small_model(mixer=mixer)
+        unloaded = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM")).unload()
+        assert torch.equal(unloaded(x).logits, before)
 
 
 def _virtual_tokens(kind: str) -> Any:

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from spectral_window.cli import main
 from spectral_window.errors import IntegrityError, ResourceError, UserError
@@ -53,6 +54,25 @@ def test_a_flipped_bit_in_any_file_of_the_final_model_is_refused(finished, text_
     said = capsys.readouterr().err
     assert "model.safetensors does not match its SHA-256" in said
     assert "if the change was yours, copy the folder elsewhere without manifest.json" in said
+
+
+def test_the_model_of_a_run_has_a_card_with_its_numbers_and_files_that_load_it(finished, text_file):
+    """Both are sealed by the manifest; without its numbers a card could not be compared."""
+    model, result = finished / "model", json.loads((finished / "result.json").read_text())
+    listed = json.loads((model / "manifest.json").read_text())["files"]
+    stubs = {"configuration_spectral_window.py", "modeling_spectral_window.py"}
+    assert stubs | {"README.md"} <= set(listed)
+    card = ModelCard.load(model / "README.md")
+    told = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    assert told == {
+        "loss": result["eval_loss"],
+        "perplexity": result["perplexity"],
+        "bits_per_byte": result["bits_per_byte"],
+    }
+    assert f"{result['parameters']:,} parameters" in card.text
+    assert f"| tokens read in training | {result['tokens']:,} |" in card.text
+    assert f"`{text_file}`" in card.text
+    assert result["command"] in card.text
 
 
 def test_a_folder_of_save_pretrained_has_no_manifest_and_loads(finished, tmp_path):
