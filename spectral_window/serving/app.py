@@ -205,7 +205,8 @@ async def _events(answer: Answer) -> AsyncIterator[str]:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    # In ASCII: some clients cut lines at U+2028 and its like too.
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
 # ------------------------------------------------------------------------------- errors

@@ -51,7 +51,7 @@ function newSession() {
 
 function forget(one) {
   if (!one.session) return;
-  const path = `/v1/sessions/${one.session}`;
+  const path = `v1/sessions/${one.session}`;
   call(path, { method: "DELETE", keepalive: true }).catch(() => {});
   one.session = null;
 }
@@ -121,7 +121,7 @@ async function continueText() {
   if (one.session) body.session_id = one.session;
   body.prompt = one.session ? whole.slice(one.seen.length) : whole;
   one.seen = whole;
-  await write("/v1/completions", body, one, (piece) => {
+  await write("v1/completions", body, one, (piece) => {
     const follow = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
     box.value += piece;
     one.seen = box.value;
@@ -155,7 +155,7 @@ async function sendMessage() {
   }
   if (one.session) body.session_id = one.session;
   const answer = bubble("assistant", "");
-  await write("/v1/chat/completions", body, one, (piece) => {
+  await write("v1/chat/completions", body, one, (piece) => {
     answer.textContent += piece;
     answer.scrollIntoView({ block: "nearest" });
   });
@@ -226,7 +226,7 @@ function go() {
 
 async function begin() {
   try {
-    model = (await (await call("/v1/models")).json()).data[0];
+    model = (await (await call("v1/models")).json()).data[0];
   } catch (error) {
     notice(error.message);
     return;

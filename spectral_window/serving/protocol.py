@@ -148,6 +148,11 @@ class Message(BaseModel):
     content: str | list[TextPart] | None = None
     tool_calls: None = None
 
+    @model_validator(mode="after")
+    def _is_unicode(self) -> Message:
+        check_unicode(self.text)
+        return self
+
     @property
     def text(self) -> str:
         """The content as one text."""

@@ -91,6 +91,29 @@ class Piece:
         return self.finish is not None or self.error is not None
 
 
+@dataclass(frozen=True)
+class StateSize:
+    """The bytes of the state of one text.
+
+    Attributes:
+        bytes: of any text.
+        bytes_per_token: more for each token; 0 where the state is constant.
+    """
+
+    bytes: int
+    bytes_per_token: int
+
+    @classmethod
+    def of(cls, model: Any) -> StateSize:
+        """Measure a model (it goes through all of its modules)."""
+        per_token = (model.state_bytes(2000) - model.state_bytes(1000)) // 1000
+        return cls(model.state_bytes(1000) - 1000 * per_token, per_token)
+
+    def after(self, tokens: int) -> int:
+        """Return the bytes after so many tokens."""
+        return self.bytes + self.bytes_per_token * tokens
+
+
 @dataclass(eq=False)
 class Job:
     """A text to write, and how far it is.
@@ -168,6 +191,7 @@ class Scheduler:
         running: jobs that have a row.
         waiting: jobs that have none yet.
         prefixes: states of prompts' beginnings.
+        state_size: what a text takes.
     """
 
     def __init__(
@@ -191,6 +215,7 @@ class Scheduler:
         self.post = post or (lambda call: call())
         # A state that grows is copied whole by each segment, so there they are longer.
         constant = model.constant_state
+        self.state_size = StateSize.of(model)
         self._segment = min(SEGMENT, model.segment) if constant else model.segment
         self._reading: deque[Job] = deque()
         self._pieces: list[tuple[Job, Piece]] = []
@@ -229,7 +254,7 @@ class Scheduler:
         for job in jobs:
             seen = job.row.tokens_seen if job.row else 0
             length = seen + len(job.prompt) + job.max_tokens
-            job.cost = COPIES * self.engine.model.state_bytes(length)
+            job.cost = COPIES * self.state_size.after(length)
             if job.cost > self.memory:
                 raise UserError(
                     f"the state of {length:,} tokens takes {job.cost:,} bytes, and "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
@@ -17,7 +16,7 @@ from types import FrameType
 
 import uvicorn
 
-from spectral_window.errors import UserError
+from spectral_window.errors import ResourceError, UserError
 from spectral_window.serving.app import create_app
 from spectral_window.serving.service import Service
 
@@ -92,7 +91,9 @@ def in_background(
         server = _server(service, api_key, 0.0, ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()
-        ready.wait()
+        while not ready.wait(POLL_SECONDS):
+            if not thread.is_alive():
+                raise ResourceError("the server did not start (serving): see what it printed")
         try:
             yield address(listener)
         finally:
@@ -152,7 +153,6 @@ class Server(uvicorn.Server):
         else:
             self.service.scheduler.stop(cut=True)
             self.should_exit = True
-            self.force_exit = sig == signal.SIGINT
 
     async def _end(self) -> None:
         """Leave when nothing is being written any more."""

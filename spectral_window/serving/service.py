@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ from spectral_window.serving.protocol import (
     Request,
     usage,
 )
-from spectral_window.serving.scheduler import Job, Piece, Scheduler, Scored
+from spectral_window.serving.scheduler import Job, Piece, Scheduler, Scored, StateSize
 from spectral_window.serving.sessions import Sessions
 
 Found = TypeVar("Found")
@@ -148,8 +148,8 @@ class Service:
             "chat": bool(self.tokenizer.chat_template),
             "sessions": self.sessions is not None,
             "max_tokens": self.limits.new_tokens,
-            "state": _state_size(self.model),
-            "transformer_state": _state_size(transformer),
+            "state": asdict(self.scheduler.state_size),
+            "transformer_state": asdict(StateSize.of(transformer)),
         }
 
     async def answer(self, request: CompletionRequest | ChatRequest) -> Answer:
@@ -299,13 +299,6 @@ class Service:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(call)
-
-
-def _state_size(model: Any) -> dict[str, int]:
-    """Return the bytes of a text's state: so many, and so many more for each token."""
-    at = [model.state_bytes(n) for n in (1000, 2000)]
-    per_token = (at[1] - at[0]) // 1000
-    return {"bytes": at[0] - 1000 * per_token, "bytes_per_token": per_token}
 
 
 def max_tokens(request: CompletionRequest | ChatRequest, limits: Limits) -> int:

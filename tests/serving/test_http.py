@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -411,16 +412,32 @@ def test_a_client_that_goes_frees_its_row(serve, stream):
 
 
 def test_a_client_that_does_not_read_stalls_nobody(serve, model, tokenizer):
-    """Its text ends, its row is free, and others are answered meanwhile."""
-    address, service = serve(limits=Limits(slots=1, new_tokens=20_000))
-    with httpx.stream(
-        "POST", f"{address}/v1/completions", **NO_DEADLINE,
-        json={"prompt": "a", "max_tokens": 3_000, "stream": True, "ignore_eos": True},
-    ) as unread:  # fmt: skip
+    """More is written for it than sockets hold; its texts end, its rows are free, and others are
+    answered meanwhile. Nothing is lost when it reads at last."""
+    address, service = serve(limits=Limits(slots=16))
+    body = {"prompt": "a", "max_tokens": 300, "n": 16, "logprobs": 20, "stream": True}
+    content = json.dumps({**body, "ignore_eos": True}).encode()
+    host, port = address.removeprefix("http://").split(":")
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect((host, int(port)))
+        head = f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        first = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n{head}Connection: close\r\n\r\n"
+        lazy.sendall(first.encode() + content)
+        until(lambda: bool(service.scheduler.running))
         answer = connect(address).completions.create(prompt="hello", **SEEDED)
         assert answer.choices[0].text == expected(model, tokenizer, "hello")
-        assert service.scheduler.idle
-        assert sum(line.startswith("data:") for line in unread.iter_lines()) > 1000
+        until(lambda: service.scheduler.idle)
+        with lazy.makefile("rb") as stream:
+            events = [line for line in stream if line.startswith(b"data: ")]
+    assert events[-1] == b"data: [DONE]\n"
+    tokens = sum(
+        len(choice["logprobs"]["tokens"])
+        for event in events[:-1]
+        for choice in json.loads(event[6:])["choices"]
+        if choice["logprobs"]
+    )
+    assert tokens == 16 * 300
 
 
 # ------------------------------------------------------------------------------- failing
