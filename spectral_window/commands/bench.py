@@ -33,8 +33,8 @@ def run(
         typer.Argument(
             metavar="[BENCH]...",
             help="spectral, window, prefill, decode, train, scaling, memory, memory_op, "
-            "memory_layer, or all (the default). With --device cuda: ceilings, spectral, window, "
-            "train.",
+            "memory_layer, serve, or all (the default). With --device cuda: ceilings, spectral, "
+            "window, train.",
         ),
     ] = None,
     out: Annotated[
@@ -236,6 +236,8 @@ def _numbers(row: dict[str, Any]) -> tuple[str, str, str, str]:
         ratio, spread = f"{row['ratio']:.3g}", f"{row['ratio_p10']:.3g} - {row['ratio_p90']:.3g}"
     if "GB_per_s" in row:
         more = f"{row['GB_per_s']:.3g} GB/s"
+    if "tokens_per_s" in row:
+        more = f"{row['tokens_per_s']:,.4g} tokens/s"
     return f"{row['milliseconds']:,.4g}", ratio, spread, more
 
 

@@ -5,6 +5,7 @@
     scaling                     time against T        models.py
     memory                      peaks, a process each peaks.py
     memory_op, memory_layer     the delta-rule memory delta.py
+    serve                       many texts at once    serve.py
     roofline.py  what the hardware needs for the same products and bytes
     gpu_roofline.py  what a GPU must move and compute: counted, not measured
     timing.py    the measurement: interleaved, median and spread of ratios
@@ -53,6 +54,7 @@ BENCHES = {
     "memory": "peaks",
     "memory_op": "delta",
     "memory_layer": "delta",
+    "serve": "serve",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What is about shape and not about speed is measured once: with all threads, in float32.

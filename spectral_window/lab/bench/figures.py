@@ -3,6 +3,7 @@
     scaling    seconds against T of a one-layer SWH and Llama; the operators against T
     decode     milliseconds a token against context, above the time of reading the weights
     memory_op  milliseconds against T, above the time of a matrix product
+    serve      tokens a second against clients
     spectral, window, prefill, train, memory_layer   how many times as long as ours, or as a copy
 
 Panels without rows are left out; a picture without any shows "missing". Each names processor and
@@ -34,6 +35,7 @@ INK_OF = {  # a name keeps its colour in every picture
     "Llama, StaticCache": 3, "Mamba2": 2, "chunked": 2, "local-attention": 2, "ours, chunked": 5,
     "RecurrentGemma": 4, "full causal attention": 4, "SWH, plain methods": 5, "window": 3,
     "spectral": 0, "Transformer": 1, FRESH: 3, "train": 0, "prefill": 1, "decode": 2,
+    "one by one": 1, "scheduler": 0, "HTTP": 3,
 }  # fmt: skip
 ROOFLINE = (GEMMS, READING, "copy", "clone", FRESH_COPY, PRODUCT, COPY)
 
@@ -248,6 +250,16 @@ def _memory_layer(groups: Rows) -> list[Panel]:
     return panels
 
 
+def _serve(groups: Rows) -> list[Panel]:
+    return [
+        panel(
+            f"a server, {dtype}", _lines(_rows(groups, dtype), "batch", "tokens_per_s"),
+            "clients at once", "tokens a second", _plain,
+        )
+        for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
+
+
 PICTURES: dict[str, Callable[[Rows], list[Panel]]] = {
     "spectral": _spectral,
     "window": _window,
@@ -257,6 +269,7 @@ PICTURES: dict[str, Callable[[Rows], list[Panel]]] = {
     "scaling": _scaling,
     "memory_op": _memory_op,
     "memory_layer": _memory_layer,
+    "serve": _serve,
 }
 
 
