@@ -17,6 +17,7 @@ from torch import Tensor
 from spectral_window.errors import UserError
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
+LIKELIEST = 4096  # tokens that are sorted first
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,43 @@ class Sampling:
         if 0 < self.top_k < logits.numel():
             # Ties with the k-th token stay in, so the choice does not depend on their order.
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[-1], -math.inf)
-        probability, token = logits.softmax(-1).sort(descending=True, stable=True)
-        mass = probability.cumsum(-1)
+        probability = logits.softmax(-1)
+        uniform = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
+        return self._invert(probability, uniform, LIKELIEST)
+
+    def _invert(self, probability: Tensor, uniform: Tensor, count: int) -> int:
+        """Return the token at `uniform` of the distribution, likeliest first.
+
+        Sorting a large vocabulary takes longer than all the rest, so the `count` likeliest are
+        sorted first, and all only where those do not settle it.
+        """
+        part = count < probability.numel()
+        ranked, token = _rank(probability, count) if part else _rank(probability)
+        mass = ranked.cumsum(-1)
         if self.top_p < 1:
+            if part and mass[-1] < self.top_p:
+                return self._invert(probability, uniform, probability.numel())
             # The likeliest token always stays; the one that crosses top_p is the last to stay.
             mass = mass[: int((mass < self.top_p).sum()) + 1]
-        uniform = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
-        index = int(torch.searchsorted(mass, uniform * mass[-1], right=True))
-        return int(token[min(index, int((probability[: mass.numel()] > 0).sum()) - 1)])
+            at = uniform * mass[-1]
+        else:
+            at = uniform * (probability.sum() if part else mass[-1])
+            if part and at >= mass[-1]:
+                return self._invert(probability, uniform, probability.numel())
+        index = int(torch.searchsorted(mass, at, right=True))
+        return int(token[min(index, int((ranked[: mass.numel()] > 0).sum()) - 1)])
+
+
+def _rank(probability: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest of `probability` (None: all; more where some are equal to the
+    last) and their places: in descending order, equal ones by place."""
+    if count is None:
+        return probability.sort(descending=True, stable=True)
+    least = probability.topk(count, sorted=False).values.min()
+    # (what top_k has forbidden is 0)
+    place = ((probability >= least) & (probability > 0)).nonzero().squeeze(-1)
+    ranked, order = probability[place].sort(descending=True, stable=True)
+    return ranked, place[order]
 
 
 def require_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:

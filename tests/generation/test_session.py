@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from spectral_window import SWHConfig, SWHForCausalLM
 from spectral_window.data.tokenizers import byte_alphabet, load_tokenizer
 from spectral_window.errors import DivergedError, IntegrityError, ResourceError, UserError
+from spectral_window.generation import decoding, session_file
 from spectral_window.generation import session as generate
-from spectral_window.generation import session_file
 from spectral_window.generation.decoding import Sampling, StopFilter, TextStream, check_stops
 from spectral_window.generation.session import Session
 
@@ -100,6 +100,26 @@ def test_top_k_and_top_p_keep_the_likeliest_only():
     assert kept[2] > 0
     assert draws(logits, temperature=1.0, top_p=1e-9)[1] == 1
     assert draws(logits, temperature=1.0, top_k=1)[1] == 1
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"top_p": 0.5}, {"top_p": 0.999}, {"top_k": 2000}, {"top_k": 7, "top_p": 0.9}]
+)
+def test_a_large_vocabulary_is_drawn_from_as_if_all_of_it_were_sorted(sampling, equal, monkeypatch):
+    """The 1,000 likeliest of 5,000 tokens hold a part of the odds, so both ways are taken."""
+    logits = 2 * torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    logits = logits.round() if equal else logits  # and many as likely as others
+
+    def drawn(likeliest: int) -> list[int]:
+        monkeypatch.setattr(decoding, "LIKELIEST", likeliest)
+        generator = torch.Generator().manual_seed(2)
+        rule = Sampling(temperature=1.0, **sampling)
+        return [rule.draw(logits, generator) for _ in range(300)]
+
+    found = drawn(1000)
+    assert found == drawn(len(logits))
+    assert len(set(found)) > 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 5e-324])

@@ -33,7 +33,7 @@ from spectral_window.lab.bench.timing import Call, Timing, disqualified, relativ
 from spectral_window.serving.scheduler import Job, Piece, Scheduler
 
 CLIENTS = (1, 8, 32)
-PROMPT, TOKENS = 64, 32
+PROMPT, TOKENS = 64, 16
 ONE_BY_ONE, SCHEDULER, HTTP = "one by one", "scheduler", "HTTP"
 
 
@@ -55,7 +55,7 @@ def bench_serve(dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
         for clients in (1, 3) if quick else CLIENTS:
             prompts = _draw(len(tokenizer), clients, length)
             wrong = disqualified(partial(_error, model, prompts), BARS[dtype])
-            timing = Timing(seconds=0.01 if quick else 5.0, longest=60.0)
+            timing = Timing(seconds=0.01 if quick else 3.0, longest=60.0)
             timing.out = dict.fromkeys(at_once, wrong) if wrong else {}
             calls: dict[str, Call] = {
                 ONE_BY_ONE: partial(_one_by_one, model, tokenizer, prompts, count),
