@@ -79,7 +79,9 @@ def spread_lists(arguments: Sequence[str]) -> list[str]:
     The list ends at the next option or key=value. An argument with "=" that names an existing file
     is that file.
     """
-    lists = ("--data", "--valid")
+    lists = ["--data", "--valid"]
+    if "train" in arguments:  # elsewhere --chat is one question
+        lists.append("--chat")
     spread: list[str] = []
     current = None
     for index, argument in enumerate(arguments):

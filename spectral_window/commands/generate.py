@@ -30,6 +30,17 @@ def run(
         Path | None,
         typer.Option(metavar="FILE", help="Read the prompt from a UTF-8 file; '-' is stdin."),
     ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="QUESTION",
+            help="Ask a model that was trained with --chat; only its answer is printed.",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="With --chat: what the system message says."),
+    ] = None,
     unconditional: Annotated[
         bool,
         typer.Option("--unconditional", help="No prompt: begin as the training texts begin."),
@@ -91,6 +102,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Let a model write. Text appears as it is made; memory is constant however long it runs."""
+    from spectral_window.data.chat import question_ids
     from spectral_window.generation.decoding import Sampling, check_stops
     from spectral_window.generation.session import Session, check_length
     from spectral_window.generation.session_file import check_place
@@ -102,7 +114,17 @@ def run(
     check_length(max_new_tokens)
     Sampling(**sampling)
     stops = check_stops([_unescape(text) for text in stop or ()])
-    text = _prompt(prompt, prompt_file, unconditional, optional=session_file is not None)
+    asked = chat is not None
+    given = [prompt is not None, prompt_file is not None, unconditional]
+    if asked and any(given):
+        raise UserError("--chat beside another beginning (generate): give one")
+    if asked and not (chat or "").strip():
+        raise UserError("the question is empty (--chat): ask something")
+    if system is not None and not asked:
+        raise UserError("--system without --chat (generate): it begins a conversation")
+    text = None
+    if not asked:
+        text = _prompt(prompt, prompt_file, unconditional, optional=session_file is not None)
     if save_session is not None:
         check_place(save_session)
     loaded = load(model, device=device)
@@ -115,7 +137,14 @@ def run(
             session.reseed(seed)
     Sampling(**sampling).check_vocabulary(session.vocab_size)
     write = _printer()
-    if text is not None:
+    if chat is not None:
+        turns = [("system", system)] if system else []
+        continuing = session.tokens_seen > 0
+        if continuing and system:
+            raise UserError("--system with --session (generate): the conversation has begun")
+        turns.append(("user", chat))
+        session.feed(question_ids(loaded.tokenizer, turns, continuing=continuing))
+    elif text is not None:
         session.feed(text)
         if echo:
             write(text)

@@ -39,11 +39,19 @@ def run(
             "Default: the recipe's.",
         ),
     ] = None,
+    chat: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="Instead of --data: conversations, a JSON record a line with 'messages' of 'role' "
+            "and 'content'. The assistant's turns are learned.",
+        ),
+    ] = None,
     valid: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SRC...",
-            help="Text to measure on. Default: whole documents held out of --data.",
+            help="Text (or conversations) to measure on. Default: whole documents held out.",
         ),
     ] = None,
     out: Annotated[
@@ -94,7 +102,11 @@ def run(
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite (train): one keeps what is there, the other not")
+    if data and chat:
+        raise UserError("--data and --chat (train): a run learns from one of them")
     settings = resolve(recipe, overrides or [])
+    if chat:
+        settings = settings.replace(chat=True, data=tuple(chat))
     folder = out if out is not None else Path("runs") / settings.name
     check(folder, resume, overwrite)  # before a model is read, which can take long
     initial = None if init is None else Initial.read(init)
@@ -114,4 +126,5 @@ def run(
         command=context.obj,
         init=initial,
     )
-    log(f"spectral-window generate {shlex.quote(str(folder))} 'Once'    writes with the model")
+    asked, what = ("--chat 'Hi'", "answers") if settings.chat else ("'Once'", "writes")
+    log(f"spectral-window generate {shlex.quote(str(folder))} {asked}    {what} with the model")

@@ -5,6 +5,7 @@
     formats.py     readers of plain and compressed text
     records.py     readers of JSON, CSV, Parquet and the hub
     tokenizers.py  bytes, bpe:N, gpt2 or a folder -> a byte-level Hugging Face tokenizer
+    chat.py        conversations: their format, tokens and template
     holdout.py     the documents that are held out for evaluation
     text.py        prepare(): pieces -> a folder of tokens;  open_corpus(): open it
     shards.py      that folder: written atomically, verified when it is read

@@ -18,7 +18,8 @@ counting at k.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ class TokenStream:
         documents: int64, the index at which each document starts.
         bytes: the UTF-8 bytes of text that the tokens stand for.
         name: what it is called in messages.
+        roles: if the documents are conversations, the ids of the tokens that begin a turn; those
+            of the last begin what is to be learned, the assistant's turns.
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class TokenStream:
         documents: np.ndarray | SortedFileArray,
         bytes: int,
         name: str = "tokens",
+        roles: Sequence[int] | None = None,
     ):
         self.tokens, self.documents, self.bytes, self.name = tokens, documents, bytes, name
+        self.roles = roles
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -86,8 +91,7 @@ class PackedBlocks(Dataset):
     """
 
     def __init__(self, stream: TokenStream, length: int, *, allow_short: bool = False):
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise UserError(f"block length is {length!r}: give a whole number of at least 1")
+        _check_length(length)
         targets = len(stream) - 1
         if targets < (1 if allow_short else length):
             raise UserError(
@@ -96,6 +100,11 @@ class PackedBlocks(Dataset):
             )
         self.stream, self.length = stream, length
         self.blocks = -(-targets // length)
+
+    @property
+    def labels(self) -> int:
+        """How many tokens the blocks together predict."""
+        return len(self.stream) - 1
 
     def __len__(self) -> int:
         return self.blocks
@@ -123,6 +132,121 @@ class PackedBlocks(Dataset):
         inside = np.asarray(documents[first:last], dtype=np.int64) - start
         begins[inside] = inside
         return np.arange(self.length, dtype=np.int64) - np.maximum.accumulate(begins)
+
+
+class ConversationBlocks(Dataset):
+    """A data set of rows of whole conversations, which predict the assistant's turns alone.
+
+    An item is as of `PackedBlocks`, but a row holds whole documents, each at positions from 0 on,
+    and the labels are -100 except for the tokens of answers and the end of each. A document of n
+    tokens takes n - 1 places, for its last token is only a label. Rows are filled by best-fit
+    decreasing: the longest document first, each into the fullest row that has room.
+
+    Args:
+        stream: the tokens, with `roles`.
+        length: tokens per row.
+
+    Raises:
+        UserError: a bad length, or a document that is longer than a row.
+
+    Example:
+        >>> tokens = np.array([9, 7, 1, 6, 8, 2, 3, 6], "u2")  # 7: user, 8: assistant, 6: end
+        >>> stream = TokenStream(tokens, np.array([0]), bytes=2, roles=[5, 7, 8])
+        >>> row = ConversationBlocks(stream, 8)[0]
+        >>> row["shift_labels"].tolist()
+        [-100, -100, -100, -100, 2, 3, 6, -100]
+    """
+
+    def __init__(self, stream: TokenStream, length: int):
+        _check_length(length)
+        assert stream.roles is not None
+        self.stream, self.length = stream, length
+        starts = np.asarray(stream.documents[: len(stream.documents)], dtype=np.int64)
+        sizes = np.diff(starts, append=len(stream)) - 1
+        if sizes.max() > length:
+            raise UserError(
+                f"a conversation of {sizes.max() + 1} tokens ({stream.name}) in rows of {length}: "
+                f"take a length of {sizes.max()} or more"
+            )
+        self.starts, self.sizes = starts, sizes
+        self.rows: list[list[int]] = []
+        spaces: list[int] = []  # that some row has left, rising
+        with_space: dict[int, list[int]] = {}
+        for document in np.argsort(-sizes, kind="stable").tolist():
+            size = int(sizes[document])
+            at = bisect_left(spaces, size)
+            if at == len(spaces):
+                row, space = len(self.rows), length
+                self.rows.append([])
+            else:
+                space = spaces[at]
+                row = with_space[space].pop()
+                if not with_space[space]:
+                    del spaces[at]
+            self.rows[row].append(document)
+            left = space - size
+            if left and not with_space.setdefault(left, []):
+                insort(spaces, left)
+            if left:
+                with_space[left].append(row)
+
+    @property
+    def labels(self) -> int:
+        """How many tokens the rows together predict."""
+        return sum(int((self[row]["shift_labels"] != IGNORED).sum()) for row in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self.rows):
+            raise IndexError(f"row {index} of {len(self.rows)}")
+        inputs = np.full(self.length, self.stream.tokens[0], dtype=np.int64)
+        labels = np.full(self.length, IGNORED, dtype=np.int64)
+        positions = np.zeros(self.length, dtype=np.int64)
+        at = 0
+        for document in self.rows[index]:
+            start, size = int(self.starts[document]), int(self.sizes[document])
+            tokens = np.asarray(self.stream.tokens[start : start + size + 1], dtype=np.int64)
+            here = slice(at, at + size)
+            inputs[here], positions[here] = tokens[:-1], np.arange(size)
+            labels[here] = np.where(self._answers(tokens), tokens, IGNORED)[1:]
+            at += size
+        positions[at:] = np.arange(self.length - at)  # the padding is a document of its own
+        return {
+            "input_ids": torch.from_numpy(inputs),
+            "shift_labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(positions),
+        }
+
+    def _answers(self, tokens: np.ndarray) -> np.ndarray:
+        """Return which tokens are written by the assistant: after its role, up to the next one."""
+        begins = np.isin(tokens, self.stream.roles)
+        latest = np.maximum.accumulate(np.where(begins, np.arange(len(tokens)), 0))
+        return (tokens[latest] == self.stream.roles[-1]) & ~begins
+
+
+def blocks_of(
+    stream: TokenStream, length: int, *, allow_short: bool = False
+) -> PackedBlocks | ConversationBlocks:
+    """Return the training examples of a stream: blocks of text, or rows of conversations.
+
+    Args:
+        stream: the tokens.
+        length: tokens per example.
+        allow_short: see `PackedBlocks`.
+
+    Raises:
+        UserError: a bad length, or one that does not fit the stream.
+    """
+    if stream.roles is not None:
+        return ConversationBlocks(stream, length)
+    return PackedBlocks(stream, length, allow_short=allow_short)
+
+
+def _check_length(length: int) -> None:
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise UserError(f"block length is {length!r}: give a whole number of at least 1")
 
 
 class ShuffledBlocks(Sampler[int]):

@@ -13,7 +13,7 @@ import csv
 import gc
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from spectral_window.data.formats import (
@@ -43,8 +43,21 @@ class Row(NamedTuple):
     fault: str = ""
 
 
-def rows_of(kind: str, name: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
-    """Return the rows of a source, by its kind."""
+MakeRow = Callable[[str, Any], Row]  # of a place and a record
+
+
+def rows_of(
+    kind: str,
+    name: str,
+    options: ReadOptions,
+    report: ReadReport,
+    make: MakeRow | None = None,
+) -> Iterator[Row]:
+    """Return the rows of a source, by its kind.
+
+    `make` makes the row of a JSON record; by default its text is the field `text`.
+    """
+    make = make or _row
     if kind == "hub":
         return hub_rows(name)
     if kind == ".parquet":
@@ -52,8 +65,8 @@ def rows_of(kind: str, name: str, options: ReadOptions, report: ReadReport) -> I
     if kind in (".csv", ".tsv"):
         return csv_rows(name, "," if kind == ".csv" else "\t", options, report)
     if kind == ".json" and _first_byte(name) == b"[":
-        return array_rows(name, options, report)
-    return json_rows(name)
+        return array_rows(name, options, report, make)
+    return json_rows(name, make)
 
 
 def texts_of(
@@ -106,7 +119,7 @@ def _check_columns(columns: list[str], where: str) -> None:
 # ---------------------------------------------------------------------------- JSON
 
 
-def json_rows(path: str) -> Iterator[Row]:
+def json_rows(path: str, make: MakeRow) -> Iterator[Row]:
     """Yield a row for every line that is not blank."""
     bad = "bad JSON"
     if split_suffix(path)[0] == ".json":
@@ -126,7 +139,7 @@ def json_rows(path: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             yield Row(where, None, f"{bad}, {str(error).split(':')[0][:80]}")
         else:
-            yield _row(where, record)
+            yield make(where, record)
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -166,7 +179,7 @@ def _first_byte(path: str) -> bytes:
     return start[:1]
 
 
-def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[Row]:
+def array_rows(path: str, options: ReadOptions, report: ReadReport, make: MakeRow) -> Iterator[Row]:
     """Yield a row for every element of a file that is one JSON array."""
     texts = utf8_blocks(path, options, report)
     decode = json.JSONDecoder(object_pairs_hook=_no_key_twice).raw_decode
@@ -222,7 +235,7 @@ def array_rows(path: str, options: ReadOptions, report: ReadReport) -> Iterator[
                 raise fault(f"a record of more than {MAX_RECORD >> 20} MiB")
             more(max(BLOCK, 2 * (len(text) - at)))
         number, at = number + 1, end
-        yield _row(f"{path}, record {number}", record)
+        yield make(f"{path}, record {number}", record)
         following = mark()
         if following == ",":
             following = mark()

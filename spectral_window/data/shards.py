@@ -15,9 +15,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,17 +45,37 @@ LARGEST_INDEX = 1 << 26  # bytes
 BATCH = 1 << 20  # characters tokenized at a time
 
 
+class Coded(NamedTuple):
+    """A document, or a piece of one: its tokens, with the separator if it is the first, and the
+    bytes of text that they stand for."""
+
+    split: str
+    spec: str
+    first: bool
+    ids: list[int]
+    size: int
+
+
 # ---------------------------------------------------------------------------- writing
 
 
 def write_corpus(
     folder: Path,
-    parts: Iterable[Part],
+    codes: Iterable[Coded],
     tokenizer: HFTokenizer,
     request: dict[str, Any],
     report: ReadReport,
+    roles: Sequence[int] | None = None,
 ) -> None:
-    """Tokenize `parts` into `folder`; an existing folder is replaced once all is written.
+    """Write `codes` to `folder`; an existing folder is replaced once all is written.
+
+    Args:
+        folder: the destination.
+        codes: what to write.
+        tokenizer: which made them.
+        request: what was asked for.
+        report: what was replaced or left out.
+        roles: of conversations, see `TokenStream`.
 
     Raises:
         UserError: a split is empty.
@@ -66,27 +86,26 @@ def write_corpus(
     except OSError as error:
         raise cannot_write(error, folder) from None
     remove_leftovers(folder.parent, folder.name)
-    write_folder(folder, lambda building: _write(building, parts, tokenizer, request, report))
+    write_folder(
+        folder, lambda building: _write(building, codes, tokenizer, request, report, roles)
+    )
 
 
 def _write(
     folder: Path,
-    parts: Iterable[Part],
+    codes: Iterable[Coded],
     tokenizer: HFTokenizer,
     request: dict[str, Any],
     report: ReadReport,
+    roles: Sequence[int] | None,
 ) -> None:
     vocab_size = vocabulary_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     entries = _save_tokenizer(tokenizer, folder)
-    writers = {name: _StreamWriter(folder, name, dtype, tokenizer.eos_token_id) for name in SPLITS}
-    backend = plain_text(tokenizer)
+    writers = {name: _StreamWriter(folder, name, dtype) for name in SPLITS}
     try:
-        for batch in _batches(parts):
-            texts = [part.text for part in batch]
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            for part, encoding in zip(batch, encodings, strict=True):
-                writers[part.split].add(part, encoding.ids)
+        for code in codes:
+            writers[code.split].add(code)
         for writer in writers.values():
             entries |= writer.finish()
     finally:
@@ -113,6 +132,7 @@ def _write(
         "notes": report.lines(),
         "request": request,
         "files": entries,
+        **({} if roles is None else {"roles": list(roles)}),
     }
     (folder / INDEX).write_text(signed_text(index), encoding="utf-8", newline="")
 
@@ -130,7 +150,19 @@ def _source_rows(
     return rows
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+def code_texts(parts: Iterable[Part], tokenizer: HFTokenizer) -> Iterator[Coded]:
+    """Yield the tokens of pieces of text; a document starts with the separator."""
+    backend, separator = plain_text(tokenizer), tokenizer.eos_token_id
+    for batch in batches(parts):
+        texts = [part.text for part in batch]
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        for part, encoding in zip(batch, encodings, strict=True):
+            ids = [separator, *encoding.ids] if part.first else encoding.ids
+            yield Coded(part.split, part.spec, part.first, ids, len(part.text.encode()))
+
+
+def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Yield the parts in groups of about `BATCH` characters."""
     batch: list[Part] = []
     size = 0
     for part in parts:
@@ -155,25 +187,24 @@ def _save_tokenizer(tokenizer: HFTokenizer, folder: Path) -> dict[str, dict[str,
 class _StreamWriter:
     """Writes and hashes the tokens and the document starts of one split."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, separator: int):
-        self.dtype, self.separator = DTYPES[dtype], separator
+    def __init__(self, folder: Path, split: str, dtype: str):
+        self.dtype = DTYPES[dtype]
         self.names = (f"{split}.tokens", f"{split}.documents")
         self.files = [open(folder / name, "wb") for name in self.names]  # noqa: SIM115 (see close)
         self.hashes = [hashlib.sha256(), hashlib.sha256()]
         self.sources: dict[str, dict[str, int]] = {}  # spec -> its COUNTS
         self.tokens = self.documents = 0
 
-    def add(self, part: Part, ids: list[int]) -> None:
-        counts = self.sources.setdefault(part.spec, dict.fromkeys(COUNTS, 0))
-        if part.first:
+    def add(self, code: Coded) -> None:
+        counts = self.sources.setdefault(code.spec, dict.fromkeys(COUNTS, 0))
+        if code.first:
             self._put(1, np.array([self.tokens], dtype="<i8"))
             self.documents += 1
             counts["documents"] += 1
-            ids = [self.separator, *ids]
-        self._put(0, np.array(ids, dtype=self.dtype))
-        self.tokens += len(ids)
-        counts["tokens"] += len(ids)
-        counts["bytes"] += len(part.text.encode())
+        self._put(0, np.array(code.ids, dtype=self.dtype))
+        self.tokens += len(code.ids)
+        counts["tokens"] += len(code.ids)
+        counts["bytes"] += code.size
 
     def _put(self, which: int, array: np.ndarray) -> None:
         self.hashes[which].update(array.data)
@@ -216,6 +247,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
             )
         if dtype == "uint16" and vocab_size > 1 << 16:
             raise broken(folder / INDEX, f"uint16 cannot hold {vocab_size} ids")
+        roles = None if index.get("roles") is None else tuple(index["roles"])
         for split in SPLITS:
             tokens_file, documents_file = (f"{split}.{kind}" for kind in ("tokens", "documents"))
             tokens = FileArray(folder / tokens_file, DTYPES[dtype], files[tokens_file])
@@ -231,7 +263,8 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
                 raise broken(folder / tokens_file, what)
             if documents[0] != 0 or not documents.rising or documents.largest >= len(tokens):
                 raise broken(folder / documents_file, "no places where documents begin")
-            streams.append(TokenStream(tokens, documents, counts["bytes"], f"{split} of {folder}"))
+            name = f"{split} of {folder}"
+            streams.append(TokenStream(tokens, documents, counts["bytes"], name, roles))
         verify(folder, files, [name for name in files if name.startswith("tokenizer/")])
         if index["fingerprint"] != digest([dtype, [files[name] for name in CONTENT]]):
             raise broken(folder / INDEX, "its files are not those of its fingerprint")

@@ -30,7 +30,7 @@ import re
 import stat
 import sysconfig
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -243,13 +243,22 @@ def without_damaged(sources: Iterable[Source], report: ReadReport) -> list[Sourc
 # ---------------------------------------------------------------------------- the stream
 
 
-def read(sources: Iterable[Source], options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
+Reader = Callable[[Source, ReadOptions, ReadReport], Iterator[Piece]]
+
+
+def read(
+    sources: Iterable[Source],
+    options: ReadOptions,
+    report: ReadReport,
+    reader: Reader | None = None,
+) -> Iterator[Piece]:
     """Yield the documents of `sources` as pieces, except those without a visible character.
 
     Args:
         sources: what to read.
         options: how to read it.
         report: gets what was replaced or left out.
+        reader: reads one source; by default its text.
 
     Raises:
         UserError: an error in a file, with its byte, line or row.
@@ -257,7 +266,7 @@ def read(sources: Iterable[Source], options: ReadOptions, report: ReadReport) ->
     """
     for source in sources:
         documents = 0
-        for piece in _pieces(_texts(source, options, report)):
+        for piece in (reader or _text_pieces)(source, options, report):
             documents += piece.first
             yield piece._replace(spec=source.spec)
         if not documents and source.spec != "stdlib":  # many of its modules are empty
@@ -266,6 +275,10 @@ def read(sources: Iterable[Source], options: ReadOptions, report: ReadReport) ->
         raise IntegrityError(
             f"{report.skipped} of {report.records} records are bad, more than 1 %: repair the data"
         )
+
+
+def _text_pieces(source: Source, options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
+    return _pieces(_texts(source, options, report))
 
 
 def _texts(source: Source, options: ReadOptions, report: ReadReport) -> Iterator[Piece]:

@@ -17,6 +17,13 @@ from typing import Any
 
 from spectral_window.data import shards
 from spectral_window.data.blocks import PackedBlocks, ShuffledBlocks, TokenStream
+from spectral_window.data.chat import (
+    add_chat,
+    code_conversations,
+    conversation_pieces,
+    role_ids,
+    turns,
+)
 from spectral_window.data.formats import SHOWN, ReadOptions, ReadReport, some
 from spectral_window.data.holdout import (
     Part,
@@ -28,6 +35,7 @@ from spectral_window.data.holdout import (
 )
 from spectral_window.data.sources import (
     Piece,
+    Reader,
     Source,
     file_identity,
     find_sources,
@@ -125,6 +133,7 @@ def prepare(
     skip_bad: bool = False,
     drop_shared: bool = False,
     max_bytes: int | None = None,
+    chat: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Corpus:
@@ -148,6 +157,8 @@ def prepare(
         drop_shared: leave out training documents that are in `valid_sources` too; without it they
             are an error. The index counts all that is replaced or left out.
         max_bytes: stop after the document that reaches this many bytes of text, for `hub:`.
+        chat: the sources hold conversations (see chat.py), which become documents for rows of this
+            many tokens; the tokenizer gets the tokens of conversations that it lacks.
         overwrite: replace a folder that was prepared by another request, or is damaged.
         progress: called as `progress(stage, done, total)` in bytes of text; the stages are
             "reading", "tokenizer" (for bpe) and "tokens"; total is None while unknown.
@@ -180,7 +191,9 @@ def prepare(
         "seed": seed,
         "max_bytes": max_bytes,
         **asdict(options),
-        **({"drop_shared": True} if drop_shared else {}),  # folders older than it stay the same
+        # folders older than these stay the same
+        **({"drop_shared": True} if drop_shared else {}),
+        **({} if chat is None else {"chat": chat}),
     }
     if shards.reusable(folder, request, overwrite):
         try:
@@ -189,13 +202,27 @@ def prepare(
             if not overwrite:
                 raise
 
-    texts = _Texts(train, valid, options, max_bytes, progress, drop_shared)
+    reader = None if chat is None else conversation_pieces
+    texts = _Texts(train, valid, options, max_bytes, progress, drop_shared, reader)
     survey = texts.survey(valid_fraction, seed)
     split = Split(seed) if valid else choose_split(survey, valid_fraction, seed)
+    if chat is not None and split.cut_after:
+        raise UserError(
+            f"one conversation ({train[0].name}): give a second one to hold out, or name valid"
+        )
     if tokenizer is None:
-        tokenizer = load_tokenizer(tokenizer_spec, train_texts=texts.sample(split, survey))
+        sample = texts.sample(split, survey)
+        if chat is not None:
+            sample = (content for text in sample for _, content in turns(text))
+        tokenizer = load_tokenizer(tokenizer_spec, train_texts=sample)
     report = ReadReport(notes=notes, damaged=texts.damaged)
-    shards.write_corpus(folder, texts.parts(split, survey, report), tokenizer, request, report)
+    parts = texts.parts(split, survey, report)
+    if chat is None:
+        codes, roles = shards.code_texts(parts, tokenizer), None
+    else:
+        add_chat(tokenizer)
+        codes, roles = code_conversations(parts, tokenizer, chat, report), role_ids(tokenizer)
+    shards.write_corpus(folder, codes, tokenizer, request, report, roles)
     return open_corpus(folder)
 
 
@@ -210,6 +237,7 @@ class _Texts:
         max_bytes: int | None,
         progress: Progress | None,
         drop_shared: bool = False,
+        reader: Reader | None = None,
     ):
         self.identity = file_identity(train + valid)
         report = ReadReport()
@@ -218,7 +246,8 @@ class _Texts:
         self.damaged = report.damaged
         self.train, self.valid, self.options = train, valid, options
         self.max_bytes, self.progress, self.drop_shared = max_bytes, progress, drop_shared
-        held_out = read(valid, options, ReadReport())
+        self.reader = reader
+        held_out = read(valid, options, ReadReport(), reader)
         self.held_out_keys = {document_key(piece.text, 0) for piece in held_out if piece.first}
         if valid and not self.held_out_keys:
             raise UserError("no documents in valid_sources: they hold nothing but white space")
@@ -231,7 +260,7 @@ class _Texts:
         shared: list[str] = []  # places of documents that are held-out text
         include = True
         report = report or ReadReport()
-        for piece in read(self.train, self.options, report):
+        for piece in read(self.train, self.options, report, self.reader):
             if piece.first:
                 if self.max_bytes is not None and done >= self.max_bytes:
                     break
@@ -277,7 +306,7 @@ class _Texts:
         """Yield all text in pieces, each with its split."""
         total = survey.bytes if survey.complete else self.max_bytes
         yield from split.assign(self.training("tokens", total, report))
-        for piece in read(self.valid, self.options, report):
+        for piece in read(self.valid, self.options, report, self.reader):
             yield Part("valid", piece.text, piece.first, piece.spec)
         before = set(map(tuple, self.identity))
         now = file_identity([*self.train, *self.valid])

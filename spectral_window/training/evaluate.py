@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from spectral_window.data.blocks import IGNORED, PackedBlocks, TokenStream
+from spectral_window.data.blocks import IGNORED, TokenStream, blocks_of
 from spectral_window.errors import DivergedError, UserError
 
 
@@ -47,7 +47,7 @@ def evaluate(
     """
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens} (evaluate): give at least 1, or None for all")
-    blocks = PackedBlocks(stream, length, allow_short=True)
+    blocks = blocks_of(stream, length, allow_short=True)
     chosen = spread(
         len(blocks), len(blocks) if max_tokens is None else math.ceil(max_tokens / length)
     )
@@ -81,7 +81,7 @@ def evaluate(
             "the loss on held-out text is not finite (evaluate): the weights are unusable; "
             "use an earlier checkpoint"
         )
-    text_bytes = stream.bytes * tokens / (len(stream) - 1)
+    text_bytes = stream.bytes * tokens / blocks.labels
     loss = total / tokens
     return {
         "loss": loss,

@@ -14,14 +14,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from spectral_window.data.chat import end_ids
+from spectral_window.data.tokenizers import vocabulary_size
 from spectral_window.errors import UserError
 from spectral_window.files import hash_file
-from spectral_window.hf import SWHConfig
+from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.training.loading import load, weight_files
 from spectral_window.training.recipes import Recipe
+
+NOISE = 0.1  # of new embeddings, in standard deviations of the old ones
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Initial:
         fields = self.config.fields().values()
         own = {field.name: getattr(self.config, field.name) for field in fields if field.in_recipes}
         own |= {"tokenizer": str(self.folder), "match": None, "parameters": None}
+        if recipe.chat:
+            own["vocab_size"] = None  # it grows by the tokens of conversations that are missing
         for name, value in (named or {}).items():
             if name in own and value != own[name]:
                 raise UserError(
@@ -60,9 +68,26 @@ class Initial:
                 )
         return recipe.replace(**own)
 
-    def config_for(self, recipe: Recipe) -> SWHConfig:
-        """The model's config, trained at the recipe's length."""
+    def config_for(self, recipe: Recipe, tokenizer: Any) -> SWHConfig:
+        """The model's config, trained at the recipe's length with its text's tokenizer."""
         config = copy.deepcopy(self.config)
         config.training_length = max(config.training_length, recipe.sequence_length)
         config.dtype = None  # it trains in float32, whatever it was saved in
+        if recipe.chat:
+            config.vocab_size = max(config.vocab_size, vocabulary_size(tokenizer))
+            config.eos_token_id = end_ids(tokenizer)
         return config
+
+    def weights_for(self, model: SWHForCausalLM) -> dict[str, Tensor]:
+        """The weights for a model of `config_for`; its new tokens get rows beside the mean of the
+        others, which say as little as possible and yet differ."""
+        wanted, generator = model.state_dict(), torch.Generator().manual_seed(0)
+        weights = dict(self.weights)
+        for name, rows in weights.items():
+            if len(wanted[name]) > len(rows):
+                more = torch.randn(
+                    (len(wanted[name]) - len(rows), *rows.shape[1:]), generator=generator
+                )
+                new = rows.mean(0) + NOISE * rows.std(0) * more
+                weights[name] = torch.cat((rows, new))
+        return weights

@@ -32,7 +32,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from spectral_window.data.blocks import IGNORED, PackedBlocks, ShuffledBlocks
+from spectral_window.data.blocks import IGNORED, ShuffledBlocks, blocks_of
 from spectral_window.data.text import Corpus
 from spectral_window.errors import DivergedError, IntegrityError, UserError
 from spectral_window.ops.cuda_graphs import Replayed
@@ -85,7 +85,7 @@ class Loop:
         self.recipe, self.model, self.corpus, self.folder = recipe, model, corpus, folder
         self.about, self.world, self.stop, self.confirm = about, world, stop, confirm
         self.metrics, self.progress = metrics, progress
-        self.blocks = PackedBlocks(corpus.train, recipe.sequence_length)
+        self.blocks = blocks_of(corpus.train, recipe.sequence_length)
         self.accelerator = _accelerator(device, recipe.dtype)
         model.to(self.accelerator.device).train()
         if recipe.gradient_checkpointing:

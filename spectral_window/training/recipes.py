@@ -108,6 +108,9 @@ class Recipe:
     )
     skip_bad: bool = _setting(False, "skip records that cannot be read")
     drop_shared: bool = _setting(False, "leave out of training what valid holds too")
+    chat: bool = _setting(
+        False, "data holds conversations, of which the assistant's turns are learned", always=False
+    )
     # Fields of SWHConfig, read-only: those of every model, and those of its parts.
     # vocab_size None: the tokenizer's.
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)

@@ -30,6 +30,7 @@ def prepare_text(
         skip_bad=recipe.skip_bad,
         drop_shared=recipe.drop_shared,
         max_bytes=recipe.max_bytes,
+        chat=recipe.sequence_length if recipe.chat else None,
         progress=(progress or Silent()).prepare,
         overwrite=overwrite,
     )

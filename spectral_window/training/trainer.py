@@ -31,7 +31,8 @@ from typing import Any
 
 import transformers
 
-from spectral_window.data.blocks import PackedBlocks
+from spectral_window.data.blocks import blocks_of
+from spectral_window.data.chat import end_ids
 from spectral_window.data.text import Corpus
 from spectral_window.data.tokenizers import SMALLEST
 from spectral_window.errors import IntegrityError, UserError
@@ -109,9 +110,9 @@ def train(
             if init is None:
                 config = model_config(recipe, vocab_size, data.tokenizer)
             else:
-                config = init.config_for(recipe)
+                config = init.config_for(recipe, data.tokenizer)
             check_memory(recipe, config, device, world.size)
-            PackedBlocks(data.train, recipe.sequence_length)  # too little text is refused here
+            blocks_of(data.train, recipe.sequence_length)  # too little text is refused here
             run = _Run(recipe, out, world, data, config, device, progress, command, init, claim)
             start = world.first(lambda: run.find_start(resume))
             claim.began = True
@@ -133,7 +134,7 @@ def model_config(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> SWHC
     if tokenizer is not None:
         fields |= {
             "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
+            "eos_token_id": end_ids(tokenizer),
         }
         if tokenizer.pad_token_id != tokenizer.eos_token_id:  # older tokenizers pad with eos
             fields["pad_token_id"] = tokenizer.pad_token_id
@@ -230,7 +231,7 @@ class _Run:
         transformers.set_seed(self.recipe.seed)
         model = SWHForCausalLM(self.config)
         if start is None and self.init is not None:
-            model.load_state_dict(self.init.weights)
+            model.load_state_dict(self.init.weights_for(model))
         with self._on_signals() as stop:
             transformers.set_seed(self.recipe.seed)  # whatever building the model has drawn
             loop = Loop(
