@@ -96,22 +96,37 @@ def text() -> str:
 
 
 def text_longer() -> str:
-    """Held-out loss on the way through 20 million tokens, of each model's best rate and width."""
+    """Held-out loss on the way through 20 million tokens, seed 0, of each model's best rate and
+    width; in brackets what was stopped before its end."""
     suite = read("memory/lm-small.json")
-    models, sweep = ("Transformer", "SWH", "SWH with memory"), _losses("memory/lm-small.json")
+    models, sweep = list(_LONGER), _losses("memory/lm-small.json")
     curves: dict[str, dict[int, float]] = {}
     runs = [row for row in suite["rows"] if row["part"] == "main"]
-    for run in [*suite["unfinished"], *sorted(runs, key=lambda row: -row["eval_loss"])]:
-        curve = {int(tokens): loss for tokens, loss in run["eval_curve"]}
+    everything = [*runs, *suite["unfinished"]]
+    for model in models:
+        own = [row for row in everything if row["variant"] == model and row["seed"] == 0]
+        longest = max(row["eval_curve"][-1][0] for row in own)
+        late = [row for row in own if row["eval_curve"][-1][0] == longest]
+        run = min(late, key=lambda row: row["eval_curve"][-1][1])
+        curves[model] = {int(tokens): loss for tokens, loss in run["eval_curve"]}
         if "eval_loss" in run:  # over all held-out tokens; the curve is over some of them
-            curve[run["tokens"]] = run["eval_loss"]
-        curves[run["variant"]] = curve
-    lines = [["1.05 million, a schedule of that length", *(f"{sweep[m]:.3f}" for m in models)]]
-    for tokens in (5_120_000, 13_312_000, 20_000_768):
+            curves[model][run["tokens"]] = run["eval_loss"]
+    first = (f"{sweep[m]:.3f}" if m in sweep else "-" for m in models)
+    lines = [["1.05 million, a schedule of that length", *first]]
+    for tokens in (5_120_000, 13_312_000, 18_432_000, 20_000_768):
         cells = [curves[m].get(tokens) for m in models]
         shown = ("stopped before" if loss is None else f"{loss:.3f}" for loss in cells)
         lines.append([f"{tokens / 1e6:.1f} million of 20 million", *shown])
     return markdown(["tokens read", *models], lines)
+
+
+_LONGER = (
+    "Transformer",
+    "SWH",
+    "Transformer, shifted keys",
+    "SWH with memory",
+    "Transformer, short convolutions",
+)
 
 
 # ------------------------------------------------------------------------------- speed

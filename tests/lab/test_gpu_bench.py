@@ -13,14 +13,27 @@ from spectral_window.cli import main
 from spectral_window.lab.bench import gpu
 
 
-def test_ceilings_and_training_steps_are_walked_and_kept(tmp_path):
-    words = ["ceilings", "train", "--device", "cuda", "--dry-run", "--minutes", "600"]
+def test_ceilings_tokens_and_training_steps_are_walked_and_kept(tmp_path):
+    parts = {"ceilings": 3, "decode": 10, "train": 7}
+    words = [*parts, "--device", "cuda", "--dry-run", "--minutes", "600"]
     assert main(["bench", *words, "--out", str(tmp_path)]) == 0
-    for part, least in (("ceilings", 3), ("train", 4)):
+    for part, least in parts.items():
         kept = json.loads((tmp_path / f"{part}.json").read_text())
         assert kept["dry_run"] is True
-        assert len(kept["rows"]) >= least
-        assert all(row["status"] == "ok" for row in kept["rows"])
+        good = [row for row in kept["rows"] if row["status"] == "ok"]
+        assert len(good) >= least
+        others = [row for row in kept["rows"] if row["status"] != "ok"]
+        assert all("(fla)" in row["contestant"] for row in others)  # they need a GPU
+
+
+def test_the_operators_are_checked_at_the_same_time_and_each_row_names_its_check(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gpu, "CHECKS", ("spectral",))  # all are walked in tests/ops
+    assert gpu.run(tmp_path, minutes=600, parts=["check"], dry_run=True, log=print) == []
+    rows = json.loads((tmp_path / "check.json").read_text())["rows"]
+    assert len(rows) >= 10
+    assert all(row["good"] for row in rows)
 
 
 def test_a_part_that_runs_out_of_time_keeps_its_rows_and_is_named(tmp_path, monkeypatch):

@@ -125,6 +125,36 @@ def _equal(config_of: Callable[[SWHConfig, int], PretrainedConfig]) -> Build:
     return build
 
 
+def build_fla(name: str, like: SWHConfig, parameters: int, **sizes: Any) -> nn.Module:
+    """A model of the package `fla`, with all of its fused kernels, for a GPU.
+
+    name: as in fla's config (GatedDeltaNet, KDA, Mamba2). It has `parameters` in all, as near as
+    the width of its feed-forward layers allows (Mamba2, which has none: its number of layers).
+    sizes: other fields of that config. Raises ImportError where fla is not installed.
+    """
+    import fla.models as library
+
+    grows = "num_hidden_layers" if name == "Mamba2" else "intermediate_size"
+
+    def config_of(size: int) -> Any:
+        fields = {"num_hidden_layers": like.num_hidden_layers, **sizes, grows: size}
+        return getattr(library, f"{name}Config")(
+            hidden_size=like.hidden_size, vocab_size=like.vocab_size, **fields
+        )
+
+    def count(size: int) -> int:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config_of(size))
+        return sum(p.numel() for p in model.parameters())
+
+    low, high = (1, 2) if name == "Mamba2" else (64, 128)
+    each = (count(high) - count(low)) / (high - low)
+    size = max(low, low + round((parameters - count(low)) / each))
+    if name != "Mamba2":
+        size = max(64, size // 8 * 8)  # what tensor cores multiply without padding
+    return AutoModelForCausalLM.from_config(config_of(size))
+
+
 def count_inner(model: Any) -> int:
     """Parameters beside embedding and head."""
     outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -118,13 +117,6 @@ def precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _compile_at_once(calls: Sequence[Callable[[], Any]]) -> None:
-    """Run calls in threads: compiling takes most of their time. What fails will fail again."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        for each in [pool.submit(call) for call in calls]:
-            each.exception()
-
-
 # ---------------------------------------------------------------- check
 
 
@@ -134,16 +126,6 @@ def check(device: str = "cuda", quick: bool = False) -> Iterator[Row]:
     base = TOY if quick else (4, 4097, *WIDE[2:])
     small = TOY if quick else SMALL
     full, half = torch.float32, torch.bfloat16
-    if device != "cpu":
-        short = (base[0], 65, *base[2:])
-        _compile_at_once(
-            [
-                partial(_errors, device, short, full),
-                partial(_errors, device, short, half),
-                partial(_errors, device, (small[0], 65, *small[2:]), full),
-                partial(_documents, device, (base[0], 130, *base[2:])),
-            ]
-        )
     for dtype in (full, half):
         about: Row = {"dtype": str(dtype)[6:], "shape": list(base)}
         yield measured("float64", about, _errors, device, base, dtype)
@@ -295,11 +277,6 @@ def bench(device: str = "cuda", quick: bool = False, seconds: float = 0.3) -> It
     cases = [(shape, dtype) for shape in shapes for dtype in (torch.bfloat16, torch.float32)]
     if not quick:
         cases.append((SMALL, torch.float32))
-    if device != "cpu":
-        at_once = [
-            partial(_call, _ours, draw(device, shape, dtype), True) for shape, dtype in cases
-        ]
-        _compile_at_once(at_once)
     for shape, dtype in cases:
         yield from compare(device, shape, dtype, quick, seconds)
 

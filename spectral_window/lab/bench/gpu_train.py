@@ -25,7 +25,7 @@ from torch import nn
 
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
-from spectral_window.lab.baselines.models import BASELINES
+from spectral_window.lab.baselines.models import BASELINES, build_fla
 from spectral_window.lab.bench.timing import Call, graphed, reason, time_on
 from spectral_window.lab.jobs import Row
 from spectral_window.nn.memory import recommended
@@ -72,30 +72,8 @@ def _llama(config: SWHConfig) -> nn.Module:
 
 
 def _fla(name: str, **sizes: Any) -> Callable[[SWHConfig], nn.Module]:
-    """A model of the package `fla`, with the MLP (or the number of layers) that makes it equal."""
-
     def build(config: SWHConfig) -> nn.Module:
-        import fla.models as library
-        from transformers import AutoModelForCausalLM
-
-        def config_of(size: int) -> Any:
-            grows = "num_hidden_layers" if name == "Mamba2" else "intermediate_size"
-            fields = {"num_hidden_layers": config.num_hidden_layers, **sizes, grows: size}
-            return getattr(library, f"{name}Config")(
-                hidden_size=config.hidden_size, vocab_size=config.vocab_size, **fields
-            )
-
-        def weights(size: int) -> int:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config_of(size))
-            return sum(p.numel() for p in model.parameters())
-
-        low, high = (1, 2) if name == "Mamba2" else (64, 128)
-        each = (weights(high) - weights(low)) / (high - low)
-        size = max(1, low + round((count(config) - weights(low)) / each))
-        if name != "Mamba2":
-            size = max(64, size // 8 * 8)
-        return AutoModelForCausalLM.from_config(config_of(size))
+        return build_fla(name, config, count(config), **sizes)
 
     return build
 
@@ -188,6 +166,8 @@ def bench(
             for way in CONTESTANTS[name].ways:
                 if way not in ways or (way != "compiled" and length > 16_384):
                     continue
+                if quick and way == "compiled" and name != names[0]:
+                    continue  # a dry run compiles once
                 key = f"{name}, {way}"
                 try:
                     if device.type == "cuda":

@@ -11,6 +11,7 @@ several; a model that has no row there is left out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PLAN = lm.Plan(VARIANTS, ("sweep", "main", "seeds", "branches"), tuple(NEAREST), tuple(VARIANTS))
 FEW = lm.Plan(NEAREST, ("sweep", "main", "seeds"), tuple(NEAREST))  # of the quick version
 TITLES = {
+    "stopped": "as far as all of these came, 65,536 held-out tokens",
     "main": "all tokens",
     "branches": "a quarter of the tokens",
     "sweep": "the sweep",
@@ -70,8 +72,27 @@ def run(
 def write(results: Mapping[str, Any], out: Path, name: str) -> None:
     """out/NAME.md and out/NAME.png of the rows of a suite; nothing where there are none."""
     if rows := results.get("rows"):
+        rows = [*rows, *stopped(rows, results.get("unfinished", ()))]
         write_text(out / f"{name}.md", table(rows))
         figure(rows, out / f"{name}.png")
+
+
+def stopped(rows: Rows, unfinished: Rows) -> list[dict[str, Any]]:
+    """Rows of the part "stopped": the main runs, among them those that were stopped after nine
+    tenths of their tokens, each at the last evaluation that all of them have."""
+    main = [row for row in rows if row["part"] == "main"]
+    whole = max((row["tokens"] for row in main), default=0)
+    late = [row for row in unfinished if row["part"] == "main" and row["tokens"] > 0.9 * whole]
+    if not late or not main:
+        return []
+    last = min(row["eval_curve"][-1][0] for row in late)
+    cut = []
+    for row in (*main, *late):
+        curve = [point for point in row["eval_curve"] if point[0] <= last]
+        if curve and curve[-1][0] == last:
+            at = {"part": "stopped", "tokens": int(last), "eval_loss": curve[-1][1]}
+            cut.append({**row, **at, "eval_curve": curve})
+    return cut
 
 
 def ends(rows: Rows, part: str) -> dict[str, tuple[float, list[Mapping[str, Any]]]]:
@@ -140,7 +161,7 @@ def figure(rows: Rows, path: Path) -> Path:
             )
         )
     about = "held-out text, nats per token, equal parameters; a dot a seed"
-    return sheet(panels, min(2, len(panels)), about, path)
+    return sheet(panels, min(2, len(panels)), about, path, margin=1.1, legend_columns=2)
 
 
 def _curves(models: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -157,10 +178,12 @@ def _color(variant: str) -> str:
 
 
 def _paint_curves(axes: Axes, curves: Mapping[str, list[Any]]) -> None:
+    styles = itertools.cycle(("--", ":", "-.", (0, (1, 3)), "-"))  # of those in one colour
     for variant, points in curves.items():
         late = [(tokens, loss) for tokens, loss in points if tokens > 0.05 * points[-1][0]]
         color = _color(variant)
-        axes.plot(*zip(*late, strict=True), color=color, lw=1.6, label=variant)
+        style: Any = next(styles) if color == MUTED else "-"
+        axes.plot(*zip(*late, strict=True), color=color, ls=style, lw=1.6, label=variant)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
     axes.set_xlabel("training tokens")
