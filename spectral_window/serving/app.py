@@ -29,6 +29,7 @@ from spectral_window.errors import (
     ResourceError,
     SpectralWindowError,
     UserError,
+    is_out_of_memory,
 )
 from spectral_window.serving import protocol
 from spectral_window.serving.protocol import ChatRequest, CompletionRequest
@@ -218,6 +219,8 @@ def explain(error: Exception) -> tuple[int, dict[str, Any]]:
     for kind, status, name, code in ANSWERS:
         if isinstance(error, kind):
             return status, protocol.error(message, name, code=code)
+    if is_out_of_memory(error):
+        return 507, protocol.error("out of memory (server): ask for less, or later", "server_error")
     return 500, protocol.error(f"{type(error).__name__}: {message} (a bug)", "server_error")
 
 

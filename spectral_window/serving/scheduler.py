@@ -17,6 +17,7 @@ Nothing here knows HTTP. Pieces are handed over by `post`, once a round.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ from spectral_window.errors import ResourceError, UserError
 from spectral_window.generation.decoding import Sampling, StopFilter, TextStream
 from spectral_window.generation.engine import Engine, Row, RowsDivergedError
 from spectral_window.serving.prefixes import Prefixes, digests
+
+_log = logging.getLogger("spectral_window")
 
 SEGMENT = 256  # tokens of a prompt read at once, beside others that write
 READ_TOKENS = 512  # of all prompts, between two tokens of those that write
@@ -310,6 +313,7 @@ class Scheduler:
                 self._read()
                 self._write([job for job in self.running if not job.reading])
             except Exception as error:  # a bug: those that run end with it, and the server goes on
+                _log.error("a bug ended %d texts: %r", len(self.running), error)
                 for job in list(self.running):
                     self._fail(job, error)
             self._hand_over()

@@ -233,16 +233,26 @@ class Service:
         if session is not None:
             (job,) = jobs
             assert self.sessions is not None
-            self._continue(job, session, str(request.session_id))
+            self._continue(job, session, str(request.session_id), shown=bool(request.stream))
         answer.jobs = jobs
         self.scheduler.submit(jobs)
 
-    def _continue(self, job: Job, session: Session, name: str) -> None:
-        """Let a job go on with a session, keep it at the end, and release it then."""
+    def _continue(self, job: Job, session: Session, name: str, *, shown: bool) -> None:
+        """Let a job go on with a session, keep it at the end, and release it then.
+
+        Args:
+            job: the job.
+            session: the session.
+            name: its name.
+            shown: the client sees the text as it is written; so if it goes, what it saw is kept.
+                A client that saw nothing asks again, and finds the session as it was.
+        """
         sessions, deliver = self.sessions, job.receive
         assert sessions is not None
 
         def keep() -> None:
+            if job.cancelled and not shown:
+                return
             session.ended, session.tail = job.ended, ""
             sessions.save(name, session)
 

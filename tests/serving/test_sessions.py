@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import shutil
 from pathlib import Path
 
@@ -121,6 +123,24 @@ def test_two_requests_at_once_for_one_session_are_409(serve, tmp_path):
         lines.close()
     until(lambda: service.scheduler.idle)
     # The client went: what it was sent is kept, and the session is free.
+    assert go_on(address, "")
+
+
+def test_a_client_that_goes_before_its_answer_finds_the_session_as_it_was(serve, tmp_path):
+    """It saw nothing and asks again: the prompt is not read twice."""
+    address, service = serve(sessions=tmp_path, limits=Limits(new_tokens=10**6))
+    go_on(address, "hello", seed=1)
+    (file,) = tmp_path.glob("*.session")
+    before = file.read_bytes()
+    body = {"prompt": "lost", "session_id": "mine", "max_tokens": 10**6, "ignore_eos": True}
+    content = json.dumps(body)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", content, headers)
+    until(lambda: any(job.made for job in service.scheduler.running))
+    connection.close()
+    until(lambda: service.scheduler.idle)
+    assert file.read_bytes() == before
     assert go_on(address, "")
 
 
