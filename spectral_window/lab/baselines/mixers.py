@@ -10,11 +10,12 @@ all, so a difference is the mixer's; `models.py` has whole models.
     rg_lru           RecurrentGemma's gated linear recurrence (Griffin)
     gated_deltanet   Qwen3-Next's gated delta rule
     kimi_delta       Kimi Linear's delta rule with a decay per channel
+    conv_memory      our memory after the convolutions of conv_attention: to be tried, no baseline
 
-All but the first are transformers' own modules, made from its configs at the proportions that
-those have by default, in plain torch where their kernels are missing. Maps start as all maps here
-do (`initializer_range`), everything else as their library starts it. They read whole rows of one
-document, and nothing generates with them. Importing this file registers them:
+All but the first and the last are transformers' own modules, made from its configs at the
+proportions that those have by default, in plain torch where their kernels are missing. Maps start
+as all maps here do (`initializer_range`), everything else as their library starts it. They read
+whole rows of one document, and nothing generates with them. Importing this file registers them:
 
     spectral-window --plugin spectral_window.lab.baselines.mixers train small mixer=gated_deltanet
 """
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel
 from spectral_window.errors import UserError
 from spectral_window.nn.attention import AttentionMixer
 from spectral_window.nn.kernels import Filter, float32_parameter, initialize
+from spectral_window.nn.memory import MemoryMixer
 from spectral_window.nn.mixers import MIXERS, ROPE_THETA, Mixer, register
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps
@@ -263,6 +265,33 @@ class ConvAttention(Baseline):
         mapped = getattr(self, f"{each}_proj")(x)
         convolution = getattr(self, f"{each}_conv")
         return convolution.convolve(mapped, state=None, positions=None, method="auto")[0]
+
+
+@register("conv_memory")
+class ConvMemory(MemoryMixer):
+    """`memory` with a short convolution on queries, keys and values each, as in `ConvAttention`: a
+    trial of what overtook it on text. It has no state to continue from yet."""
+
+    label = "SWH with memory, short convolutions"
+    constant_state = False  # long rows are not read in segments
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        dim = self.hidden_size
+        self.q_conv, self.v_conv = Convolution(dim), Convolution(dim)
+        self.k_conv = Convolution(dim, self.num_heads // 2 * self.head_dim)
+
+    def _local(
+        self, projected: list[Tensor], documents: Documents | None, state: Any
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        refuse_state(self, documents, state)
+        *qkv, gates = projected
+        filters = self.q_conv, self.k_conv, self.v_conv
+        q, k, v = (
+            each.convolve(x, state=None, positions=None, method="auto")[0]
+            for each, x in zip(filters, qkv, strict=True)
+        )
+        return super()._local([q, k, v, gates], None, None)
 
 
 BASELINES = tuple(name for name, mixer in MIXERS.items() if issubclass(mixer, Baseline))

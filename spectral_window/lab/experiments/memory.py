@@ -34,6 +34,7 @@ NEAREST = {name: lm.VARIANTS[name] for name in lm.BOTH} | {
 VARIANTS: dict[str, dict[str, Any]] = {
     **NEAREST,
     "SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"},
+    "SWH with memory, short convolutions": {"mixer": "conv_memory"},
     **{MIXERS[name].label: {"mixer": name} for name in BASELINES},
 }
 PLAN = lm.Plan(VARIANTS, ("sweep", "main", "seeds", "branches"), tuple(NEAREST), tuple(VARIANTS))
