@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from spectral_window import SWHConfig, SWHForCausalLM
+from spectral_window.data.chat import add_chat, end_ids
 from spectral_window.data.tokenizers import load_tokenizer
 from spectral_window.nn.kernels import KERNELS
 
@@ -72,6 +76,72 @@ def test_finetune_lora(run, model, tmp_path):
         names = list(weights.keys())
     assert names
     assert all("lora_" in name for name in names)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("examples") / "chat"
+    tokenizer = add_chat(load_tokenizer("bytes"))
+    fields = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end_ids(tokenizer)}
+    config = SWHConfig(**fields, **ends, num_attention_heads=2, window=4, mixer="memory")
+    SWHForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+def test_finetune_sft(run, chat_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "messages.jsonl"
+    talks = [[turn("user", f"{i}?"), turn("assistant", f"{i}!" * (i % 5 + 1))] for i in range(40)]
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    assert "mean loss" in run("finetune_sft.py", chat_model, file, tmp_path / "sft", 3)
+    assert (tmp_path / "sft" / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_finetune_dpo(run, chat_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "pairs.jsonl"
+    pairs = [
+        {
+            "prompt": [turn("user", f"{i}?")],
+            "chosen": [turn("assistant", "yes")],
+            "rejected": [turn("assistant", "no")],
+        }
+        for i in range(16)
+    ]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    shown = run("finetune_dpo.py", chat_model, file, tmp_path / "dpo", 6)
+    first, last = map(float, re.findall(r"-?[0-9.]+[0-9]", shown.split("margin between")[1]))
+    assert first == 0  # the model is its own reference
+    assert last > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_trl_packs_without_padding_does_not_leak(chat_model):
+    """TRL joins documents into one row, with position_ids, cu_seq_lens and seq_idx."""
+    collator = pytest.importorskip("trl.trainer.sft_trainer").DataCollatorForLanguageModeling
+    model = SWHForCausalLM.from_pretrained(chat_model).eval()
+    numbers = torch.Generator().manual_seed(1)
+    documents = [torch.randint(0, 250, (n,), generator=numbers).tolist() for n in (13, 1, 9, 22)]
+    batch = collator(pad_token_id=255, padding_free=True)([{"input_ids": d} for d in documents])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    assert {"position_ids", "cu_seq_lens_q"} <= set(inputs)
+    alone = [model(torch.tensor([d])).logits[0] for d in documents]
+    bounds = tuple(name for name in inputs if name not in ("input_ids", "position_ids"))
+    for left_out in ((), ("position_ids",), bounds):
+        given = {name: value for name, value in inputs.items() if name not in left_out}
+        packed = model(**given, use_cache=False).logits[0].split([len(d) for d in documents])
+        for one, other in zip(packed, alone, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    together = model(batch["input_ids"]).logits[0]
+    assert not torch.allclose(together[13:], torch.cat(alone)[13:], atol=1e-3)
 
 
 def test_generate_with_session(run, model, tmp_path):

@@ -37,6 +37,7 @@ ONLY_IN = {
     "numba": ("ops/compiled/",),
     "triton": ("ops/triton_",),
     "datasets": ("data/",),
+    "lm_eval": ("training/judge.py",),
     "typer": ("cli/", "commands/"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic"), ("serving/",)),
     "prometheus_client": ("serving/",),

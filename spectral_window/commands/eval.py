@@ -43,17 +43,41 @@ def run(
             help="Tokens a sequence. Default: what the run was trained with.",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Instead of text: tasks of lm-eval (pip install 'spectral-window[judge]'), by "
+            "name or as .yaml files.",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, metavar="T", help="With --tasks: tokens of a question at most. Default: all."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --tasks: questions a task. Default: all."),
+    ] = None,
     json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Measure a model on text: loss (nats a token), perplexity and bits per byte."""
+    """Measure a model on text (loss in nats a token, perplexity, bits per byte) or on tasks."""
     from spectral_window.data.sources import find_sources
     from spectral_window.data.text import open_corpus
     from spectral_window.training.evaluate import evaluate
     from spectral_window.training.loading import load, read_run
 
+    if tasks is not None:
+        if data or length or max_tokens:
+            raise UserError("--tasks beside --data, --length or --max-tokens (eval): give one")
+        return _judge(model, tasks, max_length, limit, json, device)
+    if max_length or limit:
+        raise UserError("--max-length or --limit without --tasks (eval): they are of tasks")
     notes: list[str] = []
     data = data or []
     sources = find_sources(data, notes) if data else []  # refused before the model loads
@@ -98,6 +122,35 @@ def run(
     ]
     title = f"{loaded.folder} on {' '.join(data) or summary['data']}"
     return print_table(title, ("", ""), rows, numbers=False)
+
+
+def _judge(
+    model: str, tasks: str, max_length: int | None, limit: int | None, json: bool, device: str
+) -> None:
+    from spectral_window.training.judge import judge
+    from spectral_window.training.loading import load
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("no task (--tasks): name some, as hellaswag,lambada_openai")
+    loaded = load(model, device=device)
+    warn(loaded.notes)
+    found = judge(loaded, names, max_length=max_length, limit=limit)
+    scores = {
+        task: {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        for task, values in found["results"].items()
+    }
+    counts = {task: n["effective"] for task, n in found["n-samples"].items()}
+    if json:
+        settings = {"model": str(loaded.folder), "max_length": max_length}
+        return print_json({**settings, "questions": counts, "results": scores})
+    rows = [
+        (task, key.removesuffix(",none"), f"{value:.4f}", f"{counts.get(task, 0):,}")
+        for task, values in scores.items()
+        for key, value in values.items()
+        if "stderr" not in key and key != "sample_len"
+    ]
+    return print_table(str(loaded.folder), ("task", "measure", "score", "questions"), rows)
 
 
 def _check_text(run: Run, fingerprint: str) -> None:
