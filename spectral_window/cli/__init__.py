@@ -25,7 +25,7 @@ from spectral_window.cli import errors
 from spectral_window.cli.errors import PROGRAM
 from spectral_window.cli.program import app
 from spectral_window.errors import SpectralWindowError
-from spectral_window.training.interrupt import asked, raise_on_signals
+from spectral_window.training.interrupt import Interrupted, asked, raise_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 traceback.print_exc()
             signum = asked()
+            paused = isinstance(error, Interrupted) and error.checkpoint is not None
             if signum and not isinstance(error, (SpectralWindowError, KeyboardInterrupt)):
                 # An import turned what the signal raised into an error of its own.
                 line, code = "interrupted", 128 + signum
             else:
                 line, code = errors.explain(error)
-            errors.print_message(line)
+            errors.print_message(line, "" if paused else "error: ")
     _discard_unwritable_stdout()
     return code
 

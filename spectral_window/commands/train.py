@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectral_window.cli.options import Debug, Threads
 from spectral_window.cli.output import log
 from spectral_window.errors import UserError
+
+if TYPE_CHECKING:
+    from spectral_window.training.loading import Run
 
 EXAMPLE = "train tiny steps=500 lr=1e-3 --data texts/ --out runs/mine"
 
@@ -20,7 +24,9 @@ def run(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE", help="demo, tiny, small, memory or paper-lm: see `info RECIPE`."
+            metavar="RECIPE",
+            help="demo, tiny, small, memory or paper-lm: see `info RECIPE`. With --resume also a "
+            "run's folder, which holds everything else.",
         ),
     ],
     overrides: Annotated[
@@ -92,22 +98,31 @@ def run(
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Train a model on text. Ctrl-C saves a checkpoint, and --resume goes on from it."""
+    """Train a model on text. Ctrl-C saves a checkpoint, and --resume RUN goes on from it."""
     from spectral_window.training.folder import check
     from spectral_window.training.initial import Initial
     from spectral_window.training.machine import keep_memory
     from spectral_window.training.progress import RichProgress
-    from spectral_window.training.recipes import read_overrides, resolve
+    from spectral_window.training.recipes import Recipe, read_overrides, resolve
     from spectral_window.training.trainer import train
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite (train): one keeps what is there, the other not")
     if data and chat:
         raise UserError("--data and --chat (train): a run learns from one of them")
-    settings = resolve(recipe, overrides or [])
+    run = _find_run(recipe) if resume else None
+    if run is None:
+        settings, command = resolve(recipe, overrides or []), context.obj
+        folder = out if out is not None else Path("runs") / settings.name
+    else:
+        if out is not None:
+            raise UserError(f"--out {out} (train): {run.folder} is the run to resume; leave it out")
+        assert run.recipe is not None
+        settings = Recipe.from_dict(run.recipe).replace(**read_overrides(overrides or []))
+        folder, init, command = run.folder, init or run.init, run.command
+        corpus = corpus or (None if run.tokens is None else Path(run.tokens))
     if chat:
         settings = settings.replace(chat=True, data=tuple(chat))
-    folder = out if out is not None else Path("runs") / settings.name
     check(folder, resume, overwrite)  # before a model is read, which can take long
     initial = None if init is None else Initial.read(init)
     if initial is not None:
@@ -123,8 +138,22 @@ def run(
         overwrite=overwrite,
         corpus=corpus,
         progress=RichProgress(),
-        command=context.obj,
+        command=command,
         init=initial,
     )
     asked, what = ("--chat 'Hi'", "answers") if settings.chat else ("'Once'", "writes")
     log(f"spectral-window generate {shlex.quote(str(folder))} {asked}    {what} with the model")
+
+
+def _find_run(name: str) -> Run | None:
+    """Find the run that is named in place of a recipe; None for a recipe's name."""
+    from spectral_window.training.loading import read_run
+    from spectral_window.training.recipes import RECIPES
+
+    folder = Path(os.path.expanduser(name))
+    if name in RECIPES or not folder.is_dir():
+        return None
+    run = read_run(folder)
+    if run is None or run.recipe is None:
+        raise UserError(f"no run to resume ({folder}): type its whole command, with --resume")
+    return run

@@ -42,13 +42,16 @@ class Interrupted(KeyboardInterrupt):
     """Training stopped because of a signal.
 
     `exit_code` is 130 (SIGINT) or 143 (SIGTERM); `checkpoint` is the folder to resume from, or None
-    if it was stopped at once. todo: how to go on, in words.
+    if it was stopped at once. With a checkpoint it is a pause, and reads like one. todo: how to go
+    on, in words. step: the last step that is in the checkpoint.
     """
 
-    def __init__(self, signum: int, checkpoint: Path | None = None, todo: str = "") -> None:
+    def __init__(
+        self, signum: int, checkpoint: Path | None = None, todo: str = "", step: int = 0
+    ) -> None:
         name = signal.Signals(signum).name
-        what = f"checkpoint saved ({checkpoint})" if checkpoint else "stopped at once"
-        super().__init__(": ".join(part for part in (name, what, todo) if part))
+        what = f"stopped at step {step}" if checkpoint else f"{name}: stopped at once"
+        super().__init__("; ".join(part for part in (what, todo) if part))
         self.signum, self.exit_code, self.checkpoint = signum, 128 + signum, checkpoint
 
 

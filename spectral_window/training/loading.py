@@ -50,12 +50,16 @@ class Run(NamedTuple):
 
     folder: the run folder. recipe: its values, or None where none are recorded. data_fingerprint:
     names the prepared text, see `data.text.Corpus`. command: the command line that trained it.
+    init: the model that it began from, or None. tokens: where the prepared text is, or None for in
+    the run folder.
     """
 
     folder: Path
     recipe: dict[str, Any] | None
     data_fingerprint: str | None
     command: str
+    init: str | None = None
+    tokens: str | None = None
 
 
 def read_run(folder: Path) -> Run | None:
@@ -64,12 +68,14 @@ def read_run(folder: Path) -> Run | None:
     if not path.is_file():
         return None
     values = read_json(path)
-    recipe, data = values.get("recipe"), values.get("data")
+    recipe, data, init = (values.get(name) for name in ("recipe", "data", "init"))
     return Run(
         folder,
         recipe if isinstance(recipe, dict) else None,
         data.get("fingerprint") if isinstance(data, dict) else None,
         str(values.get("command", "")),
+        init.get("model") if isinstance(init, dict) else None,
+        values.get("tokens"),
     )
 
 

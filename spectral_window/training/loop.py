@@ -280,9 +280,11 @@ class Loop:
         others = {key: scores[key] for key in ("perplexity", "bits_per_byte")}
         values = {"eval_loss": loss, **others, "eval_tokens": tokens}
         self.metrics.write(self._row(values, self.step))
+        sampled = recipe.eval_tokens is not None and recipe.eval_tokens < len(self.corpus.valid) - 1
+        sample = f" (a sample: {tokens:,} tokens)" if sampled else ""
         self.progress.note(
             f"step {self.step}: held-out loss {loss:.4f}, perplexity "
-            f"{scores['perplexity']:.2f}, {scores['bits_per_byte']:.4f} bits per byte"
+            f"{scores['perplexity']:.2f}, {scores['bits_per_byte']:.4f} bits per byte{sample}"
         )
 
     def _row(self, values: dict[str, Any], step: int) -> dict[str, Any]:

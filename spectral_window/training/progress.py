@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from rich.console import Console
@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 from rich.table import Table
+
+FIRST_STEPS = 5  # from which the time of a training is estimated
 
 
 class Progress(Protocol):
@@ -53,11 +55,22 @@ class Silent:
 
 
 class RichProgress:
-    """Bars on a terminal; elsewhere (a log file) a plain line every `every` seconds."""
+    """Bars on a terminal; elsewhere (a log file) a plain line every `every` seconds. After the
+    first steps a line estimates the time that is left.
 
-    def __init__(self, console: Console | None = None, every: float = 30.0) -> None:
+    clock: the time in seconds.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        every: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console = console or Console(stderr=True)
         self.every = every
+        self._clock = clock
+        self._first: tuple[int, float] | None = None  # the first step, and when it was done
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._stage = ""
@@ -84,6 +97,7 @@ class RichProgress:
             self._bar.update(self._task, description=title, completed=first_step, total=steps)
 
     def step(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
+        self._estimate(step)
         text = "" if loss is None else f"loss {loss:.3f}"
         text += "" if tokens_per_second is None else f"  {tokens_per_second:,.0f} tokens/s"
         if self.console.is_terminal:
@@ -93,6 +107,16 @@ class RichProgress:
             self.console.print(
                 f"{self._title}: step {step} of {self._steps}  {text}", highlight=False
             )
+
+    def _estimate(self, step: int) -> None:
+        """Say once how long the steps that are left will take, as long as the first ones. The very
+        first is not counted: it compiles."""
+        now = self._clock()
+        if self._first is None:
+            self._first = step, now
+        elif step == self._first[0] + FIRST_STEPS and step < self._steps:
+            left = (now - self._first[1]) / FIRST_STEPS * (self._steps - step)
+            self.note(f"about {_duration(left)} to go, without evaluations")
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -112,11 +136,19 @@ class RichProgress:
             self._task = self._bar.add_task("", total=None, size="")
 
     def _due(self, seconds: float) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         if now - self._last < seconds:
             return False
         self._last = now
         return True
+
+
+def _duration(seconds: float) -> str:
+    """A time in the largest unit of which there are two: 90 s, 12 min, 31 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 class _TrainingBar(Bar):

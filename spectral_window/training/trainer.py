@@ -49,6 +49,7 @@ from spectral_window.training.loop import Loop, accumulation
 from spectral_window.training.memory import check_memory
 from spectral_window.training.metrics import MetricsLog
 from spectral_window.training.parallel import World
+from spectral_window.training.plan import describe
 from spectral_window.training.progress import Progress, Silent
 from spectral_window.training.recipes import FREE_ON_RESUME, MATMUL_PRECISIONS, Recipe, defaults
 from spectral_window.training.text import corpus_of, vocabulary_size
@@ -113,7 +114,9 @@ def train(
                 config = init.config_for(recipe, data.tokenizer)
             check_memory(recipe, config, device, world.size)
             blocks_of(data.train, recipe.sequence_length)  # too little text is refused here
-            run = _Run(recipe, out, world, data, config, device, progress, command, init, claim)
+            run = _Run(
+                recipe, out, world, data, config, device, progress, command, init, claim, corpus
+            )
             start = world.first(lambda: run.find_start(resume))
             claim.began = True
             if overwrite:
@@ -163,10 +166,12 @@ class _Run:
         command: str | None,
         init: Initial | None,
         claim: run_folder.Claim,
+        tokens: Path | str | None,
     ) -> None:
         self.recipe, self.out, self.world = recipe, out, world
         self.corpus, self.config, self.init = corpus, config, init
         self.device, self.progress, self.claim = device, progress, claim
+        self.tokens = tokens  # the folder of the prepared text, if it is not in the run's
         self.command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         self.parameters = count_parameters(config)
         self.metrics = MetricsLog(out / "metrics.jsonl" if world.is_first else None, claim.confirm)
@@ -248,6 +253,9 @@ class _Run:
                 confirm=self.claim.confirm,
             )
             self.world.first(lambda: self._record(step))
+            if self.world.is_first:
+                for line in describe(self.recipe, model, self.corpus, self.out):
+                    self.progress.note(line)
             self.progress.note(str(machine.precision(self.recipe.matmul_precision, self.device)))
             if slow := machine.slow_dtype(self.recipe.dtype, self.device):
                 self.progress.note(slow)
@@ -262,7 +270,7 @@ class _Run:
             # A signal during the very last step arrives after the loop has checked for one.
             signum = loop.stopping or stop.signum
         if signum:
-            raise Interrupted(signum, loop.saved, self._how_to_resume())
+            raise Interrupted(signum, loop.saved, self._how_to_resume(), loop.step)
         return self._finish(loop)
 
     @contextlib.contextmanager
@@ -275,12 +283,16 @@ class _Run:
             raise Interrupted(stopped.signum, None, self._how_to_resume()) from None
 
     def _how_to_resume(self) -> str:
-        """How to resume after a signal: the command itself where it is known."""
+        """How to resume after a signal: the command itself where it is known. The run's folder
+        holds all that it needs, but for the program's plugins and the number of threads."""
         words = shlex.split(self.command)
-        if words[:2] != ["spectral-window", "train"] or self.world.size > 1:
-            return "continue with --resume"
-        kept = [word for word in words[2:] if word not in ("--resume", "--overwrite")]
-        return f"continue with: {shlex.join([*words[:2], '--resume', *kept])}"
+        if words[:1] != ["spectral-window"] or "train" not in words or self.world.size > 1:
+            return "go on with --resume"
+        command = [*words[: words.index("train") + 1], "--resume", str(self.out)]
+        if "--threads" in words[:-1]:
+            at = words.index("--threads")
+            command += words[at : at + 2]
+        return f"go on with: {shlex.join(command)}"
 
     def _finished(self, checkpoint: Path) -> dict[str, Any] | None:
         """The result, if the run has ended with `checkpoint` and all files agree; otherwise None,
@@ -318,6 +330,7 @@ class _Run:
                 "model": self.config.to_diff_dict(),
                 "parameters": self.parameters,
                 "data": {"fingerprint": self.corpus.fingerprint, **self.corpus.sizes()},
+                "tokens": None if self.tokens is None else str(self.tokens),
                 "init": self.init and {"model": str(self.init.folder), "sha256": self.init.sha256},
                 "command": self.command,
                 "environment": self._environment(),

@@ -198,13 +198,13 @@ def test_more_steps_of_a_cosine_are_refused_with_what_to_do(recipe, corpus, unin
 
 
 def test_the_command_that_a_signal_tells_goes_on(text_file, tmp_path, uninterrupted):
-    """As it was typed, with what cannot stand beside --resume left out, and quoted for a shell."""
+    """A run's folder is enough: recipe, text, prepared tokens and first model stand in it."""
     import shlex
 
     from spectral_window.training.recipes import resolve
 
-    out = tmp_path / "a run"
-    overrides = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=6", "warmup_steps=1"]
+    out, tokens = tmp_path / "a run", tmp_path / "tokens"
+    overrides = ["steps=6", "warmup_steps=1"]
     words = [
         "train",
         "tiny",
@@ -215,16 +215,30 @@ def test_the_command_that_a_signal_tells_goes_on(text_file, tmp_path, uninterrup
         "--out",
         str(out),
     ]
-    recipe = resolve("tiny", overrides).replace(data=(str(text_file),))
+    first = Initial.read(uninterrupted)
+    recipe = first.adopt(resolve("tiny", overrides)).replace(data=(str(text_file),))
     with pytest.raises(Interrupted) as caught:
         train(
             recipe, out, overwrite=True, command=shlex.join(["spectral-window", *words]),
+            init=first, corpus=tokens,
             progress=Stopper(3, lambda: os.kill(os.getpid(), signal.SIGINT)),
         )  # fmt: skip
-    said, _, command = str(caught.value).partition(": continue with: ")
-    assert said.startswith("SIGINT: checkpoint saved")
+    said, _, command = str(caught.value).partition("; go on with: ")
+    assert said == "stopped at step 4"
+    assert command == shlex.join(["spectral-window", "train", "--resume", str(out)])
     assert main(shlex.split(command)[1:]) == 0
-    assert json.loads((out / "result.json").read_text())["steps"] == 6
+    assert not (out / "data").exists()
+    result = json.loads((out / "result.json").read_text())
+    assert (result["steps"], shlex.split(result["command"])[1:]) == (6, words)
+
+
+@pytest.mark.parametrize("what", ["folder", "out"])
+def test_resuming_what_is_no_run_or_into_another_folder_is_exit_2(
+    what, uninterrupted, tmp_path, capsys
+):
+    run, more = {"folder": (tmp_path, []), "out": (uninterrupted, ["--out", "x"])}[what]
+    assert main(["train", "--resume", str(run), *more]) == 2
+    assert ("no run to resume" if what == "folder" else "leave it out") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lr", [1e30, 1e39, 1e308])

@@ -61,7 +61,9 @@ def test_a_second_process_in_a_runs_folder_is_refused_and_the_first_goes_on(text
 
 
 @pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGINT"], ["SIGINT", "SIGTERM"]])
-def test_the_command_saves_says_one_line_and_exits_with_the_signals_code(text_file, tmp_path, sent):
+def test_the_command_saves_says_how_to_go_on_and_exits_with_the_signals_code(
+    text_file, tmp_path, sent
+):
     out = tmp_path / "run"
     overrides = ["tokenizer=bytes", "hidden_size=16", "match=none", "steps=100000", "log_every=1"]
     words = ["train", "tiny", *overrides, "--data", str(text_file), "--out", str(out)]
@@ -75,7 +77,7 @@ def test_the_command_saves_says_one_line_and_exits_with_the_signals_code(text_fi
     assert name in sent
     folder, _ = checkpoints.newest(out / "checkpoints")
     last = said.strip().splitlines()[-1]
-    again = shlex.join(["spectral-window", "train", "--resume", *words[1:]])
-    saved = f"spectral-window: error: {name}: checkpoint saved ({folder})"
-    assert last == f"{saved}: continue with: {again}"
+    again = shlex.join(["spectral-window", "train", "--resume", str(out)])
+    step = checkpoints.step_of(folder)
+    assert last == f"spectral-window: stopped at step {step}; go on with: {again}"
     assert "Traceback" not in said
