@@ -155,7 +155,7 @@ def figure(rows: Rows, path: Path) -> Path:
         panels.append(
             Panel(
                 f"ends-{part}",
-                f"Held-out loss after {tokens / 1e6:.3g} million tokens",
+                f"After {tokens / 1e6:.3g} million tokens",
                 "held-out nats per token of each model",
                 lambda axes, models=models: _paint_ends(axes, models),  # type: ignore[misc]
                 height=1.3 + 0.27 * len(models),
