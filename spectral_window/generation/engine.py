@@ -490,8 +490,13 @@ class Engine:
 def _tensors(layers: Iterable[Any]) -> list[Tensor]:
     """The tensors of states, in a fixed order."""
     found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
     for state in layers:
-        map_state(state, lambda x: (found.append(x), x)[1])
+        map_state(state, note)
     return found
 
 

@@ -49,7 +49,7 @@ def operator(
     if save is not None and backward is not None:
         registered.register_autograd(backward, setup_context=save)
         members = {"forward": run, "setup_context": save, "backward": backward}
-        function = type(
+        function: Any = type(
             name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()}
         )
         apply = function.apply

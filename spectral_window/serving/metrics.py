@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from spectral_window.serving.scheduler import Scheduler
@@ -19,7 +21,7 @@ class Metrics:
     def __init__(self, scheduler: Scheduler) -> None:
         self.registry = CollectorRegistry()
 
-        def named(kind: type, name: str, text: str, **options: object) -> object:
+        def named(kind: Any, name: str, text: str, **options: object) -> Any:
             return kind(f"spectral_window_{name}", text, registry=self.registry, **options)
 
         self.requests: Counter = named(

@@ -275,6 +275,7 @@ class Service:
             request: whose prompts.
             seen: how many tokens its session has.
         """
+        prompts: list[tuple[Sequence[int], int]]
         if isinstance(request, ChatRequest):
             prompts = [(chat_ids(self._encoder, request.messages, continuing=seen > 0), 0)]
         else:

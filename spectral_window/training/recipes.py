@@ -223,7 +223,7 @@ class Recipe:
     def traces(self) -> dict[str, Any]:
         """What names the run: `to_dict` without the defaults of options that are later than the
         first runs (see `Option.traced`)."""
-        fields = SETTINGS | all_options(MODEL)
+        fields = {**SETTINGS, **all_options(MODEL)}
         return {k: v for k, v in self.to_dict().items() if fields[k].traced(v)}
 
     @classmethod
@@ -244,8 +244,8 @@ def _options() -> dict[str, Option]:
             hint = hints[each.name]
             kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             (kind,) = (typing.get_origin(k) or k for k in kinds if k is not types.NoneType)
-            rules = {"optional": types.NoneType in kinds, "decides": "use", "always": True}
-            rules |= each.metadata
+            rules = {"optional": types.NoneType in kinds, "decides": "use", **each.metadata}
+            rules.setdefault("always", True)
             if kind is int:  # what a machine can hold is checked when the model's size is known
                 rules.setdefault("at_most", _LARGEST)
             options[each.name] = Option(each.name, kind, each.default, **rules)

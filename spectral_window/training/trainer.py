@@ -379,7 +379,7 @@ class _Run:
             loss=scores["loss"],
             perplexity=scores["perplexity"],
             bits_per_byte=scores["bits_per_byte"],
-            held_out=scores["tokens"],
+            held_out=int(scores["tokens"]),
             context=recipe.sequence_length,
         )
 

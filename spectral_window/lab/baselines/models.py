@@ -69,7 +69,7 @@ def _recurrent_gemma(like: SWHConfig, width: int) -> RecurrentGemmaConfig:
 
 
 def _mamba2(like: SWHConfig, layers: int) -> Mamba2Config:
-    size = like.hidden_size // like.num_attention_heads
+    size = like.head_dim
     return Mamba2Config(
         **_common(like),
         num_hidden_layers=layers,

@@ -64,7 +64,7 @@ def _time(
     torch.manual_seed(0)
     model: Any = CONTESTANTS[name].build(config)
     assert isinstance(model, SWHForCausalLM)
-    model = model.to(torch.float32 if quick else torch.bfloat16).to(device).eval()
+    model = torch.nn.Module.to(model, device, torch.float32 if quick else torch.bfloat16).eval()
     if way == "compiled":
         compile_layers(model, device)
     engine = Engine(model)

@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -485,7 +485,7 @@ def layer(
     size = config.hidden_size
     works = [*_products(config, batch * time, dtype), *_between(config, batch * time, dtype)]
     works += convolution(batch, time, size, dtype)
-    heads, width = config.num_attention_heads, config.window
+    heads, width = cast(int, config.num_attention_heads), config.window
     works += window(batch, time, heads, config.head_dim, width, dtype)
     if config.mixer == "memory":
         parts = config.memory_heads

@@ -105,7 +105,7 @@ def prepared(
     """A step of contestant `name` on `ids`, that has run at least once, and its model."""
     torch.manual_seed(0)
     device = ids.device
-    model = nn.Module.to(CONTESTANTS[name].build(config), device).train()
+    model: Any = nn.Module.to(CONTESTANTS[name].build(config), device).train()
     if way == "compiled":
         compile_layers(model, device)
         if isinstance(model, SWHForCausalLM):

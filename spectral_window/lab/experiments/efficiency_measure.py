@@ -135,5 +135,5 @@ def too_large(config: SWHConfig, length: int, free: int | None = None) -> str | 
     """Why the published Transformer cannot run at `length`: its matrices need more than the `free`
     bytes (None: as there are now). None if it can."""
     free = psutil.virtual_memory().available if free is None else free
-    needed = attention_bytes(config.num_attention_heads, length)
+    needed = attention_bytes(cast(int, config.num_attention_heads), length)
     return f"{DOES_NOT_FIT}: needs {needed / 1e9:,.3g} GB" if needed > free else None
