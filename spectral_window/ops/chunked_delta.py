@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
 from spectral_window.ops import recorded
 from spectral_window.ops.documents import Documents, Tokens
@@ -162,40 +163,83 @@ def _recorded(inputs: Sequence[Tensor], state: Tensor, positions: Tensor) -> tup
     time = tokens[0].shape[1]
     written = torch.cat([x.flatten(2) for x in tokens[1:]], -1)
     spoilt = recorded.since_head(~torch.isfinite(written).all(-1), rows.head)
-    chunks = -(-time // CHUNK)
-    index = torch.arange(chunks * CHUNK, dtype=torch.int64, device=state.device)
-    head = rows.head.index_select(1, index.clamp(max=time - 1))
+    exporting = torch.compiler.is_exporting()
+    # for any length: one more than there are, so that their number is never 1
+    more = CHUNK if exporting else 0
+    begin = torch.arange(0, time + more, CHUNK, dtype=torch.int64, device=state.device)
+    index = begin[:, None] + torch.arange(CHUNK, dtype=torch.int64, device=state.device)
+    at, inside = index.clamp(max=time - 1).flatten(), (index < time)[:, None, :, None, None]
 
-    def grid(x: Tensor) -> Tensor:
-        finite = torch.where(torch.isfinite(x), x, 0.0).transpose(1, 2)
-        return F.pad(finite, (0, 0, 0, chunks * CHUNK - time)).unflatten(2, (-1, CHUNK))
+    def grid(x: Tensor) -> Tensor:  # [B, T, *] -> [G, B, C, *]
+        return x.index_select(1, at).unflatten(1, (-1, CHUNK)).movedim(1, 0)
 
-    q, k, v, beta, *decay = (grid(x) for x in tokens)  # [B, H, G, C, *]
+    def finite(x: Tensor) -> Tensor:  # [B, T, H, *] -> [G, B, H, C, *]
+        x = grid(x)
+        return torch.where(inside & torch.isfinite(x), x, 0.0).transpose(2, 3)
+
     memory = torch.where(rows.continues[:, None, None, None], state, 0.0)
-    outs = []
-    for c in range(chunks):
-        begin = c * CHUNK
-        own = head[:, begin : begin + CHUNK]
-        same = (own[:, :, None] == own[:, None]).tril()[:, None]  # [B, 1, C, C]
-        enters = (own < max(begin, 1))[:, None, :, None]  # [B, 1, C, 1]
-        query, key, value, write = (x[:, :, c] for x in (q, k, v, beta))
-        since = -decay[0][:, :, c].cumsum(2) if decay else torch.zeros_like(write)
-        between = torch.where(same, (since - since.transpose(2, 3)).exp(), 0.0)
-        entry_decay = torch.where(enters, since.exp(), 0.0)  # of the state before the chunk
-        overlap = write * (key @ key.transpose(2, 3)) * between
-        targets = value - torch.where(enters, entry_decay * (key @ memory), 0.0)
-        own_writes = torch.linalg.solve_triangular(
-            overlap.tril(-1), write * targets, upper=False, unitriangular=True
-        )
-        read = torch.where(enters, entry_decay * (query @ memory), 0.0)
-        outs.append(read + ((query @ key.transpose(2, 3)) * between) @ own_writes)
-        last = between[:, :, -1, :, None]  # decay from each write to the end of the chunk
-        carried = torch.where(enters[:, :, -1:], entry_decay[:, :, -1:] * memory, 0.0)
-        memory = carried + (key * last).transpose(2, 3) @ own_writes
-    out = torch.cat(outs, 2)[:, :, :time].transpose(1, 2)
+    parts = [begin, grid(rows.head), *map(finite, tokens)]
+    if exporting:
+        memory, out = scan(_chunk, memory, parts)
+    else:
+        outs = []
+        for c in range(len(begin)):
+            memory, out = _chunk(memory, [x[c] for x in parts])
+            outs.append(out)
+        out = torch.stack(outs)
+    out = out.movedim(0, 2).flatten(2, 3)
+    out = out[:, :, :time].transpose(1, 2)
     final = torch.where(spoilt[:, -1, None, None, None], torch.nan, memory)
     final = torch.where((rows.tokens > 0)[:, None, None, None], final, state)
     return rows.scatter(out.masked_fill(spoilt[..., None, None], torch.nan)), final
+
+
+def _chunk(memory: Tensor, part: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute one chunk of rows for a recorded graph.
+
+    Args:
+        memory: the state before the chunk [B, H, K, V].
+        part: the place of the chunk's first token []; the places where its tokens' documents start
+            [B, C]; then the inputs of `chunked`, [B, H, C, *].
+
+    Returns:
+        The state after the chunk, and its outputs [B, H, C, V].
+    """
+    begin, own, query, key, value, write, *decay = part
+    same = (own[:, :, None] == own[:, None]).tril()[:, None]  # [B, 1, C, C]
+    enters = (own < begin.clamp(min=1))[:, None, :, None]  # [B, 1, C, 1]
+    since = -decay[0].cumsum(2) if decay else torch.zeros_like(write)
+    between = torch.where(same, (since - since.transpose(2, 3)).exp(), 0.0)
+    entry_decay = torch.where(enters, since.exp(), 0.0)  # of the state before the chunk
+    overlap = write * (key @ key.transpose(2, 3)) * between
+    targets = value - torch.where(enters, entry_decay * (key @ memory), 0.0)
+    written = _solve(overlap.tril(-1), write * targets)
+    read = torch.where(enters, entry_decay * (query @ memory), 0.0)
+    out = read + ((query @ key.transpose(2, 3)) * between) @ written
+    last = between[:, :, -1, :, None]  # decay from each write to the end of the chunk
+    carried = torch.where(enters[:, :, -1:], entry_decay[:, :, -1:] * memory, 0.0)
+    return carried + (key * last).transpose(2, 3) @ written, out
+
+
+def _solve(lower: Tensor, right: Tensor) -> Tensor:
+    """Solve (I + lower) x = right for strictly lower triangular matrices [..., C, C].
+
+    An exported graph has products alone, since ONNX knows no triangular system: it doubles the
+    blocks of the inverse, [[P, 0], [-R L P, R]] of the inverses P and R of two neighbours and the
+    block L below them. Unlike a sum of powers this is as exact as substitution.
+    """
+    if not torch.compiler.is_exporting():
+        return torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+    size = lower.shape[-1]
+    place = torch.arange(size, dtype=torch.int64, device=lower.device)
+    inverse = (place[:, None] == place).to(lower.dtype).expand_as(lower)
+    block = 1
+    while block < size:
+        row, column = place[:, None] // block, place // block
+        below = torch.where((row % 2 == 1) & (row - 1 == column), lower, 0.0)
+        inverse = inverse - inverse @ below @ inverse
+        block *= 2
+    return inverse @ right
 
 
 def _over_chunks(

@@ -14,7 +14,7 @@ from torch import Tensor
 from spectral_window.ops import recorded, reference
 from spectral_window.ops.documents import Documents, Tokens, chunk_grid, split_finite
 from spectral_window.ops.rotary import rotate
-from spectral_window.ops.tracing import is_exported, is_recorded
+from spectral_window.ops.tracing import is_exported, is_recorded, without_autocast
 from spectral_window.ops.window_state import WindowState, empty_state, slot_positions
 
 
@@ -84,7 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):  # autocast would round to bfloat16
+    with without_autocast(q.device):
         scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
         return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 

@@ -20,8 +20,6 @@ keeps the state and every sum in float32, see `triton_delta`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ from spectral_window.ops.methods import (
     resolve,
     triton_on_gpu,
 )
-from spectral_window.ops.tracing import readable
+from spectral_window.ops.tracing import readable, without_autocast
 
 EXACT = ("cpu",)  # devices on which `chunked` computes in float64, see the module's docstring
 
@@ -104,7 +102,7 @@ def delta_memory(
             final_dtype
         )
     inputs = [q, k, v, beta[..., None], *([] if decay is None else [decay[..., None]])]
-    with _without_autocast(q.device):
+    with without_autocast(q.device):
         out, final = chosen.function(inputs, state, documents)
     return out.to(v.dtype), final.to(final_dtype)
 
@@ -152,11 +150,6 @@ def _check(
                 f"state is {tuple(state.shape)} {state.dtype} (delta_memory): expected {shape} in "
                 f"{state_dtype(q.dtype)}, as returned by a call with the same rows and heads"
             )
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context without autocast, which would round products to half precision."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _initial_state(inputs: list[Tensor], state: Tensor | None, dtype: torch.dtype) -> Tensor:

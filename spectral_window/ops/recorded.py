@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
 from spectral_window.ops.modes import Modes, powers, times
 from spectral_window.ops.window_state import WindowState, slot_positions
@@ -59,12 +60,17 @@ class Rows(NamedTuple):
 
 def tokens_first(positions: Tensor) -> Rows:
     """Return the rows of `positions` [B, T] (see `spectral_window.ops`)."""
-    padding = positions < 0
-    order = padding.to(torch.int8).argsort(dim=1, stable=True)
-    position = positions.gather(1, order)
+    # sums and a scatter in place of a stable sort and a running maximum, which ONNX lacks
+    token = positions >= 0
+    ordinal, tokens = token.cumsum(1), token.sum(1)
     index = _count(positions.shape[1], positions)
-    head = torch.where(position == 0, index, 0).cummax(1).values
-    return Rows(order, position, head, (~padding).sum(1))
+    place = torch.where(token, ordinal - 1, tokens[:, None] + index - ordinal)
+    order = torch.zeros_like(place).scatter(1, place, index.expand_as(place))
+    position = positions.gather(1, order)
+    head = (index - position.clamp(min=0)).clamp(min=0)
+    last = head.gather(1, (tokens - 1).clamp(min=0)[:, None])
+    head = torch.where(position >= 0, head, last)
+    return Rows(order, position, head, tokens)
 
 
 def _count(size: int, like: Tensor) -> Tensor:
@@ -134,11 +140,24 @@ def convolve(
     ends = torch.arange(CHUNK - 1, time + 3 * CHUNK, CHUNK, dtype=torch.int64, device=u.device)
     chunk, at = ends // CHUNK, ends.clamp(max=time - 1)
     carry, since = h.index_select(1, at), head.index_select(1, at) // CHUNK
-    rounds = ROUNDS if type(time) is not int else max(-(-time // CHUNK) - 1, 1).bit_length()
-    for k in range(rounds):
-        seen = chunk - (1 << k) >= since
-        before = times(_power(modes, CHUNK << k), _delayed(carry, 1 << k))
-        carry = carry + torch.where(_like(seen, carry), before, 0.0)
+    if torch.compiler.is_exporting():  # of any length
+        enters, over = since < chunk, _power(modes, CHUNK)
+
+        def pass_on(state: Tensor, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            own, goes_on = part
+            state = own + torch.where(goes_on[:, None, None, None], times(over, state), 0.0)
+            return state, state.clone()
+
+        goes_on = enters.expand(carry.shape[:2])
+        nothing = torch.zeros_like(carry[:, 0])
+        _, carry = scan(pass_on, nothing, (carry.movedim(1, 0), goes_on.movedim(1, 0)))
+        carry = carry.movedim(0, 1)
+    else:
+        rounds = ROUNDS if type(time) is not int else max(-(-time // CHUNK) - 1, 1).bit_length()
+        for k in range(rounds):
+            seen = chunk - (1 << k) >= since
+            before = times(_power(modes, CHUNK << k), _delayed(carry, 1 << k))
+            carry = carry + torch.where(_like(seen, carry), before, 0.0)
     before = carry.index_select(1, (index // CHUNK - 1).clamp(min=0))
     decayed = powers(modes, _count(CHUNK, u) + 1).movedim(2, 0)  # z, z^2, ...: [C, D, M, 2]
     before = times(decayed.index_select(0, index % CHUNK), before)
@@ -171,9 +190,10 @@ def convolve_taps(
     back = _count(past + 1, u)
     seen = index[:, None] - back >= oldest[..., None]  # [B, T, L]
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    windows = inputs.to(dtype).unfold(1, past + 1, 1).flip(3)  # [B, T, D, L], newest first
-    windows = torch.where(seen[:, :, None], windows, 0.0)
-    y = (windows * weights.to(dtype)).sum(-1).to(u.dtype)
+    at = (index[:, None] + past - back).flatten()  # newest first
+    windows = inputs.to(dtype).index_select(1, at).unflatten(1, (-1, past + 1))  # [B, T, L, D]
+    windows = torch.where(seen[..., None], windows, 0.0)
+    y = (windows * weights.to(dtype).T).sum(2).to(u.dtype)
     last = (rows.tokens - 1).clamp(min=0)[:, None]
     before = last - _count(past, u).flip(0)  # the tokens that a state holds, oldest first
     final = _pick(inputs, before + past)

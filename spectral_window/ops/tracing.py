@@ -5,6 +5,8 @@ This decides which operations its tensors allow.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -29,6 +31,16 @@ def is_exported() -> bool:
     return torch.compiler._is_exporting_flag or (
         not torch.compiler.is_compiling() and torch._C._is_tracing()
     )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast, which would round products to half precision.
+
+    In a recording for another place there is none, and a file of torch.export cannot hold one.
+    """
+    if device.type == "meta" or is_exported():
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def is_transformed() -> bool:
