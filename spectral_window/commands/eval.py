@@ -11,11 +11,11 @@ import typer
 from spectral_window.cli.options import Debug, Device, Json, Model, Threads
 from spectral_window.cli.output import print_json, print_table, warn
 from spectral_window.errors import IntegrityError, UserError
-from spectral_window.files import scratch_folder
+from spectral_window.files import scratch_folder, write_json
 
 if TYPE_CHECKING:
     from spectral_window.data.blocks import TokenStream
-    from spectral_window.training.loading import Run
+    from spectral_window.training.loading import Loaded, Run
 
 EXAMPLE = "eval runs/tiny --data texts/"
 LENGTH = 1024  # tokens of an evaluated sequence, unless a run tells its own
@@ -61,6 +61,21 @@ def run(
         int | None,
         typer.Option(min=1, metavar="N", help="With --tasks: questions a task. Default: all."),
     ] = None,
+    needle: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,...",
+            help="Instead of the loss: questions about what was hidden in so many tokens of the "
+            "text, as 1k,4k,1M, and the loss by position.",
+        ),
+    ] = None,
+    questions: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --needle: questions a length.")
+    ] = 50,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --needle: write long-context.json and .png there."),
+    ] = None,
     json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -73,11 +88,14 @@ def run(
     from spectral_window.training.loading import load, read_run
 
     if tasks is not None:
-        if data or length or max_tokens:
-            raise UserError("--tasks beside --data, --length or --max-tokens (eval): give one")
+        if data or length or max_tokens or needle:
+            raise UserError("--tasks beside a measure of text (eval): give one")
         return _judge(model, tasks, max_length, limit, json, device)
     if max_length or limit:
         raise UserError("--max-length or --limit without --tasks (eval): they are of tasks")
+    if out is not None and needle is None:
+        raise UserError("--out without --needle (eval): only it makes files")
+    lengths = [] if needle is None else _read_lengths(needle)
     notes: list[str] = []
     data = data or []
     sources = find_sources(data, notes) if data else []  # refused before the model loads
@@ -101,6 +119,8 @@ def run(
                     f"tokens of another tokenizer ({trained.folder / 'data'}): use --data"
                 )
             stream = corpus.valid
+        if lengths:
+            return _long_context(loaded, stream, lengths, questions, out, json)
         scores = evaluate(loaded.model, stream, length=length, max_tokens=max_tokens)
         documents = len(stream.documents)
         del stream  # its files are removed with the folder
@@ -151,6 +171,42 @@ def _judge(
         if "stderr" not in key and key != "sample_len"
     ]
     return print_table(str(loaded.folder), ("task", "measure", "score", "questions"), rows)
+
+
+def _read_lengths(text: str) -> list[int]:
+    from spectral_window.lab.long_context import read_lengths
+
+    return read_lengths(text)
+
+
+def _long_context(
+    loaded: Loaded,
+    stream: TokenStream,
+    lengths: list[int],
+    questions: int,
+    out: Path | None,
+    json: bool,
+) -> None:
+    from spectral_window.lab.long_context import measure, picture
+
+    found = {"model": str(loaded.folder), **measure(loaded.model, stream, lengths, count=questions)}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "long-context.json", found)
+        picture(found, loaded.folder.name, out / "long-context.png")
+    if json:
+        return print_json(found)
+    title = f"{loaded.folder}: {questions} questions each, chance {found['chance']:.2f}"
+    rows = [
+        (row["task"], f"{row['length']:,}", f"{row['right']:.2f}") for row in found["questions"]
+    ]
+    print_table(title, ("question", "tokens", "right"), rows)
+    rows = [
+        (f"{row['from']:,} to {row['to']:,}", f"{row['loss']:.4f}", f"{row['short']:.4f}")
+        for row in found["loss"]
+    ]
+    head = ("positions", "one row", f"rows of {found['training_length']:,}")
+    return print_table("loss, nats a token", head, rows)
 
 
 def _check_text(run: Run, fingerprint: str) -> None:

@@ -160,7 +160,7 @@ class ConversationBlocks(Dataset):
     def __init__(self, stream: TokenStream, length: int):
         _check_length(length)
         assert stream.roles is not None
-        self.stream, self.length = stream, length
+        self.stream, self.length, self.roles = stream, length, list(stream.roles)
         starts = np.asarray(stream.documents[: len(stream.documents)], dtype=np.int64)
         sizes = np.diff(starts, append=len(stream)) - 1
         if sizes.max() > length:
@@ -221,9 +221,9 @@ class ConversationBlocks(Dataset):
 
     def _answers(self, tokens: np.ndarray) -> np.ndarray:
         """Return which tokens are written by the assistant: after its role, up to the next one."""
-        begins = np.isin(tokens, self.stream.roles)
+        begins = np.isin(tokens, self.roles)
         latest = np.maximum.accumulate(np.where(begins, np.arange(len(tokens)), 0))
-        return (tokens[latest] == self.stream.roles[-1]) & ~begins
+        return (tokens[latest] == self.roles[-1]) & ~begins
 
 
 def blocks_of(

@@ -147,7 +147,7 @@ def test_the_command_prints_the_scores(loaded, task, capsys):
     assert shown["questions"] == {"local_choice": 3}
     expected = judge(loaded, [task(CHOICE)], max_length=100)["results"]["local_choice"]
     assert shown["results"]["local_choice"]["acc,none"] == expected["acc,none"]
-    with pytest.raises(UserError, match="--tasks beside --data"):
+    with pytest.raises(UserError, match="--tasks beside a measure"):
         command.run(str(loaded.folder), data=["x.txt"], tasks="hellaswag")
     with pytest.raises(UserError, match="without --tasks"):
         command.run(str(loaded.folder), max_length=100)
