@@ -71,6 +71,20 @@ def test_a_healthy_model_has_nothing(window: int) -> None:
     assert len(found) == 10
 
 
+def test_the_recommended_layer_is_whole() -> None:
+    """What its memory adds was taken for keys outside the window."""
+    patient = model(mixer="memory")
+    for decay in decays(patient):
+        decay.fill_(1.0)  # no kernel reaches far
+    before = {name: x.clone() for name, x in patient.state_dict().items()}
+    assert verdicts(patient)["visible keys"] == verdicts(patient)["memory"] == "ok"
+    assert all(torch.equal(x, before[name]) for name, x in patient.state_dict().items())
+    patient = model()
+    for decay in decays(patient):
+        decay.fill_(1.0)
+    assert "mixer=memory, which remembers" in the(patient, "memory").todo
+
+
 @pytest.mark.parametrize("method", ["fft", "chunked", "scan"])
 def test_no_method_is_a_fault(method: str) -> None:
     patient = model()
