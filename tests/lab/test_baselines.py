@@ -33,7 +33,7 @@ def small(mixer: str, **fields: object) -> SWHForCausalLM:
     return SWHForCausalLM(match_parameters(config, count_parameters(paper)))
 
 
-@pytest.mark.parametrize("mixer", (*BASELINES, "conv_memory"))
+@pytest.mark.parametrize("mixer", [*BASELINES, "conv_memory"])
 def test_a_baseline_is_as_large_learns_in_every_parameter_and_sees_no_later_token(mixer):
     model = small(mixer)
     paper = count_parameters(SWHConfig(**SHAPE, intermediate_size=400, window=8))
@@ -65,7 +65,7 @@ def test_what_a_library_starts_in_its_own_way_starts_so():
     assert keys[16:].tolist() == [[0, 1, 0, 0]] * 16
 
 
-@pytest.mark.parametrize("mixer", (*BASELINES, "conv_memory"))
+@pytest.mark.parametrize("mixer", [*BASELINES, "conv_memory"])
 def test_a_baseline_refuses_what_it_would_compute_wrongly(mixer):
     model, ids = small(mixer).eval(), torch.randint(40, (2, 12))
     packed = torch.cat((torch.arange(5), torch.arange(7)))[None].expand(2, -1)
