@@ -111,9 +111,10 @@ def question_ids(
             "the model was not trained on conversations (chat): train it further with "
             "train RECIPE --init MODEL --chat FILE"
         )
-    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end: Any = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     backend = plain_text(tokenizer)
-    ids = [end if continuing else tokenizer.bos_token_id]
+    first: Any = tokenizer.bos_token_id
+    ids: list[int] = [end if continuing else first]
     for role, content in messages:
         content_ids = backend.encode(content, add_special_tokens=False).ids
         ids += [roles[ROLES.index(role)], *content_ids, end]
@@ -202,15 +203,16 @@ def code_conversations(
     """
     roles = role_ids(tokenizer)
     assert roles is not None
-    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end: Any = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     backend = plain_text(tokenizer)
+    first: Any = tokenizer.bos_token_id
     cut = ended = lost = 0
     for batch in batches(parts):
         spoken = [turns(part.text) for part in batch]
         texts = [content for conversation in spoken for _, content in conversation]
         encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
         for part, conversation in zip(batch, spoken, strict=True):
-            head, exchanges = _Run([tokenizer.bos_token_id]), []
+            head, exchanges = _Run([first]), list[_Run]()
             for role, content in conversation:
                 ids = [roles[ROLES.index(role)], *next(encodings).ids, end]
                 size = len(content.encode()) if role == "assistant" else 0

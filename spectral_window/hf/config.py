@@ -22,7 +22,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
@@ -325,7 +325,7 @@ class SWHConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         """K, channels of one head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.hidden_size // cast(int, self.num_attention_heads)
 
     def validate(self) -> None:
         """Check all fields, and fill in an intermediate_size and num_attention_heads of None.

@@ -217,13 +217,14 @@ def _write_onnx(model: SWHForCausalLM, folder: Path, note: Callable[[str], None]
     for name, program in _programs(model, note):
         inputs = ["positions"] if name == "prefill" else [f"past.{x}" for x in states]
         note(f"translating {name} to ONNX")
-        graphs[name] = torch.onnx.export(
+        exported: Any = torch.onnx.export(
             program,
             input_names=["input_ids", *inputs],
             output_names=["logits", *(f"present.{x}" for x in states)],
             dynamo=True,
             verbose=False,
-        ).model
+        )
+        graphs[name] = exported.model
         _name_axes(graphs[name].graph)
     _share_weights([model.graph for model in graphs.values()], folder)
     paths = []
