@@ -22,9 +22,14 @@ def run(
     ] = None,
     overrides: Overrides = None,
     json: Json = False,
+    yaml: Annotated[
+        bool, typer.Option("--yaml", help="As a file that `train FILE.yaml` takes.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """What can be trained: every setting of a recipe with its value, its range and a line."""
+    from yaml import safe_dump as dump
+
     from spectral_window.nn.options import all_options
     from spectral_window.training.recipes import MODEL, RECIPES, SETTINGS, resolve
 
@@ -34,6 +39,8 @@ def run(
             return print_json(lines)
         return print_table("recipes", ("name", "what it is"), list(lines.items()), numbers=False)
     values = resolve(name, overrides or []).to_dict()
+    if yaml:
+        return print(dump(values, sort_keys=False, allow_unicode=True), end="")
     options = {**all_options(MODEL), **SETTINGS}
     rows = [
         {"setting": key, "value": value, "range": _range(options[key]), "help": options[key].help}

@@ -16,7 +16,7 @@ from spectral_window.training.parallel import World
 
 # What a run writes, besides the prepared text in data/ (which is checked and reused).
 RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "samples.json", "report.html")
-RUN_FOLDERS = ("checkpoints", "model")
+RUN_FOLDERS = ("checkpoints", "model", "tracker")
 DATA, LOCK = "data", ".lock"
 
 

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ class Loop:
         self.about, self.world, self.stop, self.confirm = about, world, stop, confirm
         self.metrics, self.progress = metrics, progress
         self.blocks = blocks_of(corpus.train, recipe.sequence_length)
-        self.accelerator = _accelerator(device, recipe.dtype)
+        self.accelerator = _accelerator(device, recipe.dtype, recipe.track, folder)
         model.to(self.accelerator.device).train()
         if recipe.gradient_checkpointing:
             # transformers 5.17 and 5.23 have different names for it
@@ -121,7 +123,22 @@ class Loop:
         model = self.model if self.world.size == 1 else self.accelerator.prepare(self.model)
         self._prepare_step()
         self.clock = _Clock()
-        batches = self._batches()
+        if recipe.track != "none":
+            plain = (bool, int, float, str)
+            settings = {
+                k: v if isinstance(v, plain) else str(v) for k, v in recipe.to_dict().items()
+            }
+            self.accelerator.init_trackers(recipe.name, config=settings)
+        try:
+            self._train(model, optimizer)
+        finally:
+            for (
+                tracker
+            ) in self.accelerator.trackers:  # `end_training` ends the processes' group too
+                tracker.finish()
+
+    def _train(self, model: Any, optimizer: Any) -> None:
+        recipe, batches = self.recipe, self._batches()
         while self.step < recipe.steps and not self.stopping:
             self.clock.start()
             step_batches = list(islice(batches, accumulation(recipe, self.world)))
@@ -262,7 +279,7 @@ class Loop:
         self.loss_sum.zero_()
         self.logged_step, self.logged = self.step, (loss, speed)
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
-        self.metrics.write(self._row(values, self.step))
+        self._record(values)
 
     def _evaluate(self) -> None:
         recipe = self.recipe
@@ -279,13 +296,18 @@ class Loop:
         loss, tokens = scores["loss"], scores["tokens"]
         others = {key: scores[key] for key in ("perplexity", "bits_per_byte")}
         values = {"eval_loss": loss, **others, "eval_tokens": tokens}
-        self.metrics.write(self._row(values, self.step))
+        self._record(values)
         sampled = recipe.eval_tokens is not None and recipe.eval_tokens < len(self.corpus.valid) - 1
         sample = f" (a sample: {tokens:,} tokens)" if sampled else ""
         self.progress.note(
             f"step {self.step}: held-out loss {loss:.4f}, perplexity "
             f"{scores['perplexity']:.2f}, {scores['bits_per_byte']:.4f} bits per byte{sample}"
         )
+
+    def _record(self, values: dict[str, Any]) -> None:
+        """Write metrics of this step to the run's file, and to the tracker if there is one."""
+        self.metrics.write(self._row(values, self.step))
+        self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=self.step)
 
     def _row(self, values: dict[str, Any], step: int) -> dict[str, Any]:
         return {
@@ -394,13 +416,21 @@ class _Clock:
         return speed
 
 
-def _accelerator(device: str, dtype: str) -> Accelerator:
+def _accelerator(device: str, dtype: str, track: str, folder: Path) -> Accelerator:
+    if track != "none":
+        if find_spec(track) is None:
+            raise UserError(f"{track} is missing (track): pip install {track}, or leave track out")
+        # the run's folder keeps what they write; nothing is sent anywhere unless asked for
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
     # accelerate keeps its state per process, and would refuse another precision than the first
     # run's; transformers' Trainer resets it in the same way.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if dtype == "bfloat16" else "no",
+        log_with=None if track == "none" else track,
+        project_dir=folder / "tracker",
         # `Loop` accumulates; an environment variable of accelerate's must not divide the loss too
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],

@@ -25,8 +25,11 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import yaml
 
 from spectral_window.errors import UserError, unknown
 from spectral_window.hf.config import CORE
@@ -35,7 +38,7 @@ from spectral_window.nn.options import Option, all_options, recorded, reserve
 
 # What may differ between a run and its resumption: it changes the record, not what is learned.
 FREE_ON_RESUME = frozenset(
-    {"device", "compile", "cuda_graphs"}
+    {"device", "compile", "cuda_graphs", "track"}
     | {"log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"}
 )
 
@@ -59,6 +62,7 @@ MODEL = tuple(
 
 
 DTYPES = ("float32", "bfloat16")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 DEVICES = ("auto", "cpu", "cuda")
 # PyTorch's names for how float32 products may be computed, in the order in which "auto" tries them
 MATMUL_SETTINGS = ("medium", "high", "highest")
@@ -161,6 +165,12 @@ class Recipe:
         True, "on one GPU: replay the recorded kernels of a step", always=False
     )
     # What is recorded, and when
+    track: str = _setting(
+        "none",
+        "where metrics are shown too, in the run's folder: a tracker that is installed",
+        choices=TRACKERS,
+        always=False,
+    )
     log_every: int = _setting(10, "steps between lines of metrics")
     eval_every: int = _setting(200, "steps between evaluations")
     eval_tokens: int | None = _setting(None, "held-out tokens per evaluation; none: all")
@@ -440,6 +450,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+FILES = (".yaml", ".yml")
+
+
 def resolve(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe called `name` with `key=value` overrides applied in order.
 
@@ -447,9 +460,32 @@ def resolve(name: str, overrides: Iterable[str] = ()) -> Recipe:
     `vocab_size=none`, `data=a.txt,b.txt`. Raises UserError naming the nearest recipe or key, or the
     field and what it expects.
     """
+    if Path(name).suffix in FILES:
+        return read_file(Path(name)).replace(**read_overrides(overrides))
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]().replace(**read_overrides(overrides))
+
+
+def read_file(path: Path) -> Recipe:
+    """The recipe in a YAML file, as `spectral-window recipes NAME --yaml` prints it.
+
+    Settings that it leaves out have their defaults, and its name is the file's unless it gives one.
+    Raises UserError for a file that cannot be read or is no recipe.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error).replace("\n", " ")
+        raise UserError(f"cannot read the recipe ({path}): {why}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"no recipe ({path}): expected lines of the form 'setting: value'")
+    _check_keys(values)
+    options = {**all_options(MODEL), **SETTINGS}
+    for key, value in values.items():  # YAML reads 1e-3 as a text
+        if isinstance(value, str) and options[key].kind in (int, float, bool):
+            values[key] = options[key].parse(value, f"recipe {path}")
+    return Recipe.from_dict({"name": path.stem} | values)
 
 
 def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:

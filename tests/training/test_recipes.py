@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from spectral_window.cli import main
 from spectral_window.errors import UserError
 from spectral_window.hf.model import count_parameters
 from spectral_window.training.recipes import RECIPES, Recipe, keys, resolve
@@ -185,3 +186,43 @@ def test_the_model_of_a_recipe_has_its_fields():
         500.0,
         777,
     )
+
+
+# ------------------------------------------------------------------------------ in a file
+
+
+def test_a_recipe_printed_as_yaml_and_read_back_is_the_same(tmp_path, capsys):
+    for name in RECIPES:
+        assert main(["recipes", name, "lr=1e-4", "--yaml"]) == 0
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(capsys.readouterr().out)
+        assert resolve(str(path)) == resolve(name, ["lr=1e-4"])
+        assert resolve(str(path), ["steps=7", "warmup_steps=1"]).steps == 7
+
+
+def test_a_recipe_in_a_file_needs_only_what_differs_and_is_called_after_it(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text("data: [a.txt]\nmixer: memory\nlr: 2e-3\n")
+    recipe = resolve(str(path))
+    assert (recipe.name, recipe.data, recipe.lr) == ("mine", ("a.txt",), 0.002)
+    assert recipe.model["mixer"] == "memory"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot read the recipe"),
+        ("lr: [1", "cannot read the recipe"),
+        ("- lr", "no recipe"),
+        ("data: [a.txt]\nlearning_rate: 1", "unknown recipe key 'learning_rate'"),
+        ("data: [a.txt]\nlr: fast", "lr"),
+        ("lr: 0.1", "a recipe needs a data"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path, text, says):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        resolve(str(path))
+    assert "\n" not in str(caught.value)
