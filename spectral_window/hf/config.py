@@ -226,12 +226,12 @@ class SWHConfig(PreTrainedConfig):
         vars(self).update(fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values by name: the recorded fields, and those of transformers."""
+        """Return plain values by name, which `from_dict` takes: the recorded fields, and those of
+        transformers. Attributes that other libraries have set are left out."""
         values = super().to_dict()
-        for name in self.fields():
-            values.pop(name, None)
+        theirs = {k: v for k, v in values.items() if self._loads(k) and k not in self.fields()}
         ours = self.recorded().items()
-        return values | {k: list(v) if isinstance(v, tuple) else v for k, v in ours}
+        return theirs | {k: list(v) if isinstance(v, tuple) else v for k, v in ours}
 
     def papers_layer(self, mixer: str = "spectral_window") -> SWHConfig:
         """Return a config of the same sizes whose `mixer` has its default options.
@@ -309,7 +309,7 @@ class SWHConfig(PreTrainedConfig):
         Raises:
             UserError: a field has a bad value.
         """
-        foreign = sorted(key for key in super().to_diff_dict() if not self._loads(key))
+        foreign = sorted(key for key in super().to_dict() if not self._loads(key))
         if foreign:
             hints = "; ".join(str(unknown("config key", key, self._names())) for key in foreign)
             warnings.warn(f"not saved with the config: {hints}", stacklevel=2)
@@ -317,10 +317,6 @@ class SWHConfig(PreTrainedConfig):
         write_stubs(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return the content of config.json: fields that differ from transformers' defaults."""
-        return {key: value for key, value in super().to_diff_dict().items() if self._loads(key)}
 
     @property
     def head_dim(self) -> int:

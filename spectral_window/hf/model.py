@@ -96,7 +96,6 @@ class SWHPreTrainedModel(SavedModel, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SWHLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["kernel", "memory"]  # noqa: RUF012 (whatever the dtype)
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": SWHLayer}  # noqa: RUF012
 
@@ -105,6 +104,12 @@ class SWHPreTrainedModel(SavedModel, PreTrainedModel):
             raise UserTypeError(f"config is a {type(config).__name__} (model): pass an SWHConfig")
         config.validate()  # a field may have been set since the config was made
         super().__init__(config, *args, **kwargs)
+
+    def post_init(self) -> None:
+        """Finish a constructor, as transformers does; kernels stay float32 whatever the dtype."""
+        kernels = [name for name, part in self.named_modules() if isinstance(part, Kernel)]
+        self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in kernels}
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -4,19 +4,21 @@ Importing `spectral_window` makes `AutoConfig` and `AutoModelForCausalLM` load o
 their `register` at once, the package would have to import transformers and torch: `import
 spectral_window` would take 4.7 s of processor time instead of 0.09 s (median of 7 on one core).
 That is too long for `spectral-window --help` and for a script that uses a single operator. So an
-import hook waits for five modules and completes each of them right after its import, wherever that
+import hook waits for six modules and completes each of them right after its import, wherever that
 happens:
 
     transformers' registry of configs     learns SWHConfig
     spectral_window.hf.config             registers the model classes when the first config is
                                           constructed: an Auto class needs them after that only
+    transformers' names by task           learn our classes: Trainer shifts the labels of a smoothed
+                                          loss for those alone, and a pipeline warns of others
     transformers' table of lazy names     gets `transformers.SWHForCausalLM`, the name that
                                           `transformers serve` and some trainers look up
     transformers.trainer                  does not decay our dynamics and gains: by default Trainer
                                           decays everything that is not a bias or a norm by its name
     peft.utils.constants                  the linear maps that LoRA adapts where none are named
 
-The hook removes itself when all five have been imported.
+The hook removes itself when all six have been imported.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ Action = Callable[[ModuleType], None]
 
 
 def register_on_import() -> None:
-    """Complete the five modules now where they are imported already, else on their import."""
+    """Complete the six modules now where they are imported already, else on their import."""
     actions: dict[str, Action] = {
         "transformers.models.auto.configuration_auto": _register_config,
         "spectral_window.hf.config": _register_models_with_first_config,
+        "transformers.models.auto.modeling_auto": _name_tasks,
         "transformers.utils.import_utils": _add_names,
         "transformers.trainer": _exclude_from_decay,
         "peft.utils.constants": _name_adapted_maps,
@@ -90,6 +93,14 @@ def _register_config(registry: ModuleType) -> None:
     from spectral_window.hf.config import MODEL_TYPE, SWHConfig
 
     registry.AutoConfig.register(MODEL_TYPE, SWHConfig, exist_ok=True)
+
+
+def _name_tasks(registry: ModuleType) -> None:
+    from spectral_window.hf.config import MODEL_TYPE
+
+    for name, auto_class in AUTO_CLASSES.items():
+        # the table that the Auto class was made from, of names by model type
+        getattr(registry, auto_class)._model_mapping._model_mapping[MODEL_TYPE] = name
 
 
 def _register_models_with_first_config(config: ModuleType) -> None:

@@ -55,13 +55,13 @@ class SavedModel:
         self,
         repo_id: str,
         *,
-        commit_message: str = "Upload model",
+        commit_message: str | None = None,
         commit_description: str | None = None,
         private: bool | None = None,
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
+        max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ) -> str:
         """Upload the model and its card to the Hub; a card that is there already stays.
@@ -70,7 +70,7 @@ class SavedModel:
 
         Args:
             repo_id: the repository, `user/name`; it is made if there is none.
-            commit_message: first line of the commit.
+            commit_message: first line of the commit; None is "Upload model".
             commit_description: more lines of it.
             private: of a new repository: only its owner sees it.
             token: of the Hub; None is the one that `hf auth login` stored.
@@ -97,7 +97,7 @@ class SavedModel:
             return hub.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
-                commit_message=commit_message,
+                commit_message=commit_message or "Upload model",
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,

@@ -134,6 +134,10 @@ def test_attributes_of_other_libraries_are_not_saved_and_the_file_loads(tmp_path
     assert again.config.window == model.config.window
     assert not hasattr(again.config, "windw")
     assert model.config.windw == 64
+    # nor by the other ways: a dictionary that from_dict refused could not be loaded anywhere
+    model.config.to_json_file(tmp_path / "whole.json", use_diff=False)
+    for values in (model.config.to_dict(), json.loads((tmp_path / "whole.json").read_text())):
+        assert AutoConfig.for_model(**values).to_dict() == model.config.to_dict()
 
 
 def test_only_attention_has_a_longest_context() -> None:

@@ -75,8 +75,10 @@ def _load(code: str, folder: Path, cache: Path) -> Any:
 
 
 LOADING_ALL = f"""
+from transformers.cli.serving.model_manager import ModelManager  # of `transformers serve`
+served, _ = ModelManager(device="cpu", **how).load_model_and_processor(path + "@main")
 config = transformers.AutoConfig.from_pretrained(path, **how)
-# so `transformers serve` and trainers by path look a model up
+# so trainers that are given a path look a model up
 model = getattr(transformers, config.architectures[0]).from_pretrained(path, **how)
 classes = {["AutoConfig", *AUTO_CLASSES.values()]}
 names = [type(getattr(transformers, c).from_pretrained(path, **how)).__name__ for c in classes]
@@ -85,7 +87,7 @@ write = transformers.pipeline("text-generation", model=path, device="cpu", **how
 model.save_pretrained(path + "-again")
 again = transformers.AutoModelForCausalLM.from_pretrained(path + "-again", **how)
 answer = {{
-    "names": names, "map": config.auto_map, "window": alone.window,
+    "served": type(served).__name__, "names": names, "map": config.auto_map, "window": alone.window,
     "ids": transformers.AutoTokenizer.from_pretrained(path, **how)("w3 w4").input_ids,
     "text": write("w3 w4 w5", max_new_tokens=9, do_sample=False),
     "same": all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters())),
@@ -98,6 +100,7 @@ def test_a_process_that_imported_nothing_loads_the_folder(saved: Path, tmp_path:
     small_config().save_pretrained(f"{saved}-config")
     here = pipeline("text-generation", model=str(saved), device="cpu")
     assert _load(LOADING_ALL, saved, tmp_path / "cache") == {
+        "served": "SWHForCausalLM",
         "names": ["SWHConfig", *AUTO_CLASSES],
         "map": {},
         "window": 5,

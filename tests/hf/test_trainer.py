@@ -70,6 +70,26 @@ def test_evaluating_gives_a_loss_and_predicting_gives_labels(mixer: str, tmp_pat
     assert told.predictions.shape == want.logits.shape
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # by PEFT
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_smoothed_loss_is_of_the_next_token(adapter: bool, tmp_path: Path) -> None:
+    """Trainer shifted labels for the classes of its own tables alone: ours had the loss of the
+    token itself."""
+    from peft import LoraConfig, get_peft_model
+
+    model, smoothing = small_model(), 0.1
+    x = tokens(2, 9)
+    log_p = model(x).logits[:, :-1].log_softmax(2)
+    right = -log_p.gather(2, x[:, 1:, None]).mean()
+    want = (1 - smoothing) * right - smoothing * log_p.mean()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    trainer = _trainer(model, tmp_path, label_smoothing_factor=smoothing)
+    got = trainer.compute_loss(model.eval(), {"input_ids": x, "labels": x})
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
+
+
 def test_the_best_model_is_loaded_and_training_stops_early(tmp_path: Path) -> None:
     """A rate that only does harm: the first evaluation is the best, the second the last."""
     model = small_model()
