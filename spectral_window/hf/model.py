@@ -27,7 +27,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -86,7 +85,7 @@ class SWHLayer(GradientCheckpointingLayer):
         return self.mixer(self.mixer_norm(x), documents, state)[1]
 
 
-class SWHPreTrainedModel(SavedModel, PreTrainedModel):
+class SWHPreTrainedModel(SavedModel):
     """Base class of the models: initialisation of weights, and the cost of a model."""
 
     config_class = SWHConfig

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
+from transformers.modeling_utils import PreTrainedModel
 
 from spectral_window.hf.card import CARD, write_card
 
 
-class SavedModel:
-    """Saving and uploading, for a class that inherits it before transformers' PreTrainedModel."""
+class SavedModel(PreTrainedModel):
+    """transformers' base class of models, saved and uploaded with a model card."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -23,7 +24,7 @@ class SavedModel:
         transformers calls this after loading a class that way.
         """
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
@@ -45,13 +46,13 @@ class SavedModel:
         """
         pushed = set(inspect.signature(self.push_to_hub).parameters) - {"max_shard_size"}
         given = {name: kwargs.pop(name) for name in pushed & set(kwargs)} if push_to_hub else {}
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
-            write_card(save_directory, self)  # type: ignore[arg-type]
+            write_card(save_directory, self)
         if is_main_process and push_to_hub:
             self.push_to_hub(given.pop("repo_id", Path(save_directory).name), **given)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
