@@ -94,6 +94,7 @@ def test_a_model_learns_to_stop_from_padded_conversations(saved: Path) -> None:
     assert answers == ["no", "yes"]
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # TRL's own setting
 def test_trl_trains_by_path(saved: Path, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not among the development packages")
     from datasets import Dataset
