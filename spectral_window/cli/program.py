@@ -30,7 +30,7 @@ MOVED_PLUGINS = {"spectral_window.hf.rivals": "spectral_window.lab.baselines.mix
 # The order in --help; commands not named here follow by name.
 ORDER = (
     *("bench", "demo", "reproduce", "ablate", "analyze", "doctor", "report"),
-    *("train", "eval", "generate", "serve", "info"),
+    *("train", "recipes", "eval", "generate", "serve", "export", "info"),
 )
 
 

@@ -35,7 +35,10 @@ RUNS = {
 OWN = (*RUNS, "report.html", "report.png")
 MARK = ".spectral-window-demo"
 QUICK = ("steps=20", "warmup_steps=4", "eval_every=10", "save_every=20")
-QUICK_NOTE = "A quick version of 20 steps: it shows the way, and its numbers mean nothing."
+QUICK_VERDICT = (
+    "A quick version of 20 steps",
+    "It shows the way, and its numbers mean nothing.",
+)
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return'
 SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95}
 NEW_TOKENS = 200
@@ -68,9 +71,11 @@ def run(out: Path | str, *, quick: bool = False, progress: bool = True) -> Path:
         from spectral_window.lab.runs import read_all
 
         folders = [out / name for name in RUNS]
-        page = report.write(folders, out / "report.html", note=QUICK_NOTE if quick else "")
-        report.summary_figure(folders, out / "report.png")
         verdict = summary.compare(read_all(folders))
+        if quick:
+            verdict = summary.Verdict(*QUICK_VERDICT, ())
+        page = report.write(folders, out / "report.html", verdict=verdict)
+        report.summary_figure(folders, out / "report.png", verdict=verdict)
         took = f"{time.monotonic() - started:.0f} s in all. Open the report: {page}"
         for line in ("", verdict.headline, verdict.detail, took, ""):
             console.print(line, markup=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from spectral_window.lab.runs import Run, read, read_all
 from spectral_window.lab.summary import (
     MEASURES,
     MISSING,
+    Verdict,
     bits_text,
     compare,
     evaluation_text,
@@ -39,10 +40,12 @@ from spectral_window.lab.summary import (
 SHOWN_CONTEXTS = {1024: "1k", 32768: "32k", 1048576: "1M"}
 
 
-def write(runs: Sequence[Path | str], out_html: Path | str, *, note: str = "") -> Path:
+def write(
+    runs: Sequence[Path | str], out_html: Path | str, *, verdict: Verdict | None = None
+) -> Path:
     """Write the report of the run folders `runs` to the file `out_html`; returns its path.
 
-    note: a sentence to stand under the verdict, where a reader must know it before the numbers.
+    verdict: what to say instead of that of the numbers, where they decide nothing.
 
     Folders that are absent or unfinished are allowed: the page says "missing" where their numbers
     would stand.
@@ -50,13 +53,12 @@ def write(runs: Sequence[Path | str], out_html: Path | str, *, note: str = "") -
     out_html = Path(out_html)
     found = read_all([Path(run) for run in runs])
     states = [state_bytes(run) for run in found]
-    verdict = compare(found)
+    verdict = verdict or compare(found)
     return render(
         "report.html.j2",
         out_html,
         title=verdict.headline,
         verdict=verdict,
-        note=note,
         cards=[_card(run, color) for run, color in zip(found, _colors(found), strict=True)],
         labels=[run.label for run in found],
         rows=_rows(found, states),
@@ -80,13 +82,15 @@ def render(template: str, out_html: Path, **content: Any) -> Path:
     return out_html
 
 
-def summary_figure(runs: Sequence[Path | str], out_png: Path | str) -> Path:
+def summary_figure(
+    runs: Sequence[Path | str], out_png: Path | str, *, verdict: Verdict | None = None
+) -> Path:
     """One picture of the comparison for a README: loss on the left, memory on the right, numbers
-    beneath; PNG."""
+    beneath; PNG. verdict: as in `write`."""
     found = read_all([Path(run) for run in runs])
     colors = _colors(found)
     series = _series(found, colors)
-    verdict = compare(found)
+    verdict = verdict or compare(found)
     with mpl.rc_context({**figures.STYLE, "font.size": 10.5}):
         figure = Figure(figsize=(11.0, 5.9))
         figure.text(0.05, 0.925, verdict.headline, fontsize=17, weight="bold", va="center")
