@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from spectral_window.errors import UserError  # a ValueError, which pydantic reports
+
 MOST_CHOICES = 128
 Count = Annotated[int, Field(ge=0)]
 
@@ -58,7 +60,7 @@ class Request(BaseModel):
     @classmethod
     def _changes_nothing(cls, value: Any) -> Any:
         if value:
-            raise ValueError("not supported by this server; leave it out")
+            raise UserError("not supported by this server; leave it out")
         return value
 
     @property
@@ -96,20 +98,20 @@ class CompletionRequest(Request):
             if isinstance(prompt, str):
                 check_unicode(prompt)
             elif not _are_ids(prompt):
-                raise ValueError("give a text, a list of texts, a list of token ids, or of such")
+                raise UserError("give a text, a list of texts, a list of token ids, or of such")
         return value
 
     @field_validator("suffix")
     @classmethod
     def _not_supported(cls, value: Any) -> Any:
         if value:
-            raise ValueError("not supported by this server; leave it out")
+            raise UserError("not supported by this server; leave it out")
         return value
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.choices:
-            raise ValueError("best_of is supported as n alone; leave it out")
+            raise UserError("best_of is supported as n alone; leave it out")
         return self
 
     @property
@@ -120,11 +122,11 @@ class CompletionRequest(Request):
 
 
 def check_unicode(text: str) -> str:
-    """Return `text`; raise ValueError where it has half of a surrogate pair, which JSON can say."""
+    """Return `text`; raise UserError where it has half of a surrogate pair, which JSON can say."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at {error.start}; send whole characters") from None
+        raise UserError(f"half a surrogate pair at {error.start}; send whole characters") from None
     return text
 
 
@@ -180,7 +182,7 @@ class ChatRequest(Request):
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise UserError("top_logprobs needs logprobs: true")
         return self
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from spectral_window.data.tokenizers import HFTokenizer, load_tokenizer
+from spectral_window.errors import ResourceError
 from spectral_window.generation.decoding import Sampling
 from spectral_window.generation.engine import Engine
 from spectral_window.generation.session import Session
@@ -151,7 +152,7 @@ def _through_http(model: Any, tokenizer: HFTokenizer, running: ExitStack) -> Ask
         answer = json.load(connection.getresponse())
         connection.close()
         if answer["usage"]["completion_tokens"] != count:
-            raise RuntimeError(f"{answer['usage']} and not {count} tokens")
+            raise ResourceError(f"{answer['usage']} and not {count} tokens")
 
     def ask(prompts: list[list[int]], count: int) -> None:
         if not address:
