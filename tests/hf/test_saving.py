@@ -76,7 +76,9 @@ def _load(code: str, folder: Path, cache: Path) -> Any:
 
 LOADING_ALL = f"""
 from transformers.cli.serving.model_manager import ModelManager  # of `transformers serve`
-served, _ = ModelManager(device="cpu", **how).load_model_and_processor(path + "@main")
+manager = ModelManager(device="cpu", **how)
+served, _ = manager.load_model_and_processor(path + "@main")
+manager.shutdown()  # a timer of five minutes would keep the process alive
 config = transformers.AutoConfig.from_pretrained(path, **how)
 # so trainers that are given a path look a model up
 model = getattr(transformers, config.architectures[0]).from_pretrained(path, **how)
