@@ -157,3 +157,10 @@ def test_every_test_named_in_the_table_of_faults_exists():
     assert len(named) > 50
     missing = [f"{f}::{name}" for f, name in named if f"def {name}(" not in (tests / f).read_text()]
     assert not missing
+
+
+def test_torch_is_asked_whether_it_exports_in_one_place():
+    """torch 2.11 answers yes in every graph of torch.compile: a model on a GPU took plain methods
+    there. `ops/tracing.py` knows."""
+    asking = [path.name for path in FILES if "compiler.is_exporting(" in path.read_text()]
+    assert asking == ["tracing.py"]  # its docstring says why

@@ -25,7 +25,7 @@ from torch._higher_order_ops.scan import scan
 
 from spectral_window.ops import recorded
 from spectral_window.ops.documents import Documents, Tokens
-from spectral_window.ops.tracing import is_recorded
+from spectral_window.ops.tracing import is_exporting, is_recorded
 
 CHUNK = 64
 
@@ -163,7 +163,7 @@ def _recorded(inputs: Sequence[Tensor], state: Tensor, positions: Tensor) -> tup
     time = tokens[0].shape[1]
     written = torch.cat([x.flatten(2) for x in tokens[1:]], -1)
     spoilt = recorded.since_head(~torch.isfinite(written).all(-1), rows.head)
-    exporting = torch.compiler.is_exporting()
+    exporting = is_exporting()
     # for any length: one more than there are, so that their number is never 1
     more = CHUNK if exporting else 0
     begin = torch.arange(0, time + more, CHUNK, dtype=torch.int64, device=state.device)
@@ -228,7 +228,7 @@ def _solve(lower: Tensor, right: Tensor) -> Tensor:
     blocks of the inverse, [[P, 0], [-R L P, R]] of the inverses P and R of two neighbours and the
     block L below them. Unlike a sum of powers this is as exact as substitution.
     """
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
     size = lower.shape[-1]
     place = torch.arange(size, dtype=torch.int64, device=lower.device)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
 from spectral_window.ops.modes import Modes, powers, times
+from spectral_window.ops.tracing import is_exporting
 from spectral_window.ops.window_state import WindowState, slot_positions
 
 CHUNK = 32
@@ -140,7 +141,7 @@ def convolve(
     ends = torch.arange(CHUNK - 1, time + 3 * CHUNK, CHUNK, dtype=torch.int64, device=u.device)
     chunk, at = ends // CHUNK, ends.clamp(max=time - 1)
     carry, since = h.index_select(1, at), head.index_select(1, at) // CHUNK
-    if torch.compiler.is_exporting():  # of any length
+    if is_exporting():  # of any length
         enters, over = since < chunk, _power(modes, CHUNK)
 
         def pass_on(state: Tensor, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

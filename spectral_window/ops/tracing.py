@@ -22,15 +22,22 @@ def is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export records the call: a graph for any length, if its sizes are
+    dynamic.
+
+    `torch.compiler.is_exporting()` cannot tell: torch 2.11 records it as true in every graph of
+    torch.compile. This is the flag that it returns.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def is_exported() -> bool:
     """Return whether torch.export or torch.jit.trace records the call, to run it elsewhere.
 
     Such a graph may only use PyTorch's own operations.
     """
-    # `is_exporting()` is always true inside torch.compile of torch 2.11: it returns this flag
-    return torch.compiler._is_exporting_flag or (
-        not torch.compiler.is_compiling() and torch._C._is_tracing()
-    )
+    return is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
