@@ -99,6 +99,8 @@ def test_a_text_is_continued_again_and_again(serve, browser, tmp_path, sessions)
     assert int(tab.text("tokens")) > 50
     assert tab.text("state") == "5.14 kB"
     assert tab.text("cache").endswith("kB")
+    for bar in ("#state-bar", "#cache-bar"):  # drawn: a style sheet once hid them
+        assert min(tab.page.locator(bar).evaluate("x => [x.offsetWidth, x.offsetHeight]")) > 2
     box.press("End")
     box.fill(first + " more")
     tab.page.keyboard.press("Control+Enter")
