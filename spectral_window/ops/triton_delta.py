@@ -36,7 +36,7 @@ from torch import Tensor
 from spectral_window.ops import triton_delta_gradients as backwards
 from spectral_window.ops import triton_delta_kernels as forwards
 from spectral_window.ops.chunked_delta import differentiate_again
-from spectral_window.ops.tracing import PLAIN, is_recorded, may_bypass
+from spectral_window.ops.operators import operator
 from spectral_window.ops.triton_window_stream import on_device
 
 CHUNK = 64
@@ -206,7 +206,10 @@ class _Call:
         return states, writes, final
 
 
-def run(
+# ---------------------------------------------------------------- operators
+
+
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -214,8 +217,13 @@ def run(
     decay: Tensor | None,
     state: Tensor | None,
     positions: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`delta_rule` as a plain call, without autograd and dispatch; gates may be None."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the recurrence; the arguments are those of `memory`, with beta and decay [B, T, H].
+
+    Returns:
+        out [B, T, H, V], the final state [B, H, K, V], the inverses of the chunks [B, H, chunks, C,
+        C], and their gates [B, H, chunks, 5, C] (empty where there are none).
+    """
     with on_device(q):
         call = _Call(q, k, v, beta, decay, state, positions)
         solved, gates = call.prepare()
@@ -223,10 +231,21 @@ def run(
         out = call.v.new_empty(v.shape)
         tensors = (call.q, call.k, call.positions, gates, states, writes, out)
         call.launch(forwards.outputs, *tensors, across=False)
-    return out, final, solved, gates
+    return out, final, solved, solved.new_empty(0) if gates is None else gates
 
 
-def run_back(
+def _fake(q, k, v, beta, decay, state, positions):
+    batch, time, heads, key = q.shape
+    chunks = -(-time // CHUNK)
+    final = q.new_empty((batch, heads, key, v.shape[3]), dtype=torch.float32)
+    solved = q.new_empty((batch, heads, chunks, CHUNK, CHUNK), dtype=torch.float32)
+    shape: tuple[int, ...] = (0,)
+    if decay is not None or positions is not None:
+        shape = (batch, heads, chunks, forwards.GATES.value, CHUNK)
+    return v.new_empty(v.shape), final, solved, solved.new_empty(shape)
+
+
+def _run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -235,26 +254,30 @@ def run_back(
     state: Tensor | None,
     positions: Tensor | None,
     solved: Tensor,
-    gates: Tensor | None,
+    gates: Tensor,
     grad: Tensor | None,
     grad_final: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of q, k, v, beta, decay (if there is one) and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, beta, decay and the initial state.
+
+    The gradient of a decay that there is not is empty.
+    """
     with on_device(q):
         call = _Call(q, k, v, beta, decay, state, positions)
+        kept = gates if call.gated else None
         grad = torch.zeros_like(call.v) if grad is None else grad.contiguous()
         end = None if grad_final is None else grad_final.contiguous()
-        states, writes, _ = call.scan(solved, gates)
+        states, writes, _ = call.scan(solved, kept)
         entering, d_states = torch.empty_like(states), torch.empty_like(states)
         d_writes = torch.empty_like(writes)
         dq, dk, dv, d_beta = (x.new_empty(x.shape) for x in (call.q, call.k, call.v, call.beta))
         d_decay = None if decay is None else decay.new_empty(decay.shape)
         d_first = q.new_empty(states.shape[:2] + states.shape[3:], dtype=torch.float32)
-        tensors = (call.q, call.k, call.positions, gates, grad, entering, d_writes)
+        tensors = (call.q, call.k, call.positions, kept, grad, entering, d_writes)
         call.launch(backwards.inflow, *tensors, across=False)
         call.launch(
             backwards.retreat,
-            *(call.k, call.beta, call.positions, solved, gates, end),
+            *(call.k, call.beta, call.positions, solved, kept, end),
             *(entering, d_states, d_writes, dv, d_first),
             across=True,
             GIVEN=end is not None,
@@ -262,15 +285,46 @@ def run_back(
         )
         call.launch(
             backwards.gradients,
-            *(call.q, call.k, call.v, call.beta, call.positions, gates, states, writes),
+            *(call.q, call.k, call.v, call.beta, call.positions, kept, states, writes),
             *(d_states, d_writes, grad, dq, dk, d_beta, d_decay),
             across=False,
             DECAY=decay is not None,
         )
-    return dq, dk, dv, d_beta, d_decay, d_first
+    return dq, dk, dv, d_beta, q.new_empty(0) if d_decay is None else d_decay, d_first
 
 
-# ---------------------------------------------------------------- autograd
+def _fake_backward(q, k, v, beta, decay, state, positions, solved, gates, grad, grad_final):
+    like = [x.new_empty(x.shape) for x in (q, k, v, beta)]
+    d_decay = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
+    shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    return *like, d_decay, q.new_empty(shape, dtype=torch.float32)
+
+
+delta_rule_backward = operator("triton_delta_backward", _run_backward, _fake_backward)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, grad_final, *_):
+    *tensors, positions, solved, gates = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return *differentiate_again(tensors, positions, grad, grad_final), None
+    *d_inputs, d_decay, d_first = delta_rule_backward(
+        *tensors, positions, solved, gates, grad, grad_final
+    )
+    decay, state = tensors[4:]
+    return (
+        *d_inputs,
+        None if decay is None else d_decay,
+        None if state is None else d_first,
+        None,
+    )
+
+
+delta_rule = operator("triton_delta", _run, _fake, _save, _differentiate)
 
 
 def memory(
@@ -290,114 +344,6 @@ def memory(
         out [B, T, H, V] in v's dtype, and the final state [B, H, K, V] float32.
     """
     q, k, v, beta, *decay = inputs
-    call = (q, k, v, beta.squeeze(-1), decay[0].squeeze(-1) if decay else None, state, positions)
-    if may_bypass(*call):
-        return run(*call)[:2]
-    if is_recorded() or any(x is not None and type(x) not in PLAIN for x in call):
-        return delta_rule(*call)[:2]
-    return _DeltaRule.apply(*call)
-
-
-def _differentiate(ctx, backward, grad, grad_final):
-    """The gradients of the inputs of `run`, by `backward` or so that they have derivatives."""
-    *tensors, positions, solved, gates = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return *differentiate_again(tensors, positions, grad, grad_final), None
-    *d_inputs, d_decay, d_first = backward(*tensors, positions, solved, gates, grad, grad_final)
-    decay, state = tensors[4:]
-    return (
-        *d_inputs,
-        None if decay is None else d_decay,
-        None if state is None else d_first,
-        None,
-    )
-
-
-class _DeltaRule(torch.autograd.Function):
-    """`run` with gradients in eager mode, where a registered operator would cost more time than its
-    kernels for small inputs."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[override]
-        out, final, solved, gates = run(*inputs)
-        ctx.save_for_backward(*inputs, solved, gates)
-        ctx.set_materialize_grads(False)
-        return out, final
-
-    @staticmethod
-    def backward(ctx, grad, grad_final):  # type: ignore[override]
-        return _differentiate(ctx, run_back, grad, grad_final)
-
-
-@torch.library.custom_op("spectral_window::triton_delta", mutates_args=())
-def delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    state: Tensor | None,
-    positions: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the recurrence, in recorded graphs; see `memory`, with beta and decay [B, T, H].
-
-    Returns:
-        out [B, T, H, V], the final state [B, H, K, V], the inverses of the chunks [B, H, chunks, C,
-        C], and their gates [B, H, chunks, 5, C] (empty where there are none).
-    """
-    out, final, solved, gates = run(q, k, v, beta, decay, state, positions)
-    return out, final, solved, solved.new_empty(0) if gates is None else gates
-
-
-@delta_rule.register_fake
-def _(q, k, v, beta, decay, state, positions):
-    batch, time, heads, key = q.shape
-    chunks = -(-time // CHUNK)
-    final = q.new_empty((batch, heads, key, v.shape[3]), dtype=torch.float32)
-    solved = q.new_empty((batch, heads, chunks, CHUNK, CHUNK), dtype=torch.float32)
-    shape: tuple[int, ...] = (0,)
-    if decay is not None or positions is not None:
-        shape = (batch, heads, chunks, forwards.GATES.value, CHUNK)
-    return v.new_empty(v.shape), final, solved, solved.new_empty(shape)
-
-
-@torch.library.custom_op("spectral_window::triton_delta_backward", mutates_args=())
-def delta_rule_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    state: Tensor | None,
-    positions: Tensor | None,
-    solved: Tensor,
-    gates: Tensor,
-    grad: Tensor | None,
-    grad_final: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`run_back` in recorded graphs; the gradient of a decay that there is not is empty."""
-    *d_inputs, d_decay, d_first = run_back(
-        q, k, v, beta, decay, state, positions, solved, gates, grad, grad_final
-    )
-    d_decay = q.new_empty(0) if d_decay is None else d_decay
-    return *d_inputs, d_decay, d_first  # type: ignore[return-value]
-
-
-@delta_rule_backward.register_fake
-def _(q, k, v, beta, decay, state, positions, solved, gates, grad, grad_final):
-    like = [x.new_empty(x.shape) for x in (q, k, v, beta)]
-    d_decay = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
-    shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    return *like, d_decay, q.new_empty(shape, dtype=torch.float32)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[2:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_recorded(ctx, grad, grad_final, *_):
-    return _differentiate(ctx, delta_rule_backward, grad, grad_final)
-
-
-delta_rule.register_autograd(_differentiate_recorded, setup_context=_save)
+    gates = beta.squeeze(-1), decay[0].squeeze(-1) if decay else None
+    out, final, *_ = delta_rule(q, k, v, *gates, state, positions)
+    return out, final

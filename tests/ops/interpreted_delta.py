@@ -302,20 +302,25 @@ def test_registered_operators_pass_opcheck(gated):
     positions = torch.arange(6)[None] if gated else None
     rest = (decay, state) if gated else (None, None)
     call = [x if x is None else x.requires_grad_() for x in (q, k, v, beta, *rest)]
-    torch.library.opcheck(triton_delta.delta_rule, (*call, positions))
+    torch.library.opcheck(triton_delta.delta_rule.registered, (*call, positions))
     plain = [x if x is None else x.detach() for x in call]
     _, _, solved, gates = triton_delta.delta_rule(*plain, positions)
-    backward = triton_delta.delta_rule_backward
+    backward = triton_delta.delta_rule_backward.registered
     torch.library.opcheck(backward, (*plain, positions, solved, gates, *given))
 
 
-def test_the_registered_operator_has_the_gradients_of_the_eager_one():
+def test_a_recorded_call_has_the_bits_of_an_eager_one_and_no_break():
     inputs, given = draw(1, 20, 1, 6, 5)
     truth = differentiated("triton", inputs, given)
+    recorded = torch.compile(REMEMBER, fullgraph=True, backend="aot_eager")
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out, final, *_ = triton_delta.delta_rule(*leaves, None)
-    mine = out, final, *torch.autograd.grad((out, final), leaves, given)
-    assert all(torch.equal(x, y) for x, y in zip(mine, truth, strict=True))
+    for call in (
+        lambda *x: triton_delta.delta_rule.registered(*x, None)[:2],
+        lambda *x: recorded(*x[:4], decay=x[4], state=x[5]),
+    ):
+        results = call(*leaves)
+        mine = *results, *torch.autograd.grad(results, leaves, given)
+        assert all(torch.equal(x, y) for x, y in zip(mine, truth, strict=True))
 
 
 def test_wide_keys_are_left_to_another_method():
