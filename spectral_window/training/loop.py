@@ -128,7 +128,14 @@ class Loop:
             settings = {
                 k: v if isinstance(v, plain) else str(v) for k, v in recipe.to_dict().items()
             }
-            self.accelerator.init_trackers(recipe.name, config=settings)
+            # the run's folder keeps what they write; nothing is sent anywhere unless asked for
+            wandb = {
+                "dir": os.environ.get("WANDB_DIR", str(self.folder / "tracker")),
+                "mode": os.environ.get("WANDB_MODE", "offline"),
+            }
+            self.accelerator.init_trackers(
+                recipe.name, config=settings, init_kwargs={"wandb": wandb}
+            )
         try:
             self._train(model, optimizer)
         finally:
@@ -420,9 +427,8 @@ def _accelerator(device: str, dtype: str, track: str, folder: Path) -> Accelerat
     if track != "none":
         if find_spec(track) is None:
             raise UserError(f"{track} is missing (track): pip install {track}, or leave track out")
-        # the run's folder keeps what they write; nothing is sent anywhere unless asked for
-        os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
+        if track == "trackio":  # which reads it once, when it is imported
+            os.environ.setdefault("TRACKIO_DIR", str(folder / "tracker"))
     # accelerate keeps its state per process, and would refuse another precision than the first
     # run's; transformers' Trainer resets it in the same way.
     AcceleratorState._reset_state(reset_partial_state=True)
