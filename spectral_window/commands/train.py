@@ -95,6 +95,15 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove an earlier run in DIR first.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            metavar="N",
+            help="Processes that prepare the text. Default: one a core. The tokens are the same.",
+        ),
+    ] = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -140,6 +149,7 @@ def run(
         progress=RichProgress(),
         command=command,
         init=initial,
+        workers=workers,
     )
     asked, what = ("--chat 'Hi'", "answers") if settings.chat else ("'Once'", "writes")
     log(f"spectral-window generate {shlex.quote(str(folder))} {asked}    {what} with the model")

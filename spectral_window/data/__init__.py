@@ -7,6 +7,9 @@
     tokenizers.py  bytes, bpe:N, gpt2 or a folder -> a byte-level Hugging Face tokenizer
     chat.py        conversations: their format, tokens and template
     holdout.py     the documents that are held out for evaluation
+    sections.py    where the text may be divided, so that several processes read it
+    passes.py      what is done with a section: survey, sample, tokens
+    workers.py     processes that compute a function over many tasks
     text.py        prepare(): pieces -> a folder of tokens;  open_corpus(): open it
     shards.py      that folder: written atomically, verified when it is read
     arrays.py      its files as arrays: hashed when opened, and checked while in use

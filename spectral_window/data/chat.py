@@ -132,13 +132,13 @@ def conversation_pieces(
     Raises:
         UserError: the file is not JSON, or a conversation is bad; with file, line and reason.
     """
-    kind, name, _ = source
+    kind, name, _, extent, _ = source
     if kind not in KINDS:
         suffix = split_suffix(name)[0] or "this"
         raise UserError(
             f"{suffix} holds no conversations ({name}): give a .jsonl with a field 'messages'"
         )
-    rows = rows_of(kind, name, options, report, conversation_row)
+    rows = rows_of(kind, name, options, report, conversation_row, extent)
     for text, where in texts_of(rows, options, report):
         yield Piece(text, True, where)
 
@@ -198,7 +198,7 @@ def code_conversations(
 
     A longer conversation is cut before a question; each part begins with the system message, if
     there is one. A single question with its answer that is longer ends with the row; where not even
-    a token of the answer would fit, it is left out. `report` gets a note of how many there were.
+    a token of the answer would fit, it is left out. `report` counts them.
     The bytes of a document are those of its answers, for they alone are predicted.
     """
     roles = role_ids(tokenizer)
@@ -206,7 +206,6 @@ def code_conversations(
     end: Any = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     backend = plain_text(tokenizer)
     first: Any = tokenizer.bos_token_id
-    cut = ended = lost = 0
     for batch in batches(parts):
         spoken = [turns(part.text) for part in batch]
         texts = [content for conversation in spoken for _, content in conversation]
@@ -231,23 +230,16 @@ def code_conversations(
                     documents[-1].join(exchange)
                 else:
                     documents.append(head.copy().join(exchange))
-            cut += len(documents) > 1
+            report.cut += len(documents) > 1
             for document in documents:
                 ids, size = document.ids[: length + 1], document.size
                 if len(ids) < len(document.ids):
                     if document.answered >= len(ids):
-                        lost += 1
+                        report.lost += 1
                         continue
-                    ended += 1
+                    report.ended += 1
                     size = len(backend.decode(ids[document.answered :]).encode())
                 yield Coded(part.split, part.spec, True, ids, size)
-    for count, what in (
-        (cut, "conversations longer than a row were cut before a question"),
-        (ended, "answers longer than a row end with it"),
-        (lost, "questions longer than a row were left out"),
-    ):
-        if count:
-            report.notes.append(f"{what}: {count:,}")
 
 
 class _Run:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import codecs
 import os
 import stat
+import sys
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 from spectral_window.data.kinds import COMPRESSION, split_suffix
 from spectral_window.errors import UserError
@@ -19,6 +21,23 @@ BLOCK = 1 << 18  # bytes read at a time
 MAX_RATIO = 1000  # decompressed bytes per compressed byte; more is a decompression bomb
 SHOWN = 5  # names that a line mentions
 BAD_CHARACTER = "\ufffd"
+
+
+class Extent(NamedTuple):
+    """A run of a file, between two borders that a reader of the whole file sees too.
+
+    Attributes:
+        start: its first byte; of Parquet, its first row group; of a data set, its first shard.
+        stop: the end, in the same unit; None for the end of the file.
+        records: the lines or rows of the file that stand before it.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    records: int = 0
+
+
+WHOLE = Extent()
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,12 @@ class ReadReport:
         without: files without a document.
         damaged: files that were damaged.
         shared: training documents that are held-out text too.
+        shared_at: where the first of them are.
+        documents: training documents in total.
+        bytes: bytes of training text.
+        cut: conversations that were cut before a question.
+        ended: answers that end with the row.
+        lost: questions that are longer than a row.
         notes: other messages.
     """
 
@@ -62,11 +87,26 @@ class ReadReport:
     without: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     shared: int = 0
+    shared_at: list[str] = field(default_factory=list)
+    documents: int = 0
+    bytes: int = 0
+    cut: int = 0
+    ended: int = 0
+    lost: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def add(self, other: ReadReport) -> None:
+        """Add the report of the text that follows."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+        del self.shared_at[SHOWN:]
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         counted = (
+            (self.cut, "conversations longer than a row were cut before a question"),
+            (self.ended, "answers longer than a row end with it"),
+            (self.lost, "questions longer than a row were left out"),
             (self.replaced, "characters that are not UTF-8 were replaced"),
             (self.skipped, f"bad records of {self.records:,} were left out"),
             (self.blank, "records hold nothing but white space"),
@@ -96,15 +136,26 @@ class UnreadableFile(UserError):
 # ---------------------------------------------------------------------------- plain text
 
 
-def utf8_blocks(path: str, options: ReadOptions, report: ReadReport) -> Iterator[str]:
-    """Yield the text of a file, with CRLF as LF.
+def utf8_blocks(
+    path: str, options: ReadOptions, report: ReadReport, extent: Extent = WHOLE
+) -> Iterator[str]:
+    """Yield the text of a file, or of a run of it, with CRLF as LF.
 
     A byte that is not UTF-8, or a NUL, is a UserError with its offset in the (decompressed) file;
     with errors="replace" it becomes U+FFFD.
     """
+    for _, text in placed_blocks(path, options, report, extent):
+        yield text.replace("\r\n", "\n")
+
+
+def placed_blocks(
+    path: str, options: ReadOptions, report: ReadReport, extent: Extent = WHOLE
+) -> Iterator[tuple[int, str]]:
+    """Yield the same text with its CRLF, each block with the place of its first byte."""
     strict = options.errors == "strict"
-    data, offset, started = b"", 0, False  # `offset` is the place of data[0] in the file
-    for block, final in _with_end(byte_blocks(path)):
+    data, offset = b"", extent.start  # `offset` is the place of data[0] in the file
+    started = offset > 0
+    for block, final in _with_end(byte_blocks(path, extent)):
         data += block
         if not started:
             if len(data) < 3 and not final:
@@ -119,10 +170,11 @@ def utf8_blocks(path: str, options: ReadOptions, report: ReadReport) -> Iterator
         else:
             text, used, replaced = _decode_anyhow(data, final)
             report.replaced += replaced
+        place = offset
         data, offset = data[used:], offset + used
         if text.endswith("\r") and not final:  # its LF may come with the next block
             text, data, offset = text[:-1], b"\r" + data, offset - 1
-        yield text.replace("\r\n", "\n")
+        yield place, text
 
 
 def _decode_strict(data: bytes, offset: int, final: bool, path: str) -> tuple[str, int]:
@@ -160,8 +212,11 @@ def _with_end(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield b"", True
 
 
-def byte_blocks(path: str) -> Generator[bytes]:
-    """Yield the bytes of a regular file, decompressed by its suffix, at most BLOCK at a time."""
+def byte_blocks(path: str, extent: Extent = WHOLE) -> Generator[bytes]:
+    """Yield the bytes of a regular file, decompressed by its suffix, at most BLOCK at a time.
+
+    A compressed file is always read whole.
+    """
     compression = COMPRESSION.get(split_suffix(path)[1])
     try:
         info = os.stat(path)
@@ -169,7 +224,10 @@ def byte_blocks(path: str) -> Generator[bytes]:
             raise UserError(f"not a regular file ({path}): save the text to a file first")
         if compression is None:
             with open(path, "rb", buffering=0) as file:
-                while block := file.read(BLOCK):
+                file.seek(extent.start)
+                left = sys.maxsize if extent.stop is None else extent.stop - extent.start
+                while block := file.read(min(BLOCK, left)):
+                    left -= len(block)
                     yield block
             return
         if not info.st_size:

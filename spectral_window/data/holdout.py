@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from spectral_window.data.sources import Piece
-from spectral_window.errors import UserError
 
 FEW = 10_000  # documents whose size is stored, to choose one of a few
 KEYS = 1 << 64
@@ -43,6 +42,8 @@ class Survey:
     Attributes:
         documents: number of documents.
         bytes: bytes of text.
+        pieces: pieces of text.
+        head: bytes of text before the first document begins, of one that began earlier.
         below: documents that the hash holds out.
         complete: False if the reading stopped early (a hub data set).
         few: (key, bytes) of the first documents.
@@ -50,6 +51,8 @@ class Survey:
 
     documents: int = 0
     bytes: int = 0
+    pieces: int = 0
+    head: int = 0
     below: int = 0
     complete: bool = True
     few: list[tuple[int, int]] = field(default_factory=list)
@@ -60,9 +63,26 @@ class Survey:
             self.below += key < threshold
             if self.documents <= FEW:
                 self.few.append((key, 0))
-        if self.documents <= FEW:
-            self.few[-1] = (self.few[-1][0], self.few[-1][1] + size)
+        self._lengthen(size)
         self.bytes += size
+        self.pieces += 1
+
+    def follow(self, other: Survey) -> None:
+        """Add the survey of the text that follows."""
+        self._lengthen(other.head)
+        self.few += other.few[: FEW - len(self.few)]
+        self.documents += other.documents
+        self.below += other.below
+        self.bytes += other.bytes
+        self.pieces += other.pieces
+        self.complete &= other.complete
+
+    def _lengthen(self, size: int) -> None:
+        """Add bytes to the latest document."""
+        if not self.documents:
+            self.head += size
+        elif self.documents <= FEW:
+            self.few[-1] = (self.few[-1][0], self.few[-1][1] + size)
 
 
 class Split(NamedTuple):
@@ -84,12 +104,21 @@ class Split(NamedTuple):
         key = document_key(first_piece, self.seed)
         return "valid" if key < self.threshold or key == self.chosen else "train"
 
-    def assign(self, pieces: Iterable[tuple[Piece, int]]) -> Iterator[Part]:
+    def assign(
+        self, pieces: Iterable[tuple[Piece, int]], begun: str = "", done: int = 0
+    ) -> Iterator[Part]:
         """Yield each piece (given with its bytes) with its split.
 
         Of a document that is cut, both parts start as documents.
+
+        Args:
+            pieces: the pieces.
+            begun: the first piece of a document that began before them.
+            done: the bytes of that document before them.
         """
-        split, done = "train", 0
+        split = self.side(begun)
+        if self.cut_after and done > self.cut_after:
+            split = "valid"
         for (text, first, _, spec), size in pieces:
             if first:
                 split, done = self.side(text), 0
@@ -111,19 +140,13 @@ def document_key(first_piece: str, seed: int) -> int:
 def take_survey(
     pieces: Iterable[tuple[Piece, int]], fraction: float, seed: int, stop: int | None = None
 ) -> Survey:
-    """Read the training pieces (given with their bytes) once, up to `stop` bytes.
-
-    Raises:
-        UserError: there are no documents.
-    """
+    """Read the training pieces (given with their bytes) once, up to `stop` bytes."""
     survey, threshold = Survey(), int(fraction * KEYS)
     for piece, size in pieces:
         if stop is not None and survey.bytes >= stop:
             survey.complete = False
             break
         survey.add(piece, size, document_key(piece.text, seed) if piece.first else 0, threshold)
-    if not survey.documents:
-        raise UserError("no documents: the sources hold nothing but white space")
     return survey
 
 

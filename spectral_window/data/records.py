@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from spectral_window.data.formats import (
     BAD_CHARACTER,
     BLOCK,
+    WHOLE,
+    Extent,
     ReadOptions,
     ReadReport,
     UnreadableFile,
@@ -52,21 +54,28 @@ def rows_of(
     options: ReadOptions,
     report: ReadReport,
     make: MakeRow | None = None,
+    extent: Extent = WHOLE,
 ) -> Iterator[Row]:
     """Return the rows of a source, by its kind.
 
-    `make` makes the row of a JSON record; by default its text is the field `text`.
+    `make` makes the row of a JSON record; by default its text is the field `text`. Only JSON lines,
+    Parquet and data sets have an `extent`.
     """
     make = make or _row
     if kind == "hub":
         return hub_rows(name)
     if kind == ".parquet":
-        return parquet_rows(name)
+        return parquet_rows(name, extent)
     if kind in (".csv", ".tsv"):
         return csv_rows(name, "," if kind == ".csv" else "\t", options, report)
-    if kind == ".json" and _first_byte(name) == b"[":
+    if is_array(kind, name):
         return array_rows(name, options, report, make)
-    return json_rows(name, make)
+    return json_rows(name, make, extent)
+
+
+def is_array(kind: str, name: str) -> bool:
+    """Return whether a file is one JSON array, and not a record a line."""
+    return kind == ".json" and _first_byte(name) == b"["
 
 
 def texts_of(
@@ -119,12 +128,12 @@ def _check_columns(columns: list[str], where: str) -> None:
 # ---------------------------------------------------------------------------- JSON
 
 
-def json_rows(path: str, make: MakeRow) -> Iterator[Row]:
+def json_rows(path: str, make: MakeRow, extent: Extent = WHOLE) -> Iterator[Row]:
     """Yield a row for every line that is not blank."""
     bad = "bad JSON"
     if split_suffix(path)[0] == ".json":
         bad = "a .json must be a record a line, or one array: bad JSON"
-    for number, line in _lines(path):
+    for number, line in _lines(path, extent):
         where = f"{path}, line {number}"
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -149,11 +158,11 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+def _lines(path: str, extent: Extent) -> Iterator[tuple[int, bytes]]:
     """Yield numbered lines; one longer than MAX_RECORD is an error before it is read whole."""
-    number, size = 1, 0
+    number, size = extent.records + 1, 0
     parts: list[bytes] = []
-    for block in byte_blocks(path):
+    for block in byte_blocks(path, extent):
         *ends, rest = block.split(b"\n")
         for end in ends:
             yield number, b"".join([*parts, end])
@@ -291,7 +300,7 @@ def csv_rows(path: str, delimiter: str, options: ReadOptions, report: ReadReport
         raise UserError(f"bad CSV, {error} ({path}, line {begins}): repair the file") from None
 
 
-def parquet_rows(path: str) -> Iterator[Row]:
+def parquet_rows(path: str, extent: Extent = WHOLE) -> Iterator[Row]:
     """Yield a row for every row of the string column `text`; other columns are not read."""
     import pyarrow
     import pyarrow.parquet
@@ -305,13 +314,33 @@ def parquet_rows(path: str) -> Iterator[Row]:
             kind = schema.field("text").type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(f"column 'text' is {kind} ({path}): store it as a string column")
-            number = 0
-            for batch in file.iter_batches(batch_size=64, columns=["text"]):
+            number = extent.records
+            groups = range(file.num_row_groups)[extent.start : extent.stop]
+            for batch in file.iter_batches(64, list(groups), columns=["text"]):
                 for value in batch.column(0).to_pylist():
                     number += 1
                     yield _row(f"{path}, row {number}", {"text": value})
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UnreadableFile(f"not a readable Parquet file ({path}): {_one_line(error)}") from None
+
+
+def parquet_groups(path: str) -> list[tuple[int, int]]:
+    """Return the rows and the bytes of text of each row group; raises as `parquet_rows` does."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            _check_columns(file.schema_arrow.names, path)
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UnreadableFile(f"not a readable Parquet file ({path}): {_one_line(error)}") from None
+    sizes = []
+    for group in groups:
+        columns = [group.column(i) for i in range(group.num_columns)]
+        text = [column for column in columns if column.path_in_schema == "text"]
+        sizes.append((group.num_rows, sum(column.total_uncompressed_size for column in text)))
+    return sizes
 
 
 def hub_rows(spec: str) -> Iterator[Row]:

@@ -15,7 +15,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +30,13 @@ from spectral_window.data.formats import ReadReport
 from spectral_window.data.holdout import Part
 from spectral_window.data.tokenizers import HFTokenizer, plain_text, vocabulary_size
 from spectral_window.errors import IntegrityError, UserError
-from spectral_window.files import cannot_write, hash_file, remove_leftovers, write_folder
+from spectral_window.files import (
+    cannot_write,
+    hash_file,
+    remove_leftovers,
+    try_lock,
+    write_folder,
+)
 
 FORMAT, SCHEMA = "spectral-window tokens", 1
 INDEX = "corpus.json"
@@ -45,6 +54,11 @@ LARGEST_INDEX = 1 << 26  # bytes
 BATCH = 1 << 20  # characters tokenized at a time
 
 
+SECTION = "section.json"
+CHUNK = 1 << 20  # bytes copied at a time
+WAIT = 0.5  # seconds between two looks whether another process is done
+
+
 class Coded(NamedTuple):
     """A document, or a piece of one: its tokens, with the separator if it is the first, and the
     bytes of text that they stand for."""
@@ -56,12 +70,28 @@ class Coded(NamedTuple):
     size: int
 
 
+class Written(NamedTuple):
+    """The tokens of a section of the text, in a folder of its own.
+
+    Attributes:
+        folder: with the same files of tokens as the whole.
+        sources: of each split, the counts of each source.
+        files: the size and SHA-256 of each file.
+        report: of the reading.
+    """
+
+    folder: Path
+    sources: dict[str, dict[str, dict[str, int]]]
+    files: dict[str, dict[str, Any]]
+    report: ReadReport
+
+
 # ---------------------------------------------------------------------------- writing
 
 
 def write_corpus(
     folder: Path,
-    codes: Iterable[Coded],
+    codes: Iterable[Coded | Written],
     tokenizer: HFTokenizer,
     request: dict[str, Any],
     report: ReadReport,
@@ -71,7 +101,7 @@ def write_corpus(
 
     Args:
         folder: the destination.
-        codes: what to write.
+        codes: what to write, in order: tokens, or sections that are written already.
         tokenizer: which made them.
         request: what was asked for.
         report: what was replaced or left out.
@@ -93,24 +123,17 @@ def write_corpus(
 
 def _write(
     folder: Path,
-    codes: Iterable[Coded],
+    codes: Iterable[Coded | Written],
     tokenizer: HFTokenizer,
     request: dict[str, Any],
     report: ReadReport,
     roles: Sequence[int] | None,
 ) -> None:
     vocab_size = vocabulary_size(tokenizer)
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    dtype = dtype_of(vocab_size)
     entries = _save_tokenizer(tokenizer, folder)
-    writers = {name: _StreamWriter(folder, name, dtype) for name in SPLITS}
-    try:
-        for code in codes:
-            writers[code.split].add(code)
-        for writer in writers.values():
-            entries |= writer.finish()
-    finally:
-        for writer in writers.values():
-            writer.close()
+    writers, written = _write_streams(folder, codes, dtype)
+    entries |= written
     for name, hint in (
         ("train", "add text, or lower valid_fraction"),
         ("valid", "add text, raise valid_fraction, or name valid_sources"),
@@ -135,6 +158,103 @@ def _write(
         **({} if roles is None else {"roles": list(roles)}),
     }
     (folder / INDEX).write_text(signed_text(index), encoding="utf-8", newline="")
+
+
+def dtype_of(vocab_size: int) -> str:
+    """Return the type of the tokens of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def _write_streams(
+    folder: Path, codes: Iterable[Coded | Written], dtype: str
+) -> tuple[dict[str, _StreamWriter], dict[str, dict[str, Any]]]:
+    """Write the streams of both splits; return what wrote them, and their entries."""
+    writers = {name: _StreamWriter(folder, name, dtype) for name in SPLITS}
+    entries: dict[str, dict[str, Any]] = {}
+    try:
+        for code in codes:
+            if isinstance(code, Written):
+                for writer in writers.values():
+                    writer.append(code)
+            else:
+                writers[code.split].add(code)
+        for writer in writers.values():
+            entries |= writer.finish()
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return writers, entries
+
+
+def write_section(folder: Path, codes: Iterable[Coded], dtype: str, report: ReadReport) -> Written:
+    """Write the tokens of a section to a folder of its own, atomically.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+
+    def write(building: Path) -> None:
+        writers, files = _write_streams(building, codes, dtype)
+        sources = {name: writer.sources for name, writer in writers.items()}
+        record = {"sources": sources, "files": files, "report": asdict(report)}
+        (building / SECTION).write_text(signed_text(record), encoding="utf-8", newline="")
+
+    write_folder(folder, write)
+    written = open_section(folder)
+    assert written is not None
+    return written
+
+
+def open_section(folder: Path) -> Written | None:
+    """Return the section in a folder; None if there is none, or if a byte of it has changed."""
+    try:
+        text = (folder / SECTION).read_text(encoding="utf-8")
+        record = json.loads(text)
+        del record["sha256"]
+        if text != signed_text(record):
+            return None
+        for name, entry in record["files"].items():
+            if hash_file(folder / name) != entry["sha256"]:
+                return None
+        report = ReadReport(**record["report"])
+        return Written(folder, record["sources"], record["files"], report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def unfinished(folder: Path) -> Path:
+    """Return the place for the sections of a `folder` that is not finished."""
+    return folder.with_name(f".{folder.name}.sections")
+
+
+@contextlib.contextmanager
+def sections_folder(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield where the sections of an unfinished `folder` are, and whether another process had it.
+
+    One process at a time has the place; others wait. It is removed when the work is done, and kept
+    if that ends with an error.
+
+    Raises:
+        ResourceError: the place cannot be written.
+    """
+    place = unfinished(folder)
+    waited = False
+    while True:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            file = open(place / "lock", "w")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:  # its owner removed it just now
+            continue
+        except OSError as error:
+            raise cannot_write(error, place) from None
+        with file:
+            if try_lock(file, place / "lock"):
+                remove_leftovers(place)
+                yield place, waited
+                break
+        waited = True
+        time.sleep(WAIT)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _source_rows(
@@ -209,6 +329,26 @@ class _StreamWriter:
     def _put(self, which: int, array: np.ndarray) -> None:
         self.hashes[which].update(array.data)
         self.files[which].write(array.data)
+
+    def append(self, section: Written) -> None:
+        """Add the tokens of a section; raises IntegrityError if they are not those written."""
+        for which in (1, 0):  # where its documents start depends on the tokens before
+            name, content = self.names[which], hashlib.sha256()
+            with open(section.folder / name, "rb") as file:
+                while block := file.read(CHUNK):
+                    content.update(block)
+                    if which:
+                        self._put(1, np.frombuffer(block, "<i8") + np.int64(self.tokens))
+                    else:
+                        self._put(0, np.frombuffer(block, self.dtype))
+            if content.hexdigest() != section.files[name]["sha256"]:
+                raise broken(section.folder / name, "its content changed (sha256)")
+        self.tokens += section.files[self.names[0]]["size"] // np.dtype(self.dtype).itemsize
+        self.documents += section.files[self.names[1]]["size"] // 8
+        for spec, counts in section.sources[self.names[0].partition(".")[0]].items():
+            mine = self.sources.setdefault(spec, dict.fromkeys(COUNTS, 0))
+            for kind in COUNTS:
+                mine[kind] += counts[kind]
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Flush both files; return name -> size and SHA-256."""

@@ -35,6 +35,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from spectral_window.data.formats import (
+    WHOLE,
+    Extent,
     ReadOptions,
     ReadReport,
     UnreadableFile,
@@ -56,12 +58,21 @@ PARAGRAPH_END = re.compile(r"\n[ \t]*\n")
 
 
 class Source(NamedTuple):
-    """A file or data set: its kind (of kinds.KINDS, or "hub"), its path or hub reference, and the
-    user's spec."""
+    """A file or data set, or a run of one.
+
+    Attributes:
+        kind: of kinds.KINDS, or "hub".
+        name: its path or hub reference.
+        spec: what the user wrote.
+        extent: which run.
+        before: bytes of text of its first document that stand before the run.
+    """
 
     kind: str
     name: str
     spec: str = ""
+    extent: Extent = WHOLE
+    before: int = 0
 
 
 class Piece(NamedTuple):
@@ -207,7 +218,7 @@ def _stdlib() -> list[Source]:
 def file_identity(sources: Iterable[Source]) -> list[list[str | int]]:
     """Return path, size and time of every file; equal as long as no file changes."""
     rows: list[list[str | int]] = []
-    for kind, name, _ in sources:
+    for kind, name, *_ in sources:
         if kind == "hub":
             rows.append([name])
             continue
@@ -264,41 +275,63 @@ def read(
         UserError: an error in a file, with its byte, line or row.
         IntegrityError: more than 1 % of the records were skipped.
     """
+    yield from read_runs(sources, options, report, reader)
+    check_skipped(report)
+
+
+def read_runs(
+    sources: Iterable[Source],
+    options: ReadOptions,
+    report: ReadReport,
+    reader: Reader | None = None,
+) -> Iterator[Piece]:
+    """Yield what `read` does, of sources that are a part of all: the reports are to be added, and
+    only then says `check_skipped` whether too many records are bad."""
     for source in sources:
-        documents = 0
-        for piece in (reader or _text_pieces)(source, options, report):
-            documents += piece.first
+        empty = True
+        for piece in (reader or text_pieces)(source, options, report):
+            empty = False
             yield piece._replace(spec=source.spec)
-        if not documents and source.spec != "stdlib":  # many of its modules are empty
+        if empty and source.spec != "stdlib":  # many of its modules are empty
             report.without.append(source.name)
+
+
+def check_skipped(report: ReadReport) -> None:
+    """Raise IntegrityError if more than 1 % of the records were skipped."""
     if report.skipped > 0.01 * report.records:
         raise IntegrityError(
             f"{report.skipped} of {report.records} records are bad, more than 1 %: repair the data"
         )
 
 
-def _text_pieces(source: Source, options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
-    return _pieces(_texts(source, options, report))
+def text_pieces(source: Source, options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
+    """Yield the documents of one source as pieces."""
+    return pieces(_texts(source, options, report), source.before == 0, source.name)
 
 
 def _texts(source: Source, options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
     """Yield text in parts of any size; an empty first part only starts a document."""
-    kind, name, _ = source
+    kind, name, _, extent, before = source
     if kind == "hub" or kind in RECORDS:
-        for text, where in texts_of(rows_of(kind, name, options, report), options, report):
+        rows = rows_of(kind, name, options, report, extent=extent)
+        for text, where in texts_of(rows, options, report):
             report.blank += not text or text.isspace()
             yield Piece(text, True, where)
     elif kind == ".txt" and options.txt_documents == "paragraph":
-        yield from _paragraphs(utf8_blocks(name, options, report), name)
+        yield from _paragraphs(utf8_blocks(name, options, report, extent), name)
     else:
-        yield Piece("", True, name)
-        for block in utf8_blocks(name, options, report):
+        if not before:
+            yield Piece("", True, name)
+        for block in utf8_blocks(name, options, report, extent):
             yield Piece(block, False, name)
 
 
-def _pieces(texts: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield the same text in pieces of at most PIECE characters."""
-    buffer, first, where = "", True, ""
+def pieces(texts: Iterable[Piece], first: bool = True, where: str = "") -> Iterator[Piece]:
+    """Yield the same text in pieces of at most PIECE characters.
+
+    `first`: whether the text up to the first document's start begins one itself.
+    """
+    buffer = ""
     for text, begins, place, _ in texts:
         if begins:
             yield from _last_piece(buffer, first, where)

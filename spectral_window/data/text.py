@@ -9,47 +9,48 @@ of the stream serves as a label.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from spectral_window.data import shards
 from spectral_window.data.blocks import PackedBlocks, ShuffledBlocks, TokenStream
-from spectral_window.data.chat import (
-    add_chat,
-    code_conversations,
-    conversation_pieces,
-    role_ids,
-    turns,
+from spectral_window.data.chat import add_chat, conversation_pieces, role_ids, turns
+from spectral_window.data.formats import ReadOptions, ReadReport, some
+from spectral_window.data.holdout import Split, Survey, choose_split, document_key
+from spectral_window.data.passes import (
+    SampleTask,
+    SectionTask,
+    Text,
+    code_section,
+    sample,
+    sample_section,
+    survey_section,
+    write_section,
 )
-from spectral_window.data.formats import SHOWN, ReadOptions, ReadReport, some
-from spectral_window.data.holdout import (
-    Part,
-    Split,
-    Survey,
-    choose_split,
-    document_key,
-    take_survey,
-)
+from spectral_window.data.sections import Section, sections_of
 from spectral_window.data.sources import (
-    Piece,
     Reader,
     Source,
+    check_skipped,
     file_identity,
     find_sources,
     read,
     without_damaged,
 )
-from spectral_window.data.tokenizers import HFTokenizer, bpe_size, load_tokenizer
+from spectral_window.data.tokenizers import HFTokenizer, bpe_size, load_tokenizer, plain_text
+from spectral_window.data.workers import Workers
 from spectral_window.errors import IntegrityError, UserError
 
 __all__ = ["Corpus", "PackedBlocks", "ShuffledBlocks", "TokenStream", "open_corpus", "prepare"]
 
 SAMPLE = 1 << 26  # bytes of text that train a bpe tokenizer, spread over the corpus
 LISTED = 10  # sources that the summary lists
-PROGRESS_EVERY = 1 << 20  # bytes of text between two calls of `progress`
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -136,12 +137,17 @@ def prepare(
     chat: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    workers: int | None = None,
 ) -> Corpus:
     """Tokenize `sources` into a folder, and open it.
 
     A second call with the same request and unchanged files opens the existing folder. The memory
     does not depend on the size of the text, which is read twice, and once more to train a
     tokenizer.
+
+    Text of more than 16 MiB is prepared in sections (see sections.py) by several processes, and
+    the folder is the same with any number of them. What is finished stands beside the folder in
+    `.NAME.sections`, until all of it is, so that a call after a kill goes on from there.
 
     Args:
         sources: files, folders, globs, "stdlib" or "hub:NAME" (see sources.py).
@@ -162,11 +168,13 @@ def prepare(
         overwrite: replace a folder that was prepared by another request, or is damaged.
         progress: called as `progress(stage, done, total)` in bytes of text; the stages are
             "reading", "tokenizer" (for bpe) and "tokens"; total is None while unknown.
+        workers: processes that read and tokenize; None for one a core.
 
     Raises:
         UserError: bad input, a split without text, or a folder with other content.
         NetworkError: the hub did not answer.
-        ResourceError: the disk is full. After any error, and after Ctrl-C, the folder is as it was.
+        ResourceError: the disk is full, or a worker was killed. After any error, and after Ctrl-C,
+            the folder is as it was.
     """
     folder = Path(folder)
     options = ReadOptions(txt_documents, errors, skip_bad)
@@ -202,32 +210,38 @@ def prepare(
             if not overwrite:
                 raise
 
-    reader = None if chat is None else conversation_pieces
-    texts = _Texts(train, valid, options, max_bytes, progress, drop_shared, reader)
-    survey = texts.survey(valid_fraction, seed)
-    split = Split(seed) if valid else choose_split(survey, valid_fraction, seed)
-    if chat is not None and split.cut_after:
-        raise UserError(
-            f"one conversation ({train[0].name}): give a second one to hold out, or name valid"
-        )
-    if tokenizer is None:
-        sample = texts.sample(split, survey)
-        if chat is not None:
-            sample = (content for text in sample for _, content in turns(text))
-        tokenizer = load_tokenizer(tokenizer_spec, train_texts=sample)
-    report = ReadReport(notes=notes, damaged=texts.damaged)
-    parts = texts.parts(split, survey, report)
-    if chat is None:
-        codes, roles = shards.code_texts(parts, tokenizer), None
-    else:
-        add_chat(tokenizer)
-        codes, roles = code_conversations(parts, tokenizer, chat, report), role_ids(tokenizer)
-    shards.write_corpus(folder, codes, tokenizer, request, report, roles)
+    with Workers(workers) as processes:
+        reader = None if chat is None else conversation_pieces
+        texts = _Texts(train, valid, options, max_bytes, progress, drop_shared, reader, processes)
+        survey = texts.survey(valid_fraction, seed)
+        split = Split(seed) if valid else choose_split(survey, valid_fraction, seed)
+        if chat is not None and split.cut_after:
+            raise UserError(
+                f"one conversation ({train[0].name}): give a second one to hold out, or name valid"
+            )
+        if tokenizer is None:
+            given = texts.sample(split, survey)
+            if chat is not None:
+                given = (content for text in given for _, content in turns(text))
+            tokenizer = load_tokenizer(tokenizer_spec, train_texts=given)
+        roles = None if chat is None else role_ids(add_chat(tokenizer))
+        report = ReadReport(notes=notes, damaged=texts.damaged)
+        if texts.undivided:
+            codes = texts.codes(split, tokenizer, chat, report, survey)
+            shards.write_corpus(folder, codes, tokenizer, request, report, roles)
+        else:
+            with shards.sections_folder(folder) as (place, waited):
+                if not (waited and shards.reusable(folder, request, overwrite)):
+                    written = texts.written(split, tokenizer, chat, report, survey, place)
+                    shards.write_corpus(folder, written, tokenizer, request, report, roles)
     return open_corpus(folder)
 
 
 class _Texts:
-    """The text of both splits; it can be read several times."""
+    """The text of both splits, which is read several times, by several processes if it is large.
+
+    `undivided` is whether it is a single section of each split, so that this process reads it.
+    """
 
     def __init__(
         self,
@@ -238,88 +252,170 @@ class _Texts:
         progress: Progress | None,
         drop_shared: bool = False,
         reader: Reader | None = None,
+        workers: Workers | None = None,
     ):
         self.identity = file_identity(train + valid)
         report = ReadReport()
         if options.skip_bad:
             train, valid = without_damaged(train, report), without_damaged(valid, report)
         self.damaged = report.damaged
-        self.train, self.valid, self.options = train, valid, options
+        self.all = [*train, *valid]
         self.max_bytes, self.progress, self.drop_shared = max_bytes, progress, drop_shared
-        self.reader = reader
+        self.workers = workers or Workers(1)
         held_out = read(valid, options, ReadReport(), reader)
-        self.held_out_keys = {document_key(piece.text, 0) for piece in held_out if piece.first}
-        if valid and not self.held_out_keys:
+        keys = frozenset(document_key(piece.text, 0) for piece in held_out if piece.first)
+        if valid and not keys:
             raise UserError("no documents in valid_sources: they hold nothing but white space")
+        self.text = Text(options, keys, reader)
+        self.remote = any(source.kind == "hub" for source in train)
+        self.train = sections_of("train", train, options)
+        self.valid = sections_of("valid", valid, options)
+        if self.remote:
+            self.train = [Section("train", tuple(train))]
+        self.pieces: list[int] = []  # of each section of `train`
 
-    def training(
-        self, stage: str, total: int | None, report: ReadReport | None = None
-    ) -> Iterator[tuple[Piece, int]]:
-        """Yield the pieces of the training sources with their bytes, up to `max_bytes`."""
-        done = reported = documents = 0
-        shared: list[str] = []  # places of documents that are held-out text
-        include = True
-        report = report or ReadReport()
-        for piece in read(self.train, self.options, report, self.reader):
-            if piece.first:
-                if self.max_bytes is not None and done >= self.max_bytes:
-                    break
-                documents += 1
-                include = document_key(piece.text, 0) not in self.held_out_keys
-                if not include:
-                    report.shared += 1
-                    shared += [piece.where][: SHOWN - len(shared)]
-            if not include:
-                continue
-            size = len(piece.text.encode())
-            yield piece, size
-            done += size
-            if self.progress and done - reported >= PROGRESS_EVERY:
-                reported = done
-                self.progress(stage, done, total)
-        if report.shared and (not self.drop_shared or report.shared == documents):
-            what = f"held-out text is training text too, documents: {some(shared, report.shared)}"
-            todo = "remove them from one, or leave them out of training with drop_shared=true"
-            if self.drop_shared:
-                todo = "no other document is left to learn from; name other text"
-            raise UserError(f"{what}: {todo}")
-        if self.progress:
-            self.progress(stage, done, done)
+    @property
+    def undivided(self) -> bool:
+        return max(len(self.train), len(self.valid)) < 2
 
     def survey(self, fraction: float, seed: int) -> Survey:
         """Read the text for the first time; finds most faults before anything is written."""
-        remote = any(source.kind == "hub" for source in self.train)
-        pieces = self.training("reading", self.max_bytes)
-        return take_survey(pieces, fraction, seed, stop=SAMPLE if remote else None)
+        survey, report, used = Survey(), ReadReport(), []
+        work: Any = partial(survey_section, self.text, fraction, seed)
+        if len(self.train) == 1:
+            stop = SAMPLE if self.remote else None
+            work = partial(work, stop=stop, tick=self._ticks("reading", self.max_bytes))
+        for section, (told, found) in self._each("reading", self.max_bytes, work, self.train):
+            used.append(section)
+            self.pieces.append(found.pieces)
+            report.add(told)
+            survey.follow(found)
+        self.train = used  # max_bytes may leave out the last ones
+        if survey.complete:
+            self._check(report)
+        if not survey.documents:
+            raise UserError("no documents: the sources hold nothing but white space")
+        self._ticks("reading", survey.bytes)(survey.bytes)
+        return survey
 
     def sample(self, split: Split, survey: Survey) -> Iterator[str]:
         """Yield at most SAMPLE bytes of the training split, spread over the surveyed text."""
         share = min(1.0, SAMPLE / survey.bytes)
-        pieces = self.training("tokenizer", survey.bytes)
-        if not survey.complete:
-            pieces = _first(pieces, survey.bytes)
-        for i, part in enumerate(split.assign(pieces)):
-            if part.split == "train" and int((i + 1) * share) > int(i * share):
-                yield part.text
+        ticks = self._ticks("tokenizer", survey.bytes)
+        if len(self.train) == 1 or split.cut_after:  # a cut makes pieces that no survey counted
+            sources = [source for section in self.train for source in section.sources]
+            whole = Section("train", tuple(sources), self.max_bytes)
+            stop = None if survey.complete else survey.bytes
+            yield from sample(self.text, split, share, whole, stop=stop, tick=ticks)
+        else:
+            tasks = list(map(SampleTask, self.train, accumulate(self.pieces, initial=0)))
+            work = partial(sample_section, self.text, split, share)
+            for number, texts in enumerate(self.workers.map(work, tasks), 1):
+                yield from texts
+                ticks(survey.bytes * number // (len(tasks) + 1))
+        ticks(survey.bytes)
 
-    def parts(self, split: Split, survey: Survey, report: ReadReport) -> Iterator[Part]:
-        """Yield all text in pieces, each with its split."""
+    def codes(
+        self,
+        split: Split,
+        tokenizer: HFTokenizer,
+        chat: int | None,
+        report: ReadReport,
+        survey: Survey,
+    ) -> Iterator[shards.Coded]:
+        """Yield the tokens of all text, read by this process."""
+        ticks = self._ticks("tokens", survey.bytes if survey.complete else self.max_bytes)
+        for section in [*self.train, *self.valid]:
+            yield from code_section(self.text, split, tokenizer, chat, section, report, ticks)
+            self._check(report)
+        self._ticks("tokens", report.bytes)(report.bytes)
+        self._check_unchanged()
+
+    def written(
+        self,
+        split: Split,
+        tokenizer: HFTokenizer,
+        chat: int | None,
+        report: ReadReport,
+        survey: Survey,
+        folder: Path,
+    ) -> Iterator[shards.Written]:
+        """Yield the tokens of all text, written section by section by the workers.
+
+        Sections that an earlier call wrote below `folder` are kept.
+        """
+        rows = {name: row for name, *row in self.identity}
+        text = self.text
+        settings = [asdict(text.options), sorted(text.held_out), text.reader is None, split, chat]
+        coder = [plain_text(tokenizer).to_str(), tokenizer.eos_token_id]
+        made = shards.digest([shards.SCHEMA, settings, coder])
+
+        def task(section: Section) -> SectionTask:
+            files = [rows.get(os.path.abspath(source.name)) for source in section.sources]
+            return SectionTask(section, folder / shards.digest([made, section, files]))
+
+        work = partial(write_section, text, split, tokenizer, chat)
         total = survey.bytes if survey.complete else self.max_bytes
-        yield from split.assign(self.training("tokens", total, report))
-        for piece in read(self.valid, self.options, report, self.reader):
-            yield Part("valid", piece.text, piece.first, piece.spec)
+        for sections in (self.train, self.valid):
+            for _, (told, written) in self._each("tokens", total, work, sections, task):
+                report.add(told)
+                yield written
+            self._check(report)
+        runs = Counter(
+            source.name for part in [*self.train, *self.valid] for source in part.sources
+        )
+        without = Counter(report.without)  # of a file that is divided, by how many of its runs
+        report.without = [name for name, count in without.items() if count == runs[name]]
+        self._ticks("tokens", report.bytes)(report.bytes)
+        self._check_unchanged()
+
+    def _each(
+        self,
+        stage: str,
+        total: int | None,
+        work: Callable[[Any], tuple[ReadReport, Any]],
+        sections: list[Section],
+        task: Callable[[Section], Any] = lambda section: section,
+    ) -> Iterator[tuple[Section, tuple[ReadReport, Any]]]:
+        """Yield each section of a split, limited by `max_bytes`, with the result of the work."""
+        ticks, done = self._ticks(stage, total), 0
+        if len(sections) == 1:
+            limited = sections[0]._replace(limit=self.max_bytes)
+            yield limited, work(task(limited))
+            return
+        with closing(self.workers.map(work, map(task, sections))) as results:
+            for section in sections:
+                left = None if self.max_bytes is None else max(0, self.max_bytes - done)
+                if left == 0 and not section.sources[0].before:
+                    break  # no document begins any more
+                result = next(results)
+                if left is not None and section.limit is None and result[0].bytes > left:
+                    section = section._replace(limit=left)
+                    result = work(task(section))
+                done += result[0].bytes
+                ticks(done)
+                yield section, result
+
+    def _ticks(self, stage: str, total: int | None) -> Callable[[int], None]:
+        """Return what tells `progress` how many bytes are done."""
+        return lambda done: self.progress(stage, done, total) if self.progress else None
+
+    def _check(self, report: ReadReport) -> None:
+        """Raise the error for text of which too much is bad, or is held out too."""
+        if (
+            self.max_bytes is None or report.bytes < self.max_bytes
+        ):  # else it was not read to its end
+            check_skipped(report)
+        if report.shared and (not self.drop_shared or report.shared == report.documents):
+            places = some(report.shared_at, report.shared)
+            what = f"held-out text is training text too, documents: {places}"
+            todo = "remove them from one, or leave them out of training with drop_shared=true"
+            if self.drop_shared:
+                todo = "no other document is left to learn from; name other text"
+            raise UserError(f"{what}: {todo}")
+
+    def _check_unchanged(self) -> None:
         before = set(map(tuple, self.identity))
-        now = file_identity([*self.train, *self.valid])
-        changed = [row[0] for row in now if tuple(row) not in before]
+        changed = [row[0] for row in file_identity(self.all) if tuple(row) not in before]
         if changed:
             raise UserError(f"changed while it was read ({changed[0]}): prepare the text again")
-
-
-def _first(pieces: Iterator[tuple[Piece, int]], stop: int) -> Iterator[tuple[Piece, int]]:
-    """Yield the pieces up to `stop` bytes."""
-    done = 0
-    for piece, size in pieces:
-        yield piece, size
-        done += size
-        if done >= stop:
-            return

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from spectral_window.data.shards import unfinished
 from spectral_window.errors import ResourceError, UserError
 from spectral_window.files import cannot_write, check_name, remove_leftovers, try_lock
 from spectral_window.training.parallel import World
@@ -31,7 +32,9 @@ def check(out: Path, resume: bool | str, overwrite: bool) -> None:
         (out / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS, LOCK)
     ):
         raise UserError(f"no checkpoint to resume ({out}): leave --resume out to begin")
-    if not resume and not overwrite and out.is_dir() and any(out.iterdir()):
+    finished = set(os.listdir(out) if out.is_dir() else ())
+    finished -= {unfinished(out / DATA).name}  # a stopped preparation goes on from it
+    if not resume and not overwrite and finished:
         raise UserError(
             f"the output folder is not empty ({out}): "
             "choose another, or use --resume or --overwrite"
@@ -50,7 +53,7 @@ class Claim:
     """A lock on a folder, which the system releases when the process ends, however it ends.
 
     Until `began` is set, releasing it removes what the claim or its run made: the folder, those
-    above it, or new files in it.
+    above it, or new files in it. Sections of prepared text are kept: they may be hours of work.
     """
 
     def __init__(self, out: Path) -> None:
@@ -113,7 +116,7 @@ class Claim:
             self._folder = -1
 
     def _undo(self) -> None:
-        if self._made:
+        if self._made and not unfinished(self.out / DATA).is_dir():
             shutil.rmtree(self.out, ignore_errors=True)
             for path in self._made[1:]:
                 with contextlib.suppress(OSError):  # something else is in it by now

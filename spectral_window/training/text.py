@@ -14,7 +14,12 @@ from spectral_window.training.recipes import Recipe
 
 
 def prepare_text(
-    recipe: Recipe, folder: Path, progress: Progress | None = None, *, overwrite: bool = False
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Tokenize the recipe's text into `folder`, unless it is there; raises as `data.text.prepare`
     does."""
@@ -33,6 +38,7 @@ def prepare_text(
         chat=recipe.sequence_length if recipe.chat else None,
         progress=(progress or Silent()).prepare,
         overwrite=overwrite,
+        workers=workers,
     )
 
 
@@ -44,6 +50,7 @@ def corpus_of(
     progress: Progress,
     resume: bool,
     overwrite: bool,
+    workers: int | None = None,
 ) -> Corpus:
     """The prepared text: the first process makes or finds it, all open it."""
     where = Path(folder) if folder is not None else out / DATA
@@ -52,7 +59,8 @@ def corpus_of(
 
     def make() -> None:
         try:
-            prepare_text(recipe, where, progress, overwrite=overwrite and folder is None)
+            replace = overwrite and folder is None
+            prepare_text(recipe, where, progress, overwrite=replace, workers=workers)
         except UserError as error:
             if resuming and where.is_dir():
                 raise IntegrityError(

@@ -65,6 +65,7 @@ def train(
     progress: Progress | None = None,
     command: str | None = None,
     init: Initial | Path | str | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Train as `recipe` says, write everything to the folder `out`; returns what result.json holds.
 
@@ -74,7 +75,8 @@ def train(
     `out`/data); several runs may share it. progress: receives the events (`RichProgress()`; None:
     nothing is shown). command: recorded as the command that made this run (default: this
     process's own). init: a model to start from (see `initial.py`); it decides the architecture and
-    the tokenizer, whatever the recipe says of them.
+    the tokenizer, whatever the recipe says of them. workers: processes that prepare the text (None:
+    one a core).
 
     Under torchrun every process calls this with the same arguments; each computes its own part of
     every batch.
@@ -106,7 +108,7 @@ def train(
             run_folder.claim(out, world) as claim,
             machine.matmul_precision(recipe.matmul_precision, device),
         ):
-            data = corpus_of(recipe, out, corpus, world, progress, bool(resume), overwrite)
+            data = corpus_of(recipe, out, corpus, world, progress, bool(resume), overwrite, workers)
             vocab_size = vocabulary_size(recipe, data)
             if init is None:
                 config = model_config(recipe, vocab_size, data.tokenizer)

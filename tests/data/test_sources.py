@@ -235,8 +235,8 @@ def test_pieces_are_the_text_and_do_not_depend_on_how_it_arrives(texts, lengths,
             start, count = start + length, count + 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "PIECE", size)
-        pieces = list(sources._pieces(arriving))
-        assert pieces == list(sources._pieces(Piece(text, True, "x") for text in texts))
+        pieces = list(sources.pieces(arriving))
+        assert pieces == list(sources.pieces(Piece(text, True, "x") for text in texts))
     assert all(0 < len(piece.text) <= size for piece in pieces)
     joined: list[str] = []
     for piece in pieces:
@@ -259,7 +259,7 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_the_document(words):
     text = "".join(word + space for word, space in words)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "PIECE", 9)
-        pieces = [piece.text for piece in sources._pieces([Piece(text, True, "x")])]
+        pieces = [piece.text for piece in sources.pieces([Piece(text, True, "x")])]
     for before, after in itertools.pairwise(pieces):
         if after[0] not in " \n\t":
             assert len(before) == 9  # nothing to cut at

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from spectral_window.cli import main
+from spectral_window.data import sections, shards
 from spectral_window.data.text import prepare
 from spectral_window.errors import IntegrityError
 from spectral_window.training import train
@@ -70,3 +71,28 @@ def test_what_valid_shares_with_data_can_be_left_out_by_the_command(tmp_path, te
     said = " ".join(capsys.readouterr().err.split())
     assert "train: 10 documents" in said
     assert "are held-out text and were left out: 2" in said
+
+
+def test_a_stopped_preparation_goes_on_when_the_command_is_typed_again(
+    tmp_path, recipe, text_file, monkeypatch
+):
+    """The claim on a run's folder removes what a run made that never began."""
+    monkeypatch.setattr(sections, "SECTION", text_file.stat().st_size // 4)
+    out, written = tmp_path / "runs" / "mine", []
+    real = shards.write_section
+
+    def write(folder, *others):
+        written.append(folder)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return real(folder, *others)
+
+    monkeypatch.setattr(shards, "write_section", write)
+    short = recipe.replace(steps=1, warmup_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(short, out, workers=1)
+    assert [path.name for path in out.iterdir()] == [".data.sections"]
+    train(short, out, workers=1)
+    assert written[2] == written[3]
+    assert len(written) == len(set(written)) + 1
+    assert not (out / ".data.sections").exists()

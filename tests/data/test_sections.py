@@ -1,0 +1,227 @@
+"""Text in sections: the same folder as read whole, by any number of processes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectral_window.data import formats, sections, shards, sources
+from spectral_window.data.formats import ReadOptions, ReadReport
+from spectral_window.data.sections import sections_of
+from spectral_window.data.sources import find_sources, read_runs
+from spectral_window.data.text import prepare
+from spectral_window.errors import UserError
+from tests.processes import python
+
+TEXT = st.text(st.sampled_from("ab\n \té\u00a0\r"), max_size=300)
+WORDS = [f"w{i * i % 977:x}" for i in range(977)]
+
+
+def prose(i, words):
+    return " ".join(np.roll(WORDS, i * 31)[:words].tolist())
+
+
+def jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A folder with a file of every kind that is divided, and of some that are not."""
+    folder = tmp_path_factory.mktemp("library")
+    jsonl(folder / "a.jsonl", [prose(i, i % 90 + 1) for i in range(400)])
+    (folder / "b.md").write_bytes("\r\n".join(prose(i, 40) for i in range(400)).encode())
+    (folder / "c.txt").write_bytes("\n \r\n".join(prose(i, 20) for i in range(600)).encode())
+    table = pyarrow.table({"text": [prose(i, 60) for i in range(500, 900)], "id": range(400)})
+    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=30)
+    (folder / "e.json.gz").write_bytes(gzip.compress(json.dumps([{"text": "zipped"}]).encode()))
+    (folder / "empty.txt").write_bytes(b" \n" * 20_000)
+    return folder
+
+
+def content(folder):
+    """Every byte of a prepared folder, by file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# ---------------------------------------------------------------------------- borders
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=TEXT,
+    kind=st.sampled_from(["md", "txt", "jsonl"]),
+    every=st.integers(1, 60),
+    piece=st.integers(2, 12),
+    block=st.integers(1, 40),
+)
+def test_the_runs_of_a_file_hold_the_pieces_of_the_file(
+    tmp_path_factory, text, kind, every, piece, block
+):
+    """The last piece of a run used to swallow the one before it where both just fit."""
+    path = tmp_path_factory.getbasetemp() / f"runs.{kind}"
+    if kind == "jsonl":
+        text = "".join(json.dumps({"text": line}) + "\n" * (i % 3) for i, line in enumerate(text))
+    path.write_bytes(text.encode())
+    options = ReadOptions(txt_documents="paragraph")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "PIECE", piece)
+        patch.setattr(formats, "BLOCK", 10_000)
+        found = find_sources([str(path)])
+
+        def pieces(runs):
+            try:
+                return list(read_runs(runs, options, ReadReport()))
+            except UserError as fault:
+                return str(fault)
+
+        whole = pieces(found)
+        patch.setattr(sections, "SECTION", every)
+        patch.setattr(formats, "BLOCK", block if kind != "txt" else 10_000)
+        try:
+            runs = [run for each in sections_of("train", found, options) for run in each.sources]
+        except UserError as fault:
+            assert [str(fault)] == [whole]  # noqa: PT017 (no error is expected, but it may be one)
+            return
+        if kind != "txt":
+            assert pieces(runs) == whole
+        else:  # where a long paragraph is passed on before its end depends on the blocks
+            assert "".join(p.text for p in pieces(runs)) == "".join(p.text for p in whole)
+
+
+def test_large_files_are_divided_and_small_ones_put_together(library, monkeypatch):
+    monkeypatch.setattr(sections, "SECTION", 30_000)
+    found = sections_of("train", find_sources([str(library)]), ReadOptions())
+    names = [str(section).replace(f"{library}/", "") for section in found]
+    assert len(found) > 5
+    assert names[0].startswith("a.jsonl, bytes 0 to 30,0")
+    assert any(name.startswith("d.parquet, row groups ") for name in names)
+    monkeypatch.undo()
+    assert len(sections_of("train", find_sources([str(library)]), ReadOptions())) == 1
+
+
+# ---------------------------------------------------------------------------- the folder
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (["."], {}),
+        (["."], {"tokenizer_spec": "bpe:400"}),
+        (["."], {"txt_documents": "paragraph", "valid_fraction": 0.3}),
+        (["."], {"max_bytes": 200_000, "tokenizer_spec": "bpe:400"}),
+        (["."], {"errors": "replace", "max_bytes": 330_000}),
+        (["b.md"], {"tokenizer_spec": "bpe:300", "valid_fraction": 0.4}),  # one document, cut
+        (["b.md", "a.jsonl"], {"max_bytes": 50_000}),  # which is reached inside a document
+        (["a.jsonl", "b.md"], {"valid_sources": ["d.parquet", "c.txt"]}),
+        (["a.jsonl", "d.parquet"], {"valid_sources": ["shared.jsonl"], "drop_shared": True}),
+        (["bad.jsonl"], {"skip_bad": True}),
+        (["chat.jsonl"], {"chat": 16, "valid_fraction": 0.3}),
+    ],
+)
+def test_sections_of_any_size_give_the_same_folder(library, tmp_path, monkeypatch, names, options):
+    jsonl(library / "shared.jsonl", [prose(5, 6), prose(600, 60), "new", prose(601, 60)])
+    lines = (library / "a.jsonl").read_text().splitlines(keepends=True)
+    (library / "bad.jsonl").write_text("".join([*lines[:150], "{}\n", *lines[150:], "\n"]))
+    with open(library / "chat.jsonl", "w") as file:
+        for i in range(300):
+            roles = ["user", "assistant"] * (i % 3 + 1)
+            turns = [{"role": role, "content": prose(i, i % 19 + 1)} for role in roles]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    if names == ["."]:
+        for name in ("shared", "bad", "chat"):
+            (library / f"{name}.jsonl").unlink()
+    found = [str(library / name) for name in names]
+    options = {"tokenizer_spec": "bytes"} | options
+    if "valid_sources" in options:
+        options["valid_sources"] = [str(library / name) for name in options["valid_sources"]]
+    monkeypatch.setattr(sources, "PIECE", 1 << 10)
+    prepare(found, folder=tmp_path / "whole", **options)
+    wanted = content(tmp_path / "whole")
+    written = []
+    real = shards.write_section
+    monkeypatch.setattr(shards, "write_section", lambda *a: (written.append(a), real(*a))[1])
+    monkeypatch.setattr(sections, "SECTION", 11_000)
+    prepare(found, folder=tmp_path / "sections", workers=1, **options)
+    assert content(tmp_path / "sections") == wanted
+    assert len(written) > 2
+    assert not list(tmp_path.glob(".*"))
+
+
+KILLED = """
+import os, signal, sys
+from spectral_window.data import sections
+from spectral_window.data.text import prepare
+sections.SECTION = 6_000
+def kill(stage, done, total):
+    if stage == "tokens" and done >= 30_000:
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare([sys.argv[1]], "bpe:300", sys.argv[2], progress=kill, workers=2)
+"""
+
+
+def test_sections_that_two_processes_wrote_outlive_a_kill_and_are_those_of_one(
+    library, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sections, "SECTION", 6_000)
+    killed = python("-c", KILLED, library / "a.jsonl", tmp_path / "t")
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "t").exists()
+    kept = [path.parent for path in (tmp_path / ".t.sections").glob("*/section.json")]
+    assert len(kept) >= 3
+    damaged = kept.pop()
+    tokens = damaged / "train.tokens"
+    tokens.write_bytes(tokens.read_bytes()[:-1] + b"x")
+    written, stages = [], []
+    real = shards.write_section
+    monkeypatch.setattr(
+        shards, "write_section", lambda folder, *a: (written.append(folder), real(folder, *a))[1]
+    )
+    again = {"workers": 1, "progress": lambda *call: stages.append(call)}
+    prepare([str(library / "a.jsonl")], "bpe:300", tmp_path / "t", **again)
+    assert damaged in written  # and no other of those that were finished: the tokenizer is the same
+    assert not set(written) & set(kept)
+    done = [done for stage, done, _ in stages if stage == "tokens"]
+    assert done == sorted(done)
+    assert len(done) > 3
+    monkeypatch.undo()
+    prepare([str(library / "a.jsonl")], "bpe:300", tmp_path / "whole")
+    assert content(tmp_path / "t") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+MEASURE = """
+import resource, sys
+from spectral_window.data.text import prepare
+prepare([sys.argv[1]], "gpt2", sys.argv[2], workers=2)
+who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+print(*(resource.getrusage(each).ru_maxrss >> 10 for each in who))
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_constant_in_the_size_of_the_text_in_every_process(tmp_path):
+    """Peak MiB of this process and of the largest worker, for 200 MB of text against 40 MB."""
+    peaks = []
+    for size in (40, 200):
+        path = tmp_path / f"{size}.jsonl"
+        jsonl(path, (prose(i, 900) for i in range(size * 250)))
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, path, tmp_path / f"tokens{size}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(list(map(int, done.stdout.split())))
+    assert all(large - small < 64 for small, large in zip(*peaks, strict=True)), peaks
