@@ -85,6 +85,26 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, needs: int = 0)
         raise
 
 
+@contextlib.contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, on its disk, for files that are to be moved; it is removed
+    at the end, with what is left in it.
+
+    Raises:
+        ResourceError: it cannot be made.
+    """
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise cannot_write(error, path) from error
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _put_in_place(temporary: Path, folder: Path) -> None:
     """Rename `temporary` to `folder`; the folder it replaces is deleted last, or restored."""
     replaced = _temporary(folder, "old-")

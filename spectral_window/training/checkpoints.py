@@ -17,8 +17,9 @@ contents of a checkpoint are in `state.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from spectral_window.errors import IntegrityError
@@ -36,17 +37,19 @@ def save(
     about: dict[str, Any],
     keep: int = 2,
     needs: int = 0,
+    hashes: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write checkpoint `step` under `root` by `write(folder)`; verify it; keep the `keep` newest.
 
     about: JSON values stored in the manifest (what resume compares). needs: bytes expected, for the
-    message when the disk is full. Returns the final folder. Raises ResourceError if it cannot be
+    message when the disk is full. hashes: of files that `write` finds written, see `manifest.seal`.
+    Returns the final folder. Raises ResourceError if it cannot be
     written; the older ones stay.
     """
 
     def write_and_seal(folder: Path) -> None:
         write(folder)
-        manifest.seal(folder, step=step, about=about)
+        manifest.seal(folder, hashes, step=step, about=about)
 
     final = root / f"step-{step}"
     try:

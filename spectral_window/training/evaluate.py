@@ -13,6 +13,8 @@ beside the number.
 from __future__ import annotations
 
 import math
+from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ def evaluate(
     predict at most; whole blocks are then taken at even spacing over the stream, and `bytes` is the
     stream's bytes in proportion to the tokens predicted (exact without max_tokens).  dtype:
     "bfloat16" runs under autocast.  world: `training.parallel.World` to share the blocks among
-    processes; every one gets the same result.
+    processes; every one gets the same result. All call the model equally often, as a sharded one
+    demands.
 
     Returns {"loss" (nats per token), "perplexity", "bits_per_byte", "tokens" (predicted), "bytes"
     (of text)}. Raises UserError for less than one predictable token, DivergedError if the loss is
@@ -54,16 +57,20 @@ def evaluate(
     rank, size = (world.rank, world.size) if world is not None else (0, 1)
     device = next(model.parameters()).device
 
+    mine = chosen[rank::size]
+    most = len(chosen[0::size])  # blocks of any process
+    spare = math.ceil(most / batch) - math.ceil(len(mine) / batch)
+
     was_training = model.training
     model.eval()
     nats, tokens = torch.zeros((), dtype=torch.float64), 0
     try:
         # Its own generator, so that evaluating does not move torch's (a DataLoader draws from it
         # when it starts).
-        for inputs in DataLoader(
-            Subset(blocks, chosen[rank::size]), batch_size=batch, generator=torch.Generator()
-        ):
-            counted = int((inputs["shift_labels"] != IGNORED).sum())
+        loader = partial(DataLoader, batch_size=batch, generator=torch.Generator())
+        own, others = loader(Subset(blocks, mine)), loader(Subset(blocks, chosen[:1] * spare))
+        for inputs, counts in chain(zip(own, repeat(1)), zip(others, repeat(0))):
+            counted = counts * int((inputs["shift_labels"] != IGNORED).sum())
             inputs = {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
                 mean = model(**inputs, use_cache=False).loss

@@ -29,6 +29,7 @@ from spectral_window.training.machine import choose_device
 
 SHOWN = 10  # tensors that an error names
 LARGEST_JSON = 1 << 20
+INDEX = ".safetensors.index.json"  # which file holds which tensor, as transformers calls it
 
 
 class WeightsNotFinite(IntegrityError):
@@ -227,9 +228,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weights' files, all inside `folder`."""
-    index = folder / "model.safetensors.index.json"
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The files that hold the tensors of `stem` ("model": the weights), all inside `folder`."""
+    index = folder / f"{stem}{INDEX}"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -240,7 +241,7 @@ def weight_files(folder: Path) -> list[Path]:
             )
         names = sorted(set(weight_map.values()))
     else:
-        names = ["model.safetensors"]
+        names = [f"{stem}.safetensors"]
     paths = [folder / name for name in names]
     inside = folder.resolve()
     for path in paths:

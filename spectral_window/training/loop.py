@@ -32,13 +32,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from spectral_window.data.blocks import IGNORED, ShuffledBlocks, blocks_of
 from spectral_window.data.text import Corpus
 from spectral_window.errors import DivergedError, IntegrityError, UserError
 from spectral_window.ops.cuda_graphs import Replayed
-from spectral_window.training import checkpoints, state
+from spectral_window.training import checkpoints, sharded, state
 from spectral_window.training.evaluate import evaluate
 from spectral_window.training.interrupt import StopRequest
 from spectral_window.training.metrics import MetricsLog
@@ -65,7 +66,8 @@ def accumulation(recipe: Recipe, world: World) -> int:
 class Loop:
     """Train `model` as `recipe` says, from the first step or from a checkpoint.
 
-    model: an `SWHForCausalLM`; it is moved to `device` ("cpu" or "cuda"). about: JSON values that a
+    model: an `SWHForCausalLM`; it is moved to `device` ("cpu" or "cuda"), unless it is sharded
+    (`sharded.empty_model`). about: JSON values that a
     checkpoint must agree with to be resumed. confirm: raises if the run's folder is gone.
     """
 
@@ -89,7 +91,10 @@ class Loop:
         self.metrics, self.progress = metrics, progress
         self.blocks = blocks_of(corpus.train, recipe.sequence_length)
         self.accelerator = _accelerator(device, recipe.dtype, recipe.track, folder)
-        model.to(self.accelerator.device).train()
+        self.sharded = sharded.is_sharded(model)  # and on its device then
+        if not self.sharded:
+            model.to(self.accelerator.device)
+        model.train()
         if recipe.gradient_checkpointing:
             # transformers 5.17 and 5.23 have different names for it
             name = "activation_checkpointing_enable"
@@ -120,7 +125,8 @@ class Loop:
             self._restore(start)
         optimizer = self.accelerator.prepare(self.optimizer)
         # one process needs no wrapper, which would also copy all logits to float32
-        model = self.model if self.world.size == 1 else self.accelerator.prepare(self.model)
+        alone = self.world.size == 1 or self.sharded
+        model = self.model if alone else self.accelerator.prepare(self.model)
         self._prepare_step()
         self.clock = _Clock()
         if recipe.track != "none":
@@ -232,7 +238,10 @@ class Loop:
             inputs = batch | {"num_items_in_batch": tokens}
             if _is_counting(inputs["position_ids"]):  # whole rows of one document
                 del inputs["position_ids"]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            if self.sharded:
+                model.set_requires_gradient_sync(last)
+            together = last or self.sharded
+            with contextlib.nullcontext() if together else self.accelerator.no_sync(model):
                 if self.graphed is not None:
                     self.loss_sum += self.graphed(inputs)
                 else:
@@ -252,7 +261,8 @@ class Loop:
         """Scale the gradient to at most `clip` (0: not at all); returns its norm before that. This
         is the last moment to refuse numbers that are not finite."""
         largest = self.recipe.clip or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(model.parameters(), largest))
+        whole = self.accelerator.clip_grad_norm_(model.parameters(), largest)
+        norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
         if not (math.isfinite(norm) and math.isfinite(float(self.loss_sum))):
             raise self._diverged(self.step + 1)
         return norm
@@ -272,7 +282,8 @@ class Loop:
         try:
             yield
         except (ValueError, ArithmeticError, RuntimeError) as error:
-            finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+            parameters = map(sharded.own_part, self.model.parameters())
+            finite = all(bool(p.isfinite().all()) for p in parameters)
             if not isinstance(error, DivergedError) and finite:
                 raise
             raise self._diverged(step) from error
@@ -288,18 +299,25 @@ class Loop:
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
         self._record(values)
 
+    def evaluate(self, max_tokens: int | None = None) -> dict[str, float]:
+        """`evaluate` on the held-out text, by all processes together."""
+        recipe = self.recipe
+        scores = evaluate(
+            self.model,
+            self.corpus.valid,
+            length=recipe.sequence_length,
+            batch=recipe.eval_batch_size,
+            max_tokens=max_tokens,
+            dtype=recipe.dtype,
+            world=self.world,
+        )
+        sharded.release(self.model)
+        return scores
+
     def _evaluate(self) -> None:
         recipe = self.recipe
         with self._divergence_named(self.step):
-            scores = evaluate(
-                self.model,
-                self.corpus.valid,
-                length=recipe.sequence_length,
-                batch=recipe.eval_batch_size,
-                max_tokens=recipe.eval_tokens,
-                dtype=recipe.dtype,
-                world=self.world,
-            )
+            scores = self.evaluate(recipe.eval_tokens)
         loss, tokens = scores["loss"], scores["tokens"]
         others = {key: scores[key] for key in ("perplexity", "bits_per_byte")}
         values = {"eval_loss": loss, **others, "eval_tokens": tokens}
@@ -338,31 +356,35 @@ class Loop:
         }
         generators = self.world.gather(state.random_state())
 
-        def write(folder: Path) -> None:
-            state.save_model(folder, self.model, self.corpus.tokenizer)
-            state.save_optimizer(folder, self.model, self.optimizer)
+        def write(parts: list[sharded.Part], folder: Path) -> None:
+            state.save_model(folder, self.model, self.corpus.tokenizer, parts=parts)
+            if not parts:
+                state.save_optimizer(folder, self.model, self.optimizer)
             state.save_rest(folder, counters, generators)
 
-        def save() -> Path:
+        def save(parts: list[sharded.Part]) -> Path:
             self.confirm()
             return checkpoints.save(
                 self.folder / "checkpoints",
                 self.step,
-                write,
+                partial(write, parts),
                 about=self.about | {"samples": counters["samples"], "processes": self.world.size},
                 keep=self.recipe.keep_checkpoints,
                 needs=3 * sum(p.nbytes for p in self.model.parameters()),  # and two moments
+                hashes=sharded.hashes(parts),
             )
 
-        with self._divergence_named(self.step):
-            self.saved = self.world.first(save)
+        self.world.first(self.confirm)
+        together = state.written_by_all(self.model, self.optimizer, self.folder, self.world)
+        with self._divergence_named(self.step), together as parts:
+            self.saved = self.world.first(partial(save, parts))
 
     def _restore(self, folder: Path) -> None:
         """Go back to the moment at which the checkpoint `folder` was saved."""
         counters, generators = state.load_rest(folder)
         self._check_progress(folder, counters)
-        state.load_model(folder, self.model)
-        state.load_optimizer(folder, self.model, self.optimizer)
+        self.world.every(lambda: state.load_model(folder, self.model))
+        self.world.every(lambda: state.load_optimizer(folder, self.model, self.optimizer))
         own = self.schedule.state_dict() | {"lr_lambdas": [None] * 2}
         stored = counters["schedule"]
         self.schedule.load_state_dict(own | {key: stored[key] for key in own.keys() & stored})

@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from spectral_window.errors import IntegrityError
@@ -27,12 +29,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _READ_BY_LIBRARIES = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".bin", ".pt"}
 
 
-def seal(folder: Path, **facts: Any) -> None:
-    """Force every file of `folder` to the disk, then write its manifest with `facts` in it."""
+def seal(folder: Path, hashes: Mapping[str, str] = MappingProxyType({}), **facts: Any) -> None:
+    """Force every file of `folder` to the disk, then write its manifest with `facts` in it.
+
+    hashes: SHA-256 of files, by name, that whoever wrote them has computed.
+    """
     files = {}
     for path in sorted(folder.iterdir()):
         sync_file(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        sha = hashes.get(path.name) or hash_file(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha}
     manifest = {"schema": SCHEMA, **facts, "files": files}
     signed = manifest | {"sha256": _own_hash(manifest)}
     write_text(folder / MANIFEST, json.dumps(signed, indent=1))

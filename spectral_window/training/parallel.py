@@ -29,10 +29,12 @@ _SETTLING = 0.1  # seconds
 
 
 class World:
-    """The processes of this run: `rank` of `size`. With one, every method is the trivial one."""
+    """The processes of this run: `rank` of `size`, `local_size` of them on each machine. With one,
+    every method is the trivial one."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, local_size: int | None = None) -> None:
         self.rank, self.size = rank, size
+        self.local_size = local_size or size
         self._started = False
 
     @classmethod
@@ -45,7 +47,7 @@ class World:
         size = _number("WORLD_SIZE", 1, 1 << 20) or 1
         rank = _number("RANK", 0, size - 1)
         local = _number("LOCAL_RANK", -1, size - 1)  # -1: not distributed, to transformers
-        _number("LOCAL_WORLD_SIZE", 1, size)
+        local_size = _number("LOCAL_WORLD_SIZE", 1, size)
         _number("MASTER_PORT", 0, 65_535)
         launched = size > 1 or (local is not None and local >= 0)
         missing = [
@@ -60,7 +62,7 @@ class World:
             )
         if size == 1:
             return cls()
-        world = cls(rank or 0, size)
+        world = cls(rank or 0, size, local_size)
         if not dist.is_initialized():
             try:
                 if device == "cuda":
@@ -110,6 +112,25 @@ class World:
             raise box[1](box[2])
         return box[0]
 
+    def every(self, work: Callable[[], _T]) -> list[_T]:
+        """What `work()` returns in each process, by rank; an error it raises in any of them is
+        raised in all, the one of the lowest rank where it did not fail itself. `work` must not wait
+        for other processes."""
+        if self.size == 1:
+            return [work()]
+        value, told, failure = None, None, None
+        try:
+            value = work()
+        except Exception as error:
+            failure, told = error, _as_told(error, self.rank)
+        answers = self.gather((value, told))
+        if failure is not None:
+            raise failure
+        for _, failed in answers:
+            if failed is not None:
+                raise failed[0](failed[1])
+        return [answer for answer, _ in answers]
+
     def gather(self, value: _T) -> list[_T]:
         """Every process's `value`, by rank."""
         if self.size == 1:
@@ -127,13 +148,14 @@ class World:
         return total.tolist()
 
 
-def _as_told(error: Exception) -> tuple[type[SpectralWindowError], str]:
+def _as_told(error: Exception, rank: int = 0) -> tuple[type[SpectralWindowError], str]:
     """The class and the words by which other processes raise this one's error."""
     if isinstance(error, SpectralWindowError):
         return type(error), str(error)
     lacking = isinstance(error, OSError) or is_out_of_memory(error)
     kind = ResourceError if lacking else SpectralWindowError
-    return kind, f"{type(error).__name__} in the first process: {error}"
+    where = "the first process" if rank == 0 else f"process {rank}"
+    return kind, f"{type(error).__name__} in {where}: {error}"
 
 
 def _number(name: str, least: int, most: int) -> int | None:

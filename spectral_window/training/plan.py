@@ -10,6 +10,7 @@ import torch
 from spectral_window.data.text import Corpus
 from spectral_window.ops import resolve
 from spectral_window.training.recipes import Recipe
+from spectral_window.training.sharded import whole_mixer
 
 # Up to so many passes over a text a model learns from it nearly as much as from new text
 # (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
@@ -43,5 +44,5 @@ def methods_in_use(recipe: Recipe, model: Any) -> dict[str, str]:
     dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
     size = (1, recipe.sequence_length, model.config.hidden_size)
     x = torch.empty(size, dtype=dtype, device=model.device, requires_grad=True)
-    mixer = model.model.layers[0].mixer
+    mixer = whole_mixer(model)
     return {op: resolve(op, mixer.method(op), x, *others).name for op, others in mixer.operators()}

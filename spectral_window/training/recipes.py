@@ -38,7 +38,7 @@ from spectral_window.nn.options import Option, all_options, recorded, reserve
 
 # What may differ between a run and its resumption: it changes the record, not what is learned.
 FREE_ON_RESUME = frozenset(
-    {"device", "compile", "cuda_graphs", "track"}
+    {"device", "compile", "cuda_graphs", "shard", "track"}
     | {"log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"}
 )
 
@@ -62,6 +62,7 @@ MODEL = tuple(
 
 
 DTYPES = ("float32", "bfloat16")
+SHARDS = ("none", "full", "hybrid")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 DEVICES = ("auto", "cpu", "cuda")
 # PyTorch's names for how float32 products may be computed, in the order in which "auto" tries them
@@ -163,6 +164,13 @@ class Recipe:
     )
     cuda_graphs: bool = _setting(
         True, "on one GPU: replay the recorded kernels of a step", always=False
+    )
+    shard: str = _setting(
+        "none",
+        "what several processes hold of weights, gradients and Adam's moments; none: each all, "
+        "full: each a part, hybrid: the processes of each machine together all",
+        choices=SHARDS,
+        always=False,
     )
     # What is recorded, and when
     track: str = _setting(

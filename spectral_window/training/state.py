@@ -4,18 +4,21 @@ Tensors go to safetensors and everything else to JSON; nothing is pickled, so op
 from elsewhere runs no code from it. A checkpoint folder is also a model folder:
 `from_pretrained(folder)` loads it.
 
-    config.json, model.safetensors, tokenizer files     the model, as Hugging Face writes it
+    config.json, model.safetensors, tokenizer files     the model, as Hugging Face writes it; of a
+                                                         sharded one several files and an index
     README.md, *_spectral_window.py                      its card, and how to load it anywhere
-    optimizer.safetensors                                Adam's moments, by parameter name
+    optimizer.safetensors                                Adam's moments, by parameter name; likewise
     rng.safetensors                                      torch's random generators, one per process
     training.json                                        step counters, schedule, other generators
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ from transformers.utils import logging
 
 from spectral_window.errors import DivergedError, IntegrityError
 from spectral_window.hf.card import TrainingRecord, write_card
+from spectral_window.training import sharded
+from spectral_window.training.loading import weight_files
+from spectral_window.training.parallel import World
 
 _JSON = "training.json"
 
@@ -35,22 +41,51 @@ _JSON = "training.json"
 # ---------------------------------------------------------------------------------------- the model
 
 
+@contextlib.contextmanager
+def written_by_all(
+    model: Any, optimizer: torch.optim.Optimizer | None, run: Path, world: World
+) -> Iterator[list[sharded.Part]]:
+    """The files that the processes write together: of a sharded model its weights and, with
+    `optimizer`, Adam's moments; else none. See `sharded.written`. DivergedError if a number is not
+    finite."""
+    if not sharded.is_sharded(model):
+        yield []
+        return
+    tensors = {"model": sharded.stored_once(model)}
+    world.every(lambda: check_finite(model))
+    if optimizer is not None:
+        tensors["optimizer"] = _moments(model, optimizer)
+        world.every(lambda: _check_finite_moments(tensors["optimizer"]))
+    with sharded.written(tensors, run, world) as parts:
+        yield parts
+
+
 def save_model(
-    folder: Path, model: Any, tokenizer: Any, training: TrainingRecord | None = None
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    training: TrainingRecord | None = None,
+    parts: list[sharded.Part] | None = None,
 ) -> None:
     """Weights, config, tokenizer and model card, as from_pretrained loads them. DivergedError if
     not finite.
 
-    training: what the run knows when it ends, for the card.
+    training: what the run knows when it ends, for the card. parts: files of `written_by_all`, which
+    hold the weights of a sharded model.
     """
     check_finite(model)
+    without: dict[str, Any] = {}
+    if parts:
+        model, without = sharded.described(model), {"state_dict": {}}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder, max_shard_size="1000GB")
+        model.save_pretrained(folder, max_shard_size="1000GB", **without)
     finally:
         if bars:
             logging.enable_progress_bar()
+    if parts:  # not before: transformers removes what looks like an earlier save
+        sharded.move(parts, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if training is not None:
@@ -60,7 +95,7 @@ def save_model(
 def check_finite(model: nn.Module) -> None:
     """Raise DivergedError naming the first parameter that holds NaN or Inf."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(sharded.own_part(parameter)).all():
             raise DivergedError(
                 f"weight {name} is not finite (checkpoint): nothing was saved; "
                 "lower lr and resume the last checkpoint"
@@ -70,19 +105,20 @@ def check_finite(model: nn.Module) -> None:
 def load_model(folder: Path, model: nn.Module) -> None:
     """Copy the weights of `folder` into `model`. Raises IntegrityError unless names, shapes and
     dtypes are the model's own."""
-    stored = _read_tensors(folder / "model.safetensors")
-    wanted = model.state_dict()
+    stored = _read_tensors(folder, "model")
+    wanted = model.state_dict(keep_vars=True)
     # A tied tensor is stored once, under one of its names.
-    present = {wanted[name].data_ptr() for name in stored if name in wanted}
+    present = {id(wanted[name]) for name in stored if name in wanted}
     needed = {
         name: tensor
         for name, tensor in wanted.items()
-        if name in stored or tensor.data_ptr() not in present
+        if name in stored or id(tensor) not in present
     }
     _check_same(folder, "model.safetensors", stored, needed)
-    _check_finite_numbers(folder, "model.safetensors", stored)
+    held = {name: sharded.as_held(tensor, wanted[name]) for name, tensor in stored.items()}
+    _check_finite_numbers(folder, "model.safetensors", held)
     with torch.no_grad():
-        for name, tensor in stored.items():
+        for name, tensor in held.items():
             wanted[name].copy_(tensor)
 
 
@@ -90,38 +126,50 @@ def load_model(folder: Path, model: nn.Module) -> None:
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Adam's tensors, named `moment:parameter`."""
+    """Adam's tensors, named `moment:parameter`. DivergedError if not finite."""
+    moments = _moments(model, optimizer)
+    _check_finite_moments(moments)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in moments.items()}
+    save_file(tensors, folder / "optimizer.safetensors")
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
-    tensors = {
-        f"{key}:{names[parameter]}": value.detach().cpu().contiguous()
+    return {
+        f"{key}:{names[parameter]}": value
         for parameter, moments in optimizer.state.items()
         for key, value in moments.items()
         if isinstance(value, Tensor)
     }
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+
+
+def _check_finite_moments(moments: Mapping[str, Tensor]) -> None:
+    for name, tensor in moments.items():
+        if not torch.isfinite(sharded.own_part(tensor)).all():
             raise DivergedError(
                 f"optimizer state {name} is not finite (checkpoint): nothing was saved; "
                 "lower lr and resume the last checkpoint"
             )
-    save_file(tensors, folder / "optimizer.safetensors")
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter of `optimizer` its stored moments. Raises IntegrityError for one that is
     missing, unexpected or of another shape or dtype."""
-    stored = _read_tensors(folder / "optimizer.safetensors")
+    stored = _read_tensors(folder, "optimizer")
     names = {parameter: name for name, parameter in model.named_parameters()}
-    wanted = {}
+    wanted: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             wanted[f"step:{names[parameter]}"] = torch.tensor(0.0)
             for key in ("exp_avg", "exp_avg_sq"):
                 wanted[f"{key}:{names[parameter]}"] = parameter
     _check_same(folder, "optimizer.safetensors", stored, wanted)
-    _check_finite_numbers(folder, "optimizer.safetensors", stored)
+    held = {name: sharded.as_held(tensor, wanted[name]) for name, tensor in stored.items()}
+    _check_finite_numbers(folder, "optimizer.safetensors", held)
     negative = [
-        n for n, x in stored.items() if not n.startswith("exp_avg:") and bool((x < 0).any())
+        name
+        for name, tensor in held.items()
+        if not name.startswith("exp_avg:") and bool((sharded.own_part(tensor) < 0).any())
     ]
     if negative:
         raise IntegrityError(
@@ -130,7 +178,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     state = optimizer.state_dict()
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state["state"] = {
-        index: {key: stored[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        index: {key: held[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         for index, name in enumerate(order)
     }
     optimizer.load_state_dict(state)
@@ -191,7 +239,7 @@ def save_rest(folder: Path, counters: dict[str, Any], generators: list[dict[str,
 
 def load_rest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Inverse of `save_rest`. Raises IntegrityError if a part is missing or makes no sense."""
-    tensors = _read_tensors(folder / "rng.safetensors")
+    tensors = _read_tensors(folder, "rng")
     try:
         values = json.loads((folder / _JSON).read_bytes())
         counters, generators = values["counters"], values["generators"]
@@ -225,16 +273,20 @@ def _check_counters(counters: dict[str, Any]) -> None:
         raise IntegrityError(f"loss_sum is {counters['loss_sum']!r}")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise IntegrityError(f"{path.name} cannot be read ({path.parent}): {error}") from None
+def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of `stem`.safetensors, or of the files that its index names."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder, stem):
+        try:
+            tensors |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise IntegrityError(f"{path.name} cannot be read ({folder}): {error}") from None
+    return tensors
 
 
 def _check_finite_numbers(folder: Path, file: str, stored: dict[str, Tensor]) -> None:
     """Raise IntegrityError for NaN or Inf: no checkpoint is saved with them."""
-    bad = sorted(name for name, tensor in stored.items() if not bool(tensor.isfinite().all()))
+    bad = sorted(n for n, x in stored.items() if not bool(sharded.own_part(x).isfinite().all()))
     if bad:
         raise IntegrityError(
             f"{file} holds numbers that are not finite ({folder}): {', '.join(bad[:10])}; "

@@ -26,6 +26,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,8 @@ from spectral_window.files import write_folder, write_json
 from spectral_window.hf.card import TrainingRecord
 from spectral_window.hf.config import SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, count_parameters, match_parameters
-from spectral_window.training import checkpoints, loading, machine, manifest, state
+from spectral_window.training import checkpoints, loading, machine, manifest, sharded, state
 from spectral_window.training import folder as run_folder
-from spectral_window.training.evaluate import evaluate
 from spectral_window.training.initial import Initial
 from spectral_window.training.interrupt import Interrupted, StopRequest, catch_signals
 from spectral_window.training.loop import Loop, accumulation
@@ -103,7 +103,7 @@ def train(
         config = model_config(recipe, vocab_size=given or SWHConfig.vocab_size)
         if given is None:
             config.vocab_size = SMALLEST
-        check_memory(recipe, config, device, world.size)
+        check_memory(recipe, config, device, world)
         with (
             run_folder.claim(out, world) as claim,
             machine.matmul_precision(recipe.matmul_precision, device),
@@ -114,7 +114,7 @@ def train(
                 config = model_config(recipe, vocab_size, data.tokenizer)
             else:
                 config = init.config_for(recipe, data.tokenizer)
-            check_memory(recipe, config, device, world.size)
+            check_memory(recipe, config, device, world)
             blocks_of(data.train, recipe.sequence_length)  # too little text is refused here
             run = _Run(
                 recipe, out, world, data, config, device, progress, command, init, claim, corpus
@@ -235,10 +235,7 @@ class _Run:
         done = self.world.first(lambda: self._finished(start)) if start else None
         if done is not None:
             return done
-        transformers.set_seed(self.recipe.seed)
-        model = SWHForCausalLM(self.config)
-        if start is None and self.init is not None:
-            model.load_state_dict(self.init.weights_for(model))
+        model = self._model(begins=start is None)
         with self._on_signals() as stop:
             transformers.set_seed(self.recipe.seed)  # whatever building the model has drawn
             loop = Loop(
@@ -274,6 +271,25 @@ class _Run:
         if signum:
             raise Interrupted(signum, loop.saved, self._how_to_resume(), loop.step)
         return self._finish(loop)
+
+    def _model(self, begins: bool) -> SWHForCausalLM:
+        """The model to train, with its initial weights if the training begins."""
+        recipe, world = self.recipe, self.world
+        divided = sharded.pieces(recipe.shard, world) > 1
+        whole = None
+        if not divided or (begins and world.is_first):
+            transformers.set_seed(recipe.seed)
+            whole = SWHForCausalLM(self.config)
+            if begins and self.init is not None:
+                whole.load_state_dict(self.init.weights_for(whole))
+        if whole is not None and not divided:
+            return whole
+        model = sharded.empty_model(
+            self.config, kind=recipe.shard, dtype=recipe.dtype, device=self.device, world=world
+        )
+        if begins:
+            sharded.fill(model, whole)
+        return model
 
     @contextlib.contextmanager
     def _on_signals(self) -> Iterator[StopRequest]:
@@ -314,8 +330,7 @@ class _Run:
         UserError, IntegrityError, OSError or KeyError."""
         result = loading.read_json(self.out / "result.json")
         model = manifest.verify(self.out / "model")
-        weights = "model.safetensors"
-        same = model["files"][weights] == checkpoints.verify(checkpoint)["files"][weights]
+        same = _weights(model) == _weights(checkpoints.verify(checkpoint))
         # A model older than this rule does not name its result.
         if not same or model.get("result", result) != result:
             raise IntegrityError(f"result.json and model are of another run ({self.out})")
@@ -343,14 +358,7 @@ class _Run:
     def _finish(self, loop: Loop) -> dict[str, Any]:
         """Evaluate on all held-out text, write the model and the result."""
         recipe, world, model = self.recipe, self.world, loop.model
-        scores = evaluate(
-            model,
-            self.corpus.valid,
-            length=recipe.sequence_length,
-            batch=recipe.eval_batch_size,
-            dtype=recipe.dtype,
-            world=world,
-        )
+        scores = loop.evaluate()
         peaks = world.gather(machine.peak_memory(self.device))
         losses = [row["loss"] for row in self.metrics.read() if "loss" in row]
         result = {
@@ -385,17 +393,20 @@ class _Run:
             context=recipe.sequence_length,
         )
 
-        def write_model(folder: Path) -> None:
-            state.save_model(folder, model, self.corpus.tokenizer, record)
-            manifest.seal(folder, result=result)
+        def write_model(parts: list[sharded.Part], folder: Path) -> None:
+            state.save_model(folder, model, self.corpus.tokenizer, record, parts)
+            manifest.seal(folder, sharded.hashes(parts), result=result)
 
-        def write() -> dict[str, Any]:
+        def write(parts: list[sharded.Part]) -> dict[str, Any]:
             self.claim.confirm()
-            write_folder(self.out / "model", write_model, needs=4 * self.parameters)
+            folder = self.out / "model"
+            write_folder(folder, partial(write_model, parts), needs=4 * self.parameters)
             write_json(self.out / "result.json", result)
             return result
 
-        result = world.first(write)
+        world.first(self.claim.confirm)
+        with state.written_by_all(model, None, self.out, world) as parts:
+            result = world.first(partial(write, parts))
         self.progress.note(
             f"done: held-out loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f}, "
             f"{scores['bits_per_byte']:.4f} bits per byte over {scores['tokens']:,} tokens"
@@ -415,6 +426,12 @@ class _Run:
             warnings.warn(line, stacklevel=2)
         else:
             self.progress.note(f"warning: {line}")
+
+
+def _weights(contents: dict[str, Any]) -> dict[str, Any]:
+    """The files of weights in a manifest, as it has them."""
+    files = contents["files"].items()
+    return {name: entry for name, entry in files if name.startswith("model")}
 
 
 def _with_first_precision(recipe: Recipe, out: Path) -> Recipe:

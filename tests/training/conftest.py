@@ -33,7 +33,7 @@ def corpus(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("prepared") / "tokens"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(text_file) -> Recipe:
     """Twelve steps of a model of 2 layers x 16 channels on bytes."""
     return Recipe(

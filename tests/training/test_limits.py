@@ -17,6 +17,7 @@ from spectral_window.hf import SWHConfig, SWHForCausalLM
 from spectral_window.training import checkpoints, train
 from spectral_window.training.loading import load
 from spectral_window.training.memory import check_memory
+from spectral_window.training.parallel import World
 from tests.training.children import train_child
 from tests.training.runs import Crash, Stopper, assert_same_run, crash, rows, tensors
 
@@ -181,7 +182,7 @@ def test_a_full_disk_ends_with_code_5_names_path_and_bytes_and_keeps_the_old_che
 def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(recipe):
     config = SWHConfig(hidden_size=1 << 17, num_hidden_layers=6, num_attention_heads=1 << 10)
     with pytest.raises(ResourceError, match=r"GB to train and .* GB are free") as caught:
-        check_memory(recipe, config, "cpu")
+        check_memory(recipe, config, "cpu", World())
     assert caught.value.exit_code == 5
 
 
