@@ -352,8 +352,12 @@ class _InOnePass(torch.autograd.Function):
         u, weights, before = ctx.saved_tensors
         again = torch.is_grad_enabled()
         if again or ctx.needs_input_grad[2]:
-            leaves = [x for x in (u, weights, before) if x is not None and x.requires_grad]
             with torch.enable_grad():
+                # views, because one input may depend on another: a state computed from u
+                u, weights, before = (
+                    None if x is None else x.view_as(x) for x in (u, weights, before)
+                )
+                leaves = [x for x in (u, weights, before) if x is not None and x.requires_grad]
                 y, _ = _by(_in_float32(_shifts))(u, weights, before, ctx.documents)
                 if not y.requires_grad:  # there is padding alone
                     return None, None, None, None
