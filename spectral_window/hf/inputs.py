@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from spectral_window.data.blocks import IGNORED
 from spectral_window.errors import UserError
+from spectral_window.ops.context_parallel import ContextParallel, SpanDocuments
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.tracing import readable
 
@@ -191,6 +192,33 @@ def resolve_documents(
     if bool((positions == counting).all()):
         return None
     return Documents(positions.to(tokens.device), positions, checked=True)
+
+
+def span_documents(
+    documents: Documents | None, context: ContextParallel, tokens: Tensor, past: int
+) -> SpanDocuments:
+    """Return the documents of this process's span of rows that several processes share.
+
+    Args:
+        documents: of the whole rows; None if each is one document without padding.
+        context: the processes.
+        tokens: the whole rows [B, T, ...]; gives sizes and device.
+        past: the number of tokens in the cache.
+
+    Raises:
+        UserError: a cache that is not empty.
+    """
+    if past:
+        raise UserError(
+            f"context_parallel beside a cache of {past} tokens (model): rows must start here; go "
+            "on with whole rows from the last process's cache"
+        )
+    if documents is not None:
+        positions = documents.positions.cpu() if documents.host is None else documents.host
+    else:
+        counting = torch.arange(tokens.shape[1], dtype=torch.int64, device="cpu")
+        positions = counting.expand(tokens.shape[0], -1)
+    return SpanDocuments(positions, context, tokens.device)
 
 
 def starts(documents: Tensor) -> Tensor:

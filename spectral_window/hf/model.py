@@ -42,6 +42,7 @@ from spectral_window.hf.inputs import (
     next_start,
     readable,
     resolve_documents,
+    span_documents,
 )
 from spectral_window.hf.keywords import check_keywords, check_wishes, read_documents
 from spectral_window.hf.saving import SavedModel
@@ -49,7 +50,9 @@ from spectral_window.nn.fusions import Fusion
 from spectral_window.nn.kernels import Kernel
 from spectral_window.nn.layers import MLPS, RMSNorm, no_weight_decay, project
 from spectral_window.nn.mixers import MIXERS, Mixer
+from spectral_window.ops.context_parallel import ContextParallel
 from spectral_window.ops.documents import Documents
+from spectral_window.ops.tracing import is_recorded
 
 Part = TypeVar("Part", bound=nn.Module)
 SEGMENT = 1024  # tokens of a row that go through all layers at once, where no gradient is wanted
@@ -190,6 +193,7 @@ class SWHModel(SWHPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         keep_last: int = 0,
+        context_parallel: ContextParallel | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
@@ -203,6 +207,8 @@ class SWHModel(SWHPreTrainedModel):
             inputs_embeds: [B, T, D], instead of input_ids.
             use_cache: return a cache (default: config.use_cache).
             keep_last: return only the hidden states of the last n positions; 0 for all.
+            context_parallel: the processes that share these rows. Each passes the same arguments,
+                and gets the hidden states of its own span and the cache at the end of it.
             kwargs: documents can also be given by seq_idx, document_ids or cu_seq_lens_q (see
                 `keywords.py`).
 
@@ -224,7 +230,10 @@ class SWHModel(SWHPreTrainedModel):
             )
         layers = self._running_layers()
         length, segment = tokens.shape[1], self._segment(tokens, kwargs)
-        x, slots = self._embed(tokens[:, :segment]), None
+        here = slice(segment)
+        if context_parallel is not None:
+            here, segment = self._own_span(context_parallel, tokens), None
+        x, slots = self._embed(tokens[:, here]), None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
@@ -242,6 +251,11 @@ class SWHModel(SWHPreTrainedModel):
             start=start,
             numbers=read_documents(kwargs, tokens, seen),
         )
+        if context_parallel is not None:
+            documents = span_documents(documents, context_parallel, tokens, seen)
+            start = documents.start
+            for slot in slots or ():
+                slot.seen = here.start
         outputs: list[Tensor] = []
         # (a range over the length would fix the length of an exported graph)
         for begin in (0,) if segment is None else range(0, length, segment):
@@ -267,6 +281,16 @@ class SWHModel(SWHPreTrainedModel):
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return embeddings [B, T, D] of token ids [B, T], or of embeddings, which stay."""
         return tokens if tokens.dim() == 3 else self.embed_tokens(tokens)
+
+    def _own_span(self, context: ContextParallel, tokens: Tensor) -> slice:
+        """Return the columns of this process, after checking that rows can be shared."""
+        for mixer in self._parts(Mixer):
+            mixer.check_in_spans()
+        if is_recorded():
+            raise UserError(
+                "context_parallel in a recorded graph (model): leave torch.compile or export out"
+            )
+        return context.span(tokens.shape[1])
 
     def _running_layers(self) -> list[SWHLayer]:
         """Return the first config.num_hidden_layers; assisted decoding lowers that number."""
@@ -344,12 +368,14 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
                 Trainer takes parameters named after labels as columns of the data set:
                 shift_labels [B, T], labels that are shifted already, the token after each input
                 token; num_items_in_batch, by which the summed loss is divided instead of by the
-                number of tokens.
+                number of tokens. With context_parallel the logits are those of this process's
+                span, and the losses of the processes add up to that of the rows.
 
         Raises:
             UserError: a bad or unknown argument (a ValueError); raised before any work.
         """
-        check_keywords(kwargs, SWHForCausalLM.forward, "shift_labels", "num_items_in_batch")
+        accepted = ("shift_labels", "num_items_in_batch", "context_parallel")
+        check_keywords(kwargs, SWHForCausalLM.forward, *accepted)
         shift_labels = kwargs.pop("shift_labels", None)
         items = kwargs.pop("num_items_in_batch", None)
         if isinstance(logits_to_keep, Tensor):
@@ -382,22 +408,38 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
         (logits,) = project(hidden, self.lm_head)
+        context = kwargs.get("context_parallel")
         return CausalLMOutputWithPast(
             loss=None
             if scored is None
-            else self._loss(logits, scored, items, shifted=shift_labels is not None),
+            else self._loss(
+                logits,
+                scored,
+                items,
+                shifted=shift_labels is not None,
+                here=slice(None) if context is None else context.span(scored.shape[1]),
+            ),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _loss(self, logits: Tensor, labels: Tensor, items: Any, *, shifted: bool) -> Tensor:
-        """Return transformers' loss; it is divided by at least 1, so never NaN."""
+    def _loss(
+        self, logits: Tensor, labels: Tensor, items: Any, *, shifted: bool, here: slice
+    ) -> Tensor:
+        """Return transformers' loss; it is divided by at least 1, so never NaN.
+
+        Args:
+            logits: [B, n, vocab_size], of the columns `here`.
+            labels: [B, T], of whole rows.
+            items: the number to divide by, or None for that of the labels.
+            shifted: whether the labels are shifted already.
+            here: columns of the labels.
+        """
         labels = labels.to(torch.int64)
         if not shifted:
             labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        labels = labels.contiguous()
         count = (labels != IGNORED).sum()
         if labels.is_cpu and readable(labels) and count == 0:
             warnings.warn("all labels are -100, no token is scored: the loss is 0", stacklevel=3)
@@ -407,7 +449,7 @@ class SWHForCausalLM(SWHPreTrainedModel, GenerationMixin):
             labels=None,
             vocab_size=self.config.vocab_size,
             num_items_in_batch=items.clamp(min=1),
-            shift_labels=labels,
+            shift_labels=labels[:, here].contiguous(),
         )
 
     def compile_loss(self) -> None:

@@ -37,6 +37,7 @@ from spectral_window.nn.options import Part, PartRegistry
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps, fir_conv
 from spectral_window.ops.modes import Modes, exact_dtype
+from spectral_window.ops.spans import Share, last_inputs, oscillators
 from spectral_window.ops.spectral import spectral_conv
 
 KERNELS: PartRegistry[Kernel] = PartRegistry("kernel")
@@ -83,6 +84,16 @@ class Kernel(Part, nn.Module):
         """
         return spectral_conv(u, self(), state=state, positions=positions, method=method)  # type: ignore[arg-type]
 
+    def share(self, u: Tensor, documents: Documents, method: str) -> Share:
+        """Return what a span of rows does to the convolution's state (see `ops/spans.py`).
+
+        Args:
+            u: [B, T, D], its input in the span.
+            documents: of the span.
+            method: a method's name, or "auto".
+        """
+        return oscillators(u, self(), documents, method)  # type: ignore[arg-type]
+
     def reset_parameters(self) -> None:
         """Initialise the parameters in place."""
         raise NotImplementedError
@@ -109,6 +120,9 @@ class Filter(Kernel):
         self, u: Tensor, *, state: Tensor | None, positions: Tensor | Documents | None, method: str
     ) -> tuple[Tensor, Tensor]:
         return fir_conv(u, self(), state=state, positions=positions, method=method)
+
+    def share(self, u: Tensor, documents: Documents, method: str) -> Share:
+        return last_inputs(u, self().weights.shape[1] - 1, documents)
 
 
 def float32_parameter(*shape: int) -> nn.Parameter:

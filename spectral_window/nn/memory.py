@@ -36,11 +36,13 @@ from spectral_window.nn.mixers import register
 from spectral_window.nn.options import Option
 from spectral_window.nn.spectral_window import SpectralWindowMixer
 from spectral_window.ops import memory_step
+from spectral_window.ops.context_parallel import SpanDocuments
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps
 from spectral_window.ops.memory_step import Parameters
 from spectral_window.ops.pointwise import gated_add, unit
+from spectral_window.ops.spans import Share, delta_map, last_inputs, read_from
 from spectral_window.ops.window import WindowState
 
 LAG = 4  # a key is a mix of this many queries: that of the token and of the three before
@@ -137,6 +139,7 @@ class MemoryMixer(SpectralWindowMixer):
     """
 
     label = "SWH with memory"
+    in_spans = True
     state_type = MemoryState
 
     def __init__(self, **options: Any):
@@ -172,7 +175,7 @@ class MemoryMixer(SpectralWindowMixer):
         q, k, v, gates = projected
         attended, states = super()._local([q, k, v], documents, state)
         own = self.memory
-        if state is not None:
+        if state is not None and state.memory is not None:
             past = state.memory, state.queries
             inputs = q, v, attended, gates
             parameters = Parameters(
@@ -190,17 +193,39 @@ class MemoryMixer(SpectralWindowMixer):
         )
         # on a GPU 16-bit values stay so: they are the operands of tensor cores, and sums float32
         exact = v.dtype if v.is_cuda else write.dtype
-        read_values, memory = delta_memory(
+        inputs = (
             self._unit(q).to(exact),
             self._unit(lagged).to(exact),
             self._heads(v).to(exact),
             self._amount(write + own.write_bias),
-            state=None if state is None else state.memory,
-            positions=documents,
-            method=self.method("delta"),
         )
+        if isinstance(documents, SpanDocuments):
+            read_values, memory = self._in_span(inputs, documents)
+        else:
+            read_values, memory = delta_memory(
+                *inputs,
+                state=None if state is None else state.memory,
+                positions=documents,
+                method=self.method("delta"),
+            )
         gate = torch.sigmoid(read + own.read_bias)
         return gated_add(attended, read_values, gate, own.scale), (*states, memory, queries)
+
+    def _in_span(
+        self, inputs: tuple[Tensor, ...], documents: SpanDocuments
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the memory reads in this span, and its state after it.
+
+        A second exchange: the keys of the span's first tokens are of the queries received before.
+        """
+        span = delta_map(*inputs, documents=documents, method=self.method("delta"))
+        out, (before,) = documents.receive(span.out, [span.share])
+        after = span.share.after(before, span.share.own, documents.spans[documents.context.rank])
+        return read_from(span._replace(out=out), before, documents), after
+
+    def _shares(self, projected: list[Tensor], documents: SpanDocuments) -> dict[str, Share]:
+        queries = last_inputs(projected[0], LAG - 1, documents)
+        return {**super()._shares(projected, documents), "queries": queries}
 
     def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
         return [*super().operators(), (self.memory.operator, tuple(self.memory())), ("delta", ())]

@@ -62,6 +62,9 @@ class Mixer(Part, nn.Module):
     label = ""  # the name of such models in reports; "": the name of the mixer
     constant_state = True  # the state has the same size after any number of tokens
     branches: tuple[str, ...] = ()  # those of `BRANCHES` that it has
+    # Whether several processes can share a row: `forward` then gets `SpanDocuments`. It says so of
+    # a class alone and not of its subclasses, which may pass more between tokens.
+    in_spans = False
     visible = ""  # the keys that a query sees, in words; "": it has no attention
 
     def __init__(
@@ -81,6 +84,15 @@ class Mixer(Part, nn.Module):
         self.eps = eps
         # a choice of speed: see `set_methods`
         self.methods = dict.fromkeys(METHODS, "auto")
+
+    @classmethod
+    def check_in_spans(cls) -> None:
+        """Raise UserError for a mixer whose rows several processes cannot share."""
+        if not vars(cls).get("in_spans", False):
+            raise UserError(
+                f"rows of {cls.label or cls.__name__} models cannot be shared by processes "
+                "(context_parallel): use mixer spectral_window or memory, or whole rows"
+            )
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:

@@ -19,7 +19,9 @@ from spectral_window.nn.kernels import KERNELS
 from spectral_window.nn.layers import project
 from spectral_window.nn.mixers import BRANCHES, ROPE_THETA, Mixer, check_rotary, register
 from spectral_window.nn.options import Option
+from spectral_window.ops.context_parallel import SpanDocuments
 from spectral_window.ops.documents import Documents, given_documents
+from spectral_window.ops.spans import Share, last_inputs, ring
 from spectral_window.ops.window import window_attention
 from spectral_window.ops.window_state import WindowState, empty_state
 
@@ -74,6 +76,7 @@ class SpectralWindowMixer(Mixer):
     """
 
     label = "SWH"
+    in_spans = True
     visible = "its chunk up to itself and all of the chunk before it"
     state_type: type[Any] = SpectralWindowState
 
@@ -109,6 +112,8 @@ class SpectralWindowMixer(Mixer):
         spectral = local = spectral_state = None
         local_states: tuple[Any, ...] = (None,)
         projected = self._project(x)
+        if isinstance(documents, SpanDocuments):
+            state = self._receive(projected, documents)
         if "spectral" in self.branches:
             spectral, spectral_state = self.kernel.convolve(
                 projected.pop(),
@@ -147,6 +152,32 @@ class SpectralWindowMixer(Mixer):
             method=self.method("window"),
         )
         return attended.flatten(-2), (after,)
+
+    def _receive(self, projected: list[Tensor], documents: SpanDocuments) -> Any:
+        """Hand over to the later spans, and return the state at which this one starts.
+
+        Args:
+            projected: the results of `_project`; the first is replaced by the exchange's anchor.
+            documents: of this span.
+        """
+        shares = self._shares(projected, documents)
+        projected[0], states = documents.receive(projected[0], list(shares.values()))
+        before: dict[str, Any] = dict(zip(shares, states, strict=True))
+        if "window" in self.branches:
+            ends = self._split(before.pop("key")), self._split(before.pop("value"))
+            before["window"] = ring(*ends, documents.start, self.window, self.rope_theta)
+        return self.state_type(**dict.fromkeys(self.state_type._fields) | before)
+
+    def _shares(self, projected: list[Tensor], documents: SpanDocuments) -> dict[str, Share]:
+        """Return what this span does to each part of the state; keys and values for the window."""
+        shares = {}
+        if "window" in self.branches:
+            for name, x in zip(("key", "value"), projected[1:3], strict=True):
+                shares[name] = last_inputs(x, 2 * self.window, documents)
+        if "spectral" in self.branches:
+            method = self.method(self.kernel.operator)
+            shares["spectral"] = self.kernel.share(projected[-1], documents, method)
+        return shares
 
     def _local_maps(self) -> list[nn.Linear]:
         """Return the linear maps of the mixer's input whose results `_local` takes."""
