@@ -108,7 +108,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Train a model on text. Ctrl-C saves a checkpoint, and --resume RUN goes on from it."""
-    from spectral_window.training.folder import check
+    from spectral_window.training.folder import check, is_restarted
     from spectral_window.training.initial import Initial
     from spectral_window.training.machine import keep_memory
     from spectral_window.training.progress import RichProgress
@@ -132,7 +132,8 @@ def run(
         corpus = corpus or (None if run.tokens is None else Path(run.tokens))
     if chat:
         settings = settings.replace(chat=True, data=tuple(chat))
-    check(folder, resume, overwrite)  # before a model is read, which can take long
+    if not is_restarted(folder):
+        check(folder, resume, overwrite)  # before a model is read, which can take long
     initial = None if init is None else Initial.read(init)
     if initial is not None:
         settings = initial.adopt(settings, read_overrides(overrides or []))

@@ -81,7 +81,7 @@ def evaluate(
 
     total = nats.item()
     if world is not None:
-        total, summed = world.sum(total, tokens, device=device)
+        total, summed = world.sum(total, tokens)
         tokens = int(summed)
     if not math.isfinite(total):
         raise DivergedError(

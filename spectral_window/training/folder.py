@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +15,15 @@ from typing import IO
 from spectral_window.data.shards import unfinished
 from spectral_window.errors import ResourceError, UserError
 from spectral_window.files import cannot_write, check_name, remove_leftovers, try_lock
-from spectral_window.training.parallel import World
+from spectral_window.training.parallel import World, launch, restarts
 
 # What a run writes, besides the prepared text in data/ (which is checked and reused).
 RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "samples.json", "report.html")
 RUN_FOLDERS = ("checkpoints", "model", "tracker")
 DATA, LOCK = "data", ".lock"
+# Where torchrun has lost a machine, its process may still hold the lock, until it notices too.
+RESTART_SECONDS = 30.0
+_POLL_SECONDS = 0.1
 
 
 def check(out: Path, resume: bool | str, overwrite: bool) -> None:
@@ -39,6 +44,22 @@ def check(out: Path, resume: bool | str, overwrite: bool) -> None:
             f"the output folder is not empty ({out}): "
             "choose another, or use --resume or --overwrite"
         )
+
+
+def is_restarted(out: Path) -> bool:
+    """Whether torchrun has started this process again for the run in `out`.
+
+    A run records the launch that trains it, so that a restart is not taken for a second run in its
+    folder, and an older run there not for the one that is to be gone on with.
+    """
+    if launch() is None:
+        return False
+    if not any((out / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS)):
+        return restarts() > 0  # it was killed before it recorded anything
+    try:
+        return json.loads((out / "config.json").read_text(encoding="utf-8"))["launch"] == launch()
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def remove_run(out: Path) -> None:
@@ -63,29 +84,36 @@ class Claim:
         self._file: IO[str] | None = None
         self._folder = -1  # a descriptor: while it is open no other folder has its number
 
-    def take(self) -> None:
+    def take(self, seconds: float = 0.0) -> None:
         """Raises UserError if another run holds the folder, ResourceError if it is not writable.
 
-        What killed runs left in it is removed.
+        What killed runs left in it is removed. seconds: how long to wait for the other run.
         """
+        until = time.monotonic() + seconds
+        while not self._try() and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+        if self._file is None:
+            raise UserError(
+                f"another run is using this folder ({self.out}): wait for it or choose another"
+            )
+        remove_leftovers(self.out)
+        remove_leftovers(self.out / "checkpoints")
+
+    def _try(self) -> bool:
         self._made = [path for path in (self.out, *self.out.parents) if not path.exists()]
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._before = set(os.listdir(self.out))
             self._file = (self.out / LOCK).open("w")
             free = try_lock(self._file, self.out / LOCK)
-            if os.name != "nt":
+            if free and os.name != "nt":
                 self._folder = os.open(self.out, os.O_RDONLY)
         except OSError as error:
             raise cannot_write(error, self.out) from None
         if not free:
             self._file.close()
             self._file = None
-            raise UserError(
-                f"another run is using this folder ({self.out}): wait for it or choose another"
-            )
-        remove_leftovers(self.out)
-        remove_leftovers(self.out / "checkpoints")
+        return free
 
     def confirm(self) -> None:
         """ResourceError if the folder was removed or replaced since: half a run must not return."""
@@ -126,11 +154,12 @@ class Claim:
 
 
 @contextmanager
-def claim(out: Path, world: World) -> Iterator[Claim]:
-    """Lock `out` for this run within the block: one lock for all processes of `world`."""
+def claim(out: Path, world: World, seconds: float = 0.0) -> Iterator[Claim]:
+    """Lock `out` for this run within the block: one lock for all processes of `world`. seconds: how
+    long to wait for the run that holds it."""
     lock = Claim(out)
     try:
-        world.first(lock.take)
+        world.first(lambda: lock.take(seconds))
         yield lock
     finally:
         if world.is_first:

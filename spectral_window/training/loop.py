@@ -208,10 +208,10 @@ class Loop:
         whether any of them was asked to stop."""
         counted = sum(int((batch["shift_labels"] != IGNORED).sum()) for batch in batches)
         asked = [float(self.stop.signum == signum) for signum in (signal.SIGTERM, signal.SIGINT)]
-        device = self.accelerator.device
-        total, terminate, interrupt = self.world.sum(counted, *asked, device=device)
+        self.world.begin(self.step + 1)
+        total, terminate, interrupt = self.world.sum(counted, *asked)
         self.stopping = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
-        return torch.tensor(int(total), device=device)
+        return torch.tensor(int(total), device=self.accelerator.device)
 
     # ------------------------------------------------------------------------------------- step
 

@@ -3,7 +3,8 @@
 Started by `torchrun --nproc-per-node N`, every process trains a copy of the model on its own part
 of each batch, and the gradients are averaged. The first process alone prepares data, writes files
 and saves checkpoints; if that fails, every process gets the same error, so none is left waiting for
-the others.
+the others. Where one dies or hangs, the others end with an error that names it (`rollcall.py`), and
+torchrun starts all of them again (`launch`).
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ import os
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from spectral_window.errors import (
+    NetworkError,
     ResourceError,
     SpectralWindowError,
     UserError,
     is_out_of_memory,
 )
+from spectral_window.training.rollcall import MEETING_SECONDS, RollCall
 
 _T = TypeVar("_T")
 _SETTLING = 0.1  # seconds
+_PROBE = 1 << 16  # a tag that no other message has
+COLLECTIVE_TIMEOUT = 1800  # seconds
 
 
 class World:
@@ -36,12 +43,29 @@ class World:
         self.rank, self.size = rank, size
         self.local_size = local_size or size
         self._started = False
+        self._roll: RollCall | None = None
+        self._timeout = COLLECTIVE_TIMEOUT
 
     @classmethod
-    def join(cls, device: str) -> World:
-        """Read torchrun's environment and meet the other processes (gloo on a CPU, nccl on a GPU).
+    def join(
+        cls,
+        device: str,
+        settings: dict[str, Any] | None = None,
+        timeout: int = COLLECTIVE_TIMEOUT,
+    ) -> World:
+        """Read torchrun's environment and meet the other processes.
 
-        Raises UserError if only part of that environment is set, or makes no sense.
+        Numbers in memory are exchanged by gloo, those on a GPU by nccl.
+
+        Args:
+            device: "cpu" or "cuda".
+            settings: JSON values that must be the same in all processes.
+            timeout: how long a collective waits for the others, in seconds.
+
+        Raises:
+            UserError: only part of that environment is set, it makes no sense, the port is taken,
+                or the processes were started with different settings.
+            NetworkError: a process did not start.
         """
         # Checked for one process too: transformers reads them as well.
         size = _number("WORLD_SIZE", 1, 1 << 20) or 1
@@ -63,22 +87,44 @@ class World:
         if size == 1:
             return cls()
         world = cls(rank or 0, size, local_size)
+        world._timeout = timeout
         if not dist.is_initialized():
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            if device == "cuda":
+                torch.cuda.set_device(local or 0)
             try:
-                if device == "cuda":
-                    torch.cuda.set_device(local or 0)
-                dist.init_process_group("gloo" if device == "cpu" else "nccl")
+                seconds = timedelta(seconds=MEETING_SECONDS)
+                store, _, _ = next(dist.rendezvous("env://", timeout=seconds))
+                world._roll = RollCall(store, where, world.rank, size)
+                prefix = world._roll.meet(settings or {})
             except (RuntimeError, ValueError) as error:
-                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                if isinstance(error, SpectralWindowError):
+                    raise
                 raise UserError(
                     f"the {size} processes do not meet ({where}): "
-                    f"{' '.join(str(error).split())[:200]}; start all of them with torchrun"
+                    f"{_brief(error)}; start all of them with torchrun"
+                ) from None
+            try:
+                dist.init_process_group(
+                    "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+                    store=dist.PrefixStore(prefix, store),
+                    rank=world.rank,
+                    world_size=size,
+                    timeout=timedelta(seconds=timeout),
+                )
+            except RuntimeError as error:
+                world._roll.leave()
+                raise NetworkError(
+                    f"rank {rank} of {size} cannot reach another one: {_brief(error)}; "
+                    "look at what the others said, and at the network"
                 ) from None
             world._started = True
         return world
 
     def leave(self) -> None:
         """Part from the others, if `join` met them."""
+        if self._roll is not None:
+            self._roll.leave()
         if self._started and dist.is_initialized():
             # gloo's threads free the last collective's tensors a moment after it is done, for which
             # they need the interpreter's lock; a thread that asks for it while the interpreter is
@@ -86,6 +132,37 @@ class World:
             time.sleep(_SETTLING)
             dist.destroy_process_group()
             self._started = False
+
+    def begin(self, step: int) -> None:
+        """Note that optimiser step `step` begins, for the message if a process is lost in it."""
+        if self._roll is not None:
+            self._roll.step = step
+
+    def lost(self, error: Exception) -> SpectralWindowError | None:
+        """What an error means that other processes caused: it names those that ended or hang.
+
+        None for an error of this process's own; the others are told of it.
+        """
+        if self._roll is None or not self._started:
+            return None
+        if isinstance(error, RuntimeError) and self._is_broken(error):
+            return self._roll.call(self._timeout)
+        kind, line = _as_told(error, self.rank)
+        self._roll.tell(kind.exit_code, line)
+        return None
+
+    def _is_broken(self, error: RuntimeError) -> bool:
+        """Whether a collective has failed. gloo's errors have no class of their own, but the
+        connection on which one failed, or waited in vain, is closed and refuses to send."""
+        if isinstance(error, dist.DistError):
+            return True
+        try:
+            for rank in range(self.size):
+                if rank != self.rank:
+                    dist.isend(torch.zeros(1), dst=rank, tag=_PROBE)
+        except RuntimeError:
+            return True
+        return False
 
     @property
     def is_first(self) -> bool:
@@ -139,13 +216,35 @@ class World:
         dist.all_gather_object(box, value)
         return box
 
-    def sum(self, *values: float, device: torch.device | str = "cpu") -> list[float]:
+    def sum(self, *values: float) -> list[float]:
         """Each value added over the processes (in float64)."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+
+def launch() -> str | None:
+    """The launch by torchrun that this process belongs to, or None without torchrun.
+
+    It is the same after a restart, and another one for each call of torchrun, which draws it; with
+    several machines it is the id given by --rdzv-id.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name in (None, "", "none"):  # its word for no id; its folder of logs is new for each launch
+        reports = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+        return str(Path(reports).parents[2]) if reports.count(os.sep) > 3 else None
+    return name
+
+
+def restarts() -> int:
+    """How often torchrun has started this process again."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0, 1 << 20) or 0
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _as_told(error: Exception, rank: int = 0) -> tuple[type[SpectralWindowError], str]:

@@ -35,10 +35,11 @@ from spectral_window.errors import UserError, unknown
 from spectral_window.hf.config import CORE
 from spectral_window.nn.memory import recommended
 from spectral_window.nn.options import Option, all_options, recorded, reserve
+from spectral_window.training.parallel import COLLECTIVE_TIMEOUT
 
 # What may differ between a run and its resumption: it changes the record, not what is learned.
 FREE_ON_RESUME = frozenset(
-    {"device", "compile", "cuda_graphs", "shard", "track"}
+    {"device", "compile", "cuda_graphs", "shard", "collective_timeout", "track"}
     | {"log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"}
 )
 
@@ -170,6 +171,13 @@ class Recipe:
         "what several processes hold of weights, gradients and Adam's moments; none: each all, "
         "full: each a part, hybrid: the processes of each machine together all",
         choices=SHARDS,
+        always=False,
+    )
+    collective_timeout: int = _setting(
+        COLLECTIVE_TIMEOUT,
+        "seconds that a process waits for the others before it ends",
+        at_least=1,
+        at_most=1_000_000,
         always=False,
     )
     # What is recorded, and when

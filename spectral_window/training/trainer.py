@@ -32,6 +32,7 @@ from typing import Any
 
 import transformers
 
+from spectral_window import __version__
 from spectral_window.data.blocks import blocks_of
 from spectral_window.data.chat import end_ids
 from spectral_window.data.text import Corpus
@@ -48,7 +49,7 @@ from spectral_window.training.interrupt import Interrupted, StopRequest, catch_s
 from spectral_window.training.loop import Loop, accumulation
 from spectral_window.training.memory import check_memory
 from spectral_window.training.metrics import MetricsLog
-from spectral_window.training.parallel import World
+from spectral_window.training.parallel import World, launch
 from spectral_window.training.plan import describe
 from spectral_window.training.progress import Progress, Silent
 from spectral_window.training.recipes import FREE_ON_RESUME, MATMUL_PRECISIONS, Recipe, defaults
@@ -79,21 +80,28 @@ def train(
     one a core).
 
     Under torchrun every process calls this with the same arguments; each computes its own part of
-    every batch.
+    every batch. One that torchrun starts again goes on with the run, whatever `resume` and
+    `overwrite` say.
 
     Raises UserError (bad recipe or data, or `out` is not empty; nothing is left behind),
     IntegrityError (the checkpoint belongs to another recipe or data, or is damaged), DivergedError
     (a loss, gradient or weight is not finite; the last good checkpoint stays), ResourceError
-    (memory or disk), Interrupted (SIGINT or SIGTERM; after saving a checkpoint).
+    (memory or disk), NetworkError (another process ended or hangs), Interrupted (SIGINT or SIGTERM;
+    after saving a checkpoint).
     """
     out = Path(out)
-    if resume:
-        recipe = _with_first_precision(recipe, out)
     progress = progress if progress is not None else Silent()
     device = machine.choose_device(recipe.device, ("cpu", "cuda")).type
-    world = World.join(device)
+    settings = recipe.to_dict() | {"version": __version__}
+    world = World.join(device, settings, recipe.collective_timeout)
     try:
         accumulation(recipe, world)
+        restarted = world.first(lambda: run_folder.is_restarted(out))
+        if restarted:
+            resume, overwrite = resume or "auto", False
+            progress.note("torchrun has started the processes again: the run goes on")
+        if resume:
+            recipe = _with_first_precision(recipe, out)
         world.first(lambda: run_folder.check(out, resume, overwrite))
         if init is not None and not isinstance(init, Initial):
             init = Initial.read(init)
@@ -105,7 +113,7 @@ def train(
             config.vocab_size = SMALLEST
         check_memory(recipe, config, device, world)
         with (
-            run_folder.claim(out, world) as claim,
+            run_folder.claim(out, world, run_folder.RESTART_SECONDS * restarted) as claim,
             machine.matmul_precision(recipe.matmul_precision, device),
         ):
             data = corpus_of(recipe, out, corpus, world, progress, bool(resume), overwrite, workers)
@@ -124,6 +132,10 @@ def train(
             if overwrite:
                 world.first(lambda: run_folder.remove_run(out))
             return run.go(start)
+    except Exception as error:
+        if (lost := world.lost(error)) is not None:
+            raise lost from error
+        raise
     finally:
         progress.stop()
         world.leave()
@@ -350,6 +362,7 @@ class _Run:
                 "tokens": None if self.tokens is None else str(self.tokens),
                 "init": self.init and {"model": str(self.init.folder), "sha256": self.init.sha256},
                 "command": self.command,
+                "launch": launch(),
                 "environment": self._environment(),
             },
         )
