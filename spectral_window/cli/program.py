@@ -1,6 +1,6 @@
 """The program: its own options, and its commands, each found by the name of its file.
 
-`commands/NAME.py` is the command NAME. It has
+`commands/NAME.py` is the command NAME, with `-` for `_`. It has
 
     EXAMPLE = "NAME ..."          shown below its --help, without the program's name
     def run(...) -> None: ...     parameters with help are its options, the docstring is its help
@@ -31,20 +31,22 @@ MOVED_PLUGINS = {"spectral_window.hf.rivals": "spectral_window.lab.baselines.mix
 ORDER = (
     *("bench", "demo", "reproduce", "ablate", "analyze", "doctor", "report"),
     *("train", "recipes", "eval", "generate", "serve", "export", "info"),
+    *("scaling", "warm-up"),
 )
 
 
 def command_names() -> list[str]:
     """List the commands in the order of --help."""
     package = import_module(PACKAGE)
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    files = pkgutil.iter_modules(package.__path__)
+    names = sorted(file.name.replace("_", "-") for file in files)
     return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
 @functools.cache
 def load_command(name: str) -> Any:
-    """Import `commands/NAME.py` and build its click command."""
-    module = import_module(f"{PACKAGE}.{name}")
+    """Import the file of a command and build its click command."""
+    module = import_module(f"{PACKAGE}.{name.replace('-', '_')}")
     program = typer.Typer(add_completion=False, rich_markup_mode="rich")
     epilog = f"Example: {PROGRAM} {module.EXAMPLE}"
     program.command(name, cls=Command, epilog=epilog)(module.run)

@@ -4,6 +4,7 @@ threads             how a kernel is declared, compiled, called, and shared among
 addresses           where a tensor becomes an address, and what is checked there
 simd                what kernels compute with: arrays at addresses, bfloat16, vectors, products
 cache               compiled code on disk
+ahead               all kernels compiled before anything is computed
 pages               fresh memory for large outputs
 
 pointwise, linear, fir                      an operator of `ops` each, with its kernels

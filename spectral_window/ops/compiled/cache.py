@@ -18,11 +18,12 @@ import logging
 import os
 import pickle
 import re
+import time
 import uuid
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 from numba.core.caching import FunctionCache
@@ -35,16 +36,29 @@ _IMPORT = re.compile(rb"^from spectral_window\.ops\.compiled\.(\w+) import", re.
 _logged: set[int] = set()
 
 
-def compile_function(function: Callable[[Any], None], signature: Any) -> Any:
-    """numba's C function of `function`, from the cache or, compiled, into it."""
-    compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
+class Compiled(NamedTuple):
+    """A function compiled by numba, and what became of it on disk."""
+
+    code: Any  # numba's C function
+    seconds: float  # to load or to compile it
+    was_stored: bool  # it was loaded, nothing was compiled
+    file: Path | None  # where it is stored now; None: nowhere
+
+
+def compile_function(function: Callable[[Any], None], signature: Any) -> Compiled:
+    """Load the compiled `function` from the cache, or compile it into the cache."""
+    begin = time.perf_counter()
+    code: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
+    files = None
     try:
-        compiled._cache = _Cache(function)
+        code._cache = _Cache(function)
+        files = code._cache._cache_file
     except (OSError, RuntimeError) as error:  # "no locator available": no folder can be written
         _warn_not_stored(error)
         _log_compiling("nowhere")
-    compiled.compile()
-    return compiled
+    code.compile()
+    seconds = time.perf_counter() - begin
+    return Compiled(code, seconds, bool(code.cache_hits), files.held if files else None)
 
 
 class _Cache(FunctionCache):
@@ -79,6 +93,7 @@ class _Store:
 
     def __init__(self, folder: Path, name: str, fingerprint: bytes) -> None:
         self.folder, self.name, self.fingerprint = folder, name, fingerprint
+        self.held: Path | None = None  # the file that was found or written
 
     def _path(self, key: Any) -> Path:
         return (
@@ -90,12 +105,16 @@ class _Store:
 
     def load(self, key: Any) -> Any:
         """What was saved under `key`; None where there is nothing, or it is damaged."""
+        path = self._path(key)
         try:
-            text = self._path(key).read_bytes()
+            text = path.read_bytes()
         except OSError:
             return None
         header, data = text[: 2 * _DIGEST], text[2 * _DIGEST :]
-        return pickle.loads(data) if header == self._header(key, data) else None
+        if header != self._header(key, data):
+            return None
+        self.held = path
+        return pickle.loads(data)
 
     def save(self, key: Any, data: Any) -> None:
         path, text = self._path(key), dumps(data)
@@ -106,6 +125,7 @@ class _Store:
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
+        self.held = path
 
 
 @cache

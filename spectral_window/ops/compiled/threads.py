@@ -53,7 +53,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from spectral_window.errors import UserError
-from spectral_window.ops.compiled.cache import compile_function
+from spectral_window.ops.compiled.cache import Compiled, compile_function
 
 _CODES = {int: "q", bool: "?", float: "f"}  # as `struct` and numpy name them
 
@@ -95,7 +95,7 @@ class Kernel:
         self._memory, self._pack_into = self.record.memory, self.record.pack_into
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         self._lock = threading.Lock()
-        self._compiled: Any = None  # numba's function, kept alive here
+        self.compiled: Compiled | None = None  # keeps numba's function alive
         self._alone: Any = None  # the same for the calling thread, without the interpreter's lock
 
     def __call__(self, tiles: int, *arguments: Any) -> None:
@@ -107,14 +107,13 @@ class Kernel:
             return
         args = self._memory()
         self._pack_into(args, 0, 0, tiles, *self.check(tiles, *arguments))
-        if self._compiled is None:
-            self._compile()
+        compiled = self.compiled or self.compile()
         address = ctypes.addressof(args)
         threads = min(torch.get_num_threads(), tiles)
         if threads == 1:
             self._alone(address)
         elif (team := _team()) is not None:
-            team(self._compiled.address, address, threads, 0)
+            team(compiled.code.address, address, threads, 0)
         else:
             pool = _pool(torch.get_num_threads())
             others = [pool.submit(self._alone, address) for _ in range(threads - 1)]
@@ -126,13 +125,15 @@ class Kernel:
         if args[0] <= tiles:
             raise RuntimeError(f"{self.function.__name__} failed (compiled code): see above")
 
-    def _compile(self) -> None:
+    def compile(self) -> Compiled:
+        """Compile the function, or load it from the cache; once, whatever it is called with."""
         with self._lock:
-            if self._compiled is None:
+            if self.compiled is None:
                 signature = types.void(numba.from_dtype(self.record.dtype))
                 compiled = compile_function(self.function, signature)
-                self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-                self._compiled = compiled
+                self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.code.address)
+                self.compiled = compiled
+            return self.compiled
 
 
 KERNELS: dict[str, Kernel] = {}  # all that were declared, by name
