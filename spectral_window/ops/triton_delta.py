@@ -37,7 +37,7 @@ from spectral_window.ops import triton_delta_gradients as backwards
 from spectral_window.ops import triton_delta_kernels as forwards
 from spectral_window.ops.chunked_delta import differentiate_again
 from spectral_window.ops.operators import operator
-from spectral_window.ops.triton_window_stream import on_device
+from spectral_window.ops.triton_launch import launching
 
 CHUNK = 64
 ENOUGH = 96  # programs of a scan that keep a large GPU busy
@@ -224,7 +224,7 @@ def _run(
         out [B, T, H, V], the final state [B, H, K, V], the inverses of the chunks [B, H, chunks, C,
         C], and their gates [B, H, chunks, 5, C] (empty where there are none).
     """
-    with on_device(q):
+    with launching(q):
         call = _Call(q, k, v, beta, decay, state, positions)
         solved, gates = call.prepare()
         states, writes, final = call.scan(solved, gates)
@@ -262,7 +262,7 @@ def _run_backward(
 
     The gradient of a decay that there is not is empty.
     """
-    with on_device(q):
+    with launching(q):
         call = _Call(q, k, v, beta, decay, state, positions)
         kept = gates if call.gated else None
         grad = torch.zeros_like(call.v) if grad is None else grad.contiguous()

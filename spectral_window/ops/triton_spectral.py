@@ -28,7 +28,6 @@ float64 inputs are computed in float64 throughout. Where float64 is slow (consum
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ from spectral_window.ops import triton_spectral_kernels as forwards
 from spectral_window.ops.chunked_spectral import differentiate_again
 from spectral_window.ops.modes import Modes
 from spectral_window.ops.operators import operator
+from spectral_window.ops.triton_launch import launching
 
 LANES = 32
 ENOUGH = 768  # programs that fill a large GPU: 6 for each of 132 multiprocessors
@@ -203,11 +203,6 @@ class _Call:
         return states, last
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Launches go to the current device: make it this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _run(
     u: Tensor,
     decay: Tensor,
@@ -233,7 +228,7 @@ def _run(
     x = _in_memory(u)
     y = torch.empty_like(x)
     before = None if state is None else _in_memory(state)
-    with _on(u.device):
+    with launching(u):
         call = _Call(x, decay, frequency, gain, positions)
         starts, final = call.carried(x, before, False, tl.float64)
         call.streamed(
@@ -275,7 +270,7 @@ def _run_backward(
         torch.empty_like(p, memory_format=torch.contiguous_format)
         for p in (decay, frequency, decay if gain is None else gain)
     ]
-    with _on(u.device):
+    with launching(u):
         call = _Call(x, decay, frequency, gain, positions)
         tails, begin = call.carried(g, end, True, call.plan.dtype)
         sums = call.borders(3)

@@ -17,9 +17,9 @@ from torch import Tensor
 from spectral_window.ops import triton_window_kernels as kernels
 from spectral_window.ops.operators import operator
 from spectral_window.ops.rotary import rotate
+from spectral_window.ops.triton_launch import launching
 from spectral_window.ops.triton_window_stream import (
     find_turns,
-    on_device,
     padded,
     rows_of,
     stream_attention,
@@ -127,7 +127,7 @@ def _last_two_chunks(
     turns = key if theta is None else find_turns(k, theta, size, rows, 0, 1, oldest)
     strides = [x.stride(i) for x in (k, v) for i in range(3)]
     sizes = (heads, time, slots, oldest, rows, tiles)
-    with on_device(k):
+    with launching(k):
         # without fused multiply-adds the keys have the bits of `rotate`
         kernels.remember[(batch * heads * tiles,)](
             k,

@@ -6,7 +6,6 @@ These operators launch the kernels of `triton_window_kernels`, forward and backw
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from spectral_window.ops import triton_window_kernels as kernels
 from spectral_window.ops.operators import operator
 from spectral_window.ops.rotary import rotate
+from spectral_window.ops.triton_launch import launching
 
 FLOAT32_PRODUCTS = "ieee"  # of tl.dot; "tf32" would exceed the limit of 2e-6 by far
 
@@ -101,7 +101,7 @@ def _run(
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     call = _Call(q, k, v, window, theta, low, order, lse)
-    with on_device(q):
+    with launching(q):
         call.launch("attend", (q, k, v, out, lse, *call.tables), (q, k, v), (call.scale,))
     return out, lse
 
@@ -125,17 +125,12 @@ def _run_backward(
     delta = torch.empty_like(lse)
     call = _Call(q, k, v, window, theta, low, order, lse)
     rows, scales = (q, k, v, grad), (call.scale, q.shape[3] ** -0.5)
-    with on_device(q):
+    with launching(q):
         tensors = (q, k, v, out, grad, lse, delta, *call.tables, dq)
         call.launch("attend_queries", tensors, rows, scales)
         tensors = (q, k, v, grad, lse, delta, *call.tables, dk, dv)
         call.launch("attend_keys", tensors, rows, scales)
     return dq, dk, dv
-
-
-def on_device(x: Tensor) -> AbstractContextManager:
-    """Return a context that makes x's device the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def find_turns(
@@ -148,7 +143,7 @@ def find_turns(
     half = padded(key_dim) // 2
     turns = x.new_empty(2, rows, half, dtype=torch.float32)
     sizes = {"LOG_THETA": math.log(theta), "K": key_dim, "KH": half, "R": 8}
-    with on_device(x):
+    with launching(x):
         kernels.find_turns[(triton.cdiv(rows, 8),)](turns, rows, near, step, start, **sizes)
     return turns
 

@@ -8,6 +8,7 @@ Collected by `test_triton_delta` in a process of its own; run alone as
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -321,6 +322,16 @@ def test_a_recorded_call_has_the_bits_of_an_eager_one_and_no_break():
         results = call(*leaves)
         mine = *results, *torch.autograd.grad(results, leaves, given)
         assert all(torch.equal(x, y) for x, y in zip(mine, truth, strict=True))
+
+
+@pytest.mark.usefixtures("small")
+def test_calls_from_several_threads_at_once_do_not_mix():
+    cases = [draw(1, 20 + n, 1, 6, 5) for n in range(4)]
+    alone = [differentiated("triton", *case) for case in cases]
+    with ThreadPoolExecutor(4) as threads:
+        together = threads.map(lambda case: differentiated("triton", *case), cases)
+        for mine, truth in zip(together, alone, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(mine, truth, strict=True))
 
 
 def test_wide_keys_are_left_to_another_method():
