@@ -137,14 +137,7 @@ def module_of(source: str, folder: Path):
 
 def spilled_in_loops(kernel) -> int:
     """Instructions of a loop of the machine code that store a register on the stack or load it."""
-    import triton
-
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        command = [str(program), "--dump-sass", file.name]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", machine_code(kernel))
     jumps = [(int(at, 16), re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", line)) for at, line in lines]
     bodies = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
     stack = [int(at, 16) for at, line in lines if re.search(r"\b(?:STL|LDL)\b", line)]
@@ -178,4 +171,49 @@ def moved_in_tiles(ttir: str) -> dict[str, int]:
                 nest.append(-(-(last - first) // step))
             else:
                 nest.append(0 if "scf.for" in line else None)
+    return found
+
+
+def machine_code(kernel) -> str:
+    """The machine code of a kernel for NVIDIA."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [str(program), "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def touched_in_flight(code: str) -> list[str]:
+    """Instructions that touch registers of a matrix product of Hopper's that still runs.
+
+    Such a product (HGMMA) reads a register operand and writes its result after it was issued, until
+    a barrier (WARPGROUP.DEPBAR) says that it has ended. NVIDIA's assembler before CUDA 13.3 is
+    known to use operands again too early, in kernels like ours.
+    """
+    found, running = [], []
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?);", code):
+        words = line.replace(".reuse", "").split()
+        name = words[words[0].startswith("@")]
+        numbers = [int(n) for n in re.findall(r"\bR(\d+)\b", line)]
+        if "GMMA." in name:
+            columns = int(re.search(r"64x(\d+)x", name)[1])
+            result = set(range(numbers[0], numbers[0] + columns // 2))
+            operand = re.search(r"R\d+, R(\d+), gdesc", line)
+            first = int(operand[1]) if operand else 0
+            running.append((result, set(range(first, first + 4)) if operand else set()))
+        elif name.startswith("WARPGROUP.DEPBAR"):
+            left = int(line.split("0x")[-1], 16)  # groups that may still run
+            running = running if left else []
+        elif numbers:
+            width = (
+                4 if ".128" in name or ".M88.4" in name else 2 if re.search("64|WIDE", name) else 1
+            )
+            stores = re.match(r"ST|LDGSTS|RED|ATOM|R2UR|[IFH]?SETP", name.split(".")[0])
+            written = set() if stores else set(range(numbers[0], numbers[0] + width))
+            read = set(numbers[not stores :])
+            for result, operand in running:
+                if written & (result | operand) or read & result:
+                    found.append(line)
     return found

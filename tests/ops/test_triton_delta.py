@@ -14,6 +14,7 @@ import torch
 
 from spectral_window.errors import UserError
 from spectral_window.ops import delta_memory, resolve
+from tests.ops.machine_code import machine_code, touched_in_flight
 from tests.ops.test_triton_window import PRODUCTS, SHORT, TARGETS, in_interpreter
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -132,6 +133,17 @@ def check_compiled(name, target, **about):
         assert PRODUCTS[target] in text, "products by tensor cores"
     assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg\.shared\.global", text), "128-bit loads"
     assert ".f64" not in text
+    assert touched_in_flight(machine_code(compiled)) == []
+
+
+def test_a_register_that_is_used_again_too_early_would_show():
+    product = "/*0010*/ HGMMA.64x32x16.F32.BF16 R24, R56, gdesc[UR12], RZ, gsb0 ;"
+    ended = "/*0030*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    for line in ("MOV R57, R3", "FADD R2, R30, R3", "LDSM.16.M88.4 R36, [R10]"):
+        again = f"/*0020*/ {line} ;"
+        assert touched_in_flight("\n".join((product, again, ended))) == [f"{line} "]
+        assert touched_in_flight("\n".join((product, ended, again))) == []
+    assert touched_in_flight("\n".join((product, "/*0020*/ STS [R3], R56 ;", ended))) == []
 
 
 @pytest.mark.parametrize("name", KERNELS)
