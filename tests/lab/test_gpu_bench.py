@@ -26,14 +26,19 @@ def test_ceilings_tokens_and_training_steps_are_walked_and_kept(tmp_path):
         assert all("(fla)" in row["contestant"] for row in others)  # they need a GPU
 
 
-def test_the_operators_are_checked_at_the_same_time_and_each_row_names_its_check(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(gpu, "CHECKS", ("spectral",))  # all are walked in tests/ops
+def test_checks_run_in_their_order_and_each_row_names_its_check(tmp_path, monkeypatch):
+    assert gpu.CHECKS[0][0] == ("delta",)
+    # all are walked in tests/ops
+    monkeypatch.setattr(gpu, "CHECKS", ((("threads",), 0.5), (("spectral",), 0.5)))
     assert gpu.run(tmp_path, minutes=600, parts=["check"], dry_run=True, log=print) == []
     rows = json.loads((tmp_path / "check.json").read_text())["rows"]
-    assert len(rows) >= 10
-    assert all(row["good"] for row in rows)
+    sections = [row["section"] for row in rows]
+    first = sections.count("check_threads")
+    assert sections == ["check_threads"] * first + ["spectral check"] * (len(rows) - first)
+    assert [row["threads"] for row in rows[:first]] == [1, 2, 4, 4]
+    assert all(row["status"] == "ok" for row in rows[:first])
+    assert len(rows) - first >= 10
+    assert all(row["good"] for row in rows[first:])
 
 
 def test_a_part_that_runs_out_of_time_keeps_its_rows_and_is_named(tmp_path, monkeypatch):

@@ -62,7 +62,16 @@ def test_the_dry_run_walks_every_part_of_the_bench():
     wrong = [r for r in rows if r["status"] != "ok" and not r["status"].startswith(excused)]
     assert not wrong
     parts = {row.get("part", "bench") for row in rows}
-    assert parts >= {"float64", "documents and state", "equal keys", "repeats", "bench"}
+    wanted = {
+        "short",
+        "float64",
+        "documents and state",
+        "equal keys",
+        "repeats",
+        "threads",
+        "bench",
+    }
+    assert parts >= wanted
 
 
 # ---------------------------------------------------------------- what the compiler makes of it

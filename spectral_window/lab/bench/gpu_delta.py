@@ -1,16 +1,16 @@
 """The delta-rule memory on a GPU: is it right at real sizes, and how fast is it?
 
-    check()   against float64 at lengths around the chunk, documents, equal keys, repeats bit by
-              bit, no waiting, a CUDA graph
-    bench()   beside plain chunks, the delta rule of the package `fla`, and a copy of the bytes that
-              must move
+    check()          against float64 at lengths around the chunk, documents, equal keys, repeats bit
+                     by bit, no waiting, a CUDA graph; by one thread
+    check_threads()  calls by one thread, then by two and by four at once
+    bench()          beside plain chunks, the delta rule of the package `fla`, and a copy of the
+                     bytes that must move
 
 Each part gives rows of plain values; one that fails has the reason, and the others are still run.
-What compiles in both parts has the same sizes, and compiles at the start, in threads. With `quick`
-all of it runs at toy sizes on a CPU, in Triton's interpreter (TRITON_INTERPRET=1). Without a limit
-of time:
+With `quick` all of it runs at toy sizes on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
+Without a limit of time:
 
-    python -m spectral_window.lab.bench.gpu_delta --parts check,bench
+    python -m spectral_window.lab.bench.gpu_delta --parts check,threads,bench
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -126,6 +127,8 @@ def check(device: str = "cuda", quick: bool = False) -> Iterator[Row]:
     base = TOY if quick else (4, 4097, *WIDE[2:])
     small = TOY if quick else SMALL
     full, half = torch.float32, torch.bfloat16
+    for name, call in short_calls(device, quick).items():
+        yield measured("short", {"call": name}, _finite, call)
     for dtype in (full, half):
         about: Row = {"dtype": str(dtype)[6:], "shape": list(base)}
         yield measured("float64", about, _errors, device, base, dtype)
@@ -148,6 +151,78 @@ def check(device: str = "cuda", quick: bool = False) -> Iterator[Row]:
     yield measured("CUDA graph", {}, _captured, device, base)
     about = {"dtype": "float32", "products": "tf32", "shape": list(base)}
     yield measured("float64", about, _errors_tf32, device, base)
+
+
+def short_calls(device: str, quick: bool) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """The calls, forwards and backwards, of which four at once ended with an illegal access."""
+    wide, narrow = (TOY, TOY) if quick else ((4, 65, *WIDE[2:]), (8, 65, *SMALL[2:]))
+    shapes = {
+        "float32": (wide, torch.float32),
+        "bfloat16": (wide, torch.bfloat16),
+        "float32, one head of 192": (narrow, torch.float32),
+    }
+
+    def calls(inputs: list[Tensor | None], **documents: Any) -> Callable[[], dict[str, Tensor]]:
+        return partial(differentiated, inputs, upstream(inputs), "triton", **documents)
+
+    found = {name: calls(draw(device, *about)) for name, about in shapes.items()}
+    packed = (wide[0], 70 if quick else 130, *wide[2:])
+    place = torch.arange(packed[1], device=device)
+    positions = torch.where(place < 40, place, place - 40).expand(packed[0], -1).contiguous()
+    inputs = draw(device, packed, torch.float32, gated=True)
+    return found | {"documents": calls(inputs, positions=positions)}
+
+
+def _finite(call: Callable[[], dict[str, Tensor]]) -> Row:
+    wrong = [name for name, x in call().items() if not bool(x.isfinite().all())]
+    return {"status": f"wrong: not finite: {', '.join(wrong)}"} if wrong else {}
+
+
+def check_threads(device: str = "cuda", quick: bool = False) -> Iterator[Row]:
+    """Rows {part, threads, status}: the short calls give the same bits by one thread and several.
+
+    The first row of several threads finds every kernel compiled, the second ("anew") none, as in
+    the session on an H100 that failed.
+    """
+    torch.set_float32_matmul_precision("highest")
+    calls = short_calls(device, quick)
+    alone: dict[str, dict[str, Tensor]] = {}
+    times = 1 if quick else 5
+
+    def one_thread() -> Row:
+        alone.update({name: call() for name, call in calls.items()})
+        return {}
+
+    yield measured("threads", {"threads": 1}, one_thread)
+    for count in (2, 4):
+        yield measured("threads", {"threads": count}, _together, calls, alone, count, times)
+    forget_kernels()
+    about = {"threads": 4, "kernels": "compiled anew"}
+    yield measured("threads", about, _together, calls, alone, 4, times)
+
+
+def forget_kernels() -> None:
+    """Let the next call of each kernel find it compiled by none."""
+    from spectral_window.ops import triton_delta_gradients, triton_delta_kernels
+
+    for file in (triton_delta_kernels, triton_delta_gradients):
+        for kernel in vars(file).values():
+            getattr(kernel, "device_caches", {}).clear()
+
+
+def _together(
+    calls: dict[str, Callable[[], dict[str, Tensor]]],
+    alone: dict[str, dict[str, Tensor]],
+    count: int,
+    times: int,
+) -> Row:
+    """All calls, `times` times, by `count` threads."""
+    names = times * list(calls)
+    with ThreadPoolExecutor(count) as threads:
+        for name, found in zip(names, threads.map(lambda n: calls[n](), names), strict=True):
+            if not all(torch.equal(x, alone[name][key]) for key, x in found.items()):
+                return {"status": f"wrong: {name}: other bits than by one thread"}
+    return {"calls": len(names)}
 
 
 def _errors(
@@ -351,9 +426,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
-    parser.add_argument("--parts", default="check,bench")
+    parser.add_argument("--parts", default="check,threads,bench")
     given = parser.parse_args()
-    parts: dict[str, Callable[..., Iterable[Row]]] = {"check": check, "bench": bench}
+    parts: dict[str, Callable[..., Iterable[Row]]] = {
+        "check": check,
+        "threads": check_threads,
+        "bench": bench,
+    }
     for part in given.parts.split(","):
         for row in parts[part](given.device, given.quick):
             print(json.dumps(row), flush=True)
