@@ -53,12 +53,13 @@ Batch = dict[str, Tensor]
 
 def accumulation(recipe: Recipe, world: World) -> int:
     """Micro-batches per process and optimiser step; UserError if the batch does not divide."""
-    count, rest = divmod(recipe.batch_size, recipe.micro_batch_size * world.size)
+    count, rest = divmod(recipe.batch_size, recipe.micro_batch_size * world.data_size)
     if rest or not count:
         raise UserError(
             f"batch_size={recipe.batch_size} (recipe): must be a multiple of "
-            f"micro_batch_size={recipe.micro_batch_size} times {world.size} processes; "
-            "lower micro_batch_size"
+            f"micro_batch_size={recipe.micro_batch_size} times {world.size} processes"
+            + f" / context_parallel={world.context}" * (world.context > 1)
+            + "; lower micro_batch_size"
         )
     return count
 
@@ -99,6 +100,7 @@ class Loop:
             # transformers 5.17 and 5.23 have different names for it
             name = "activation_checkpointing_enable"
             getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+        self.row = world.row()
         self.optimizer = adamw(model, recipe)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, learning_rate_factor(recipe)
@@ -183,14 +185,15 @@ class Loop:
 
     def _batches(self) -> Iterator[Batch]:
         """This process's micro-batches from step `self.step` on. One step takes `batch_size`
-        consecutive samples of the endless shuffled order, which the processes take in turn."""
+        consecutive samples of the endless shuffled order, which the processes take in turn; those
+        that share rows take the same."""
         order = ShuffledBlocks(
             len(self.blocks),
             seed=self.recipe.seed,
             epochs=None,
             start=self.step * self.recipe.batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=self.world.data_rank,
+            world=self.world.data_size,
         )
         # A DataLoader without a generator draws from torch's at each start, and a resumed run
         # starts once more.
@@ -211,7 +214,9 @@ class Loop:
         self.world.begin(self.step + 1)
         total, terminate, interrupt = self.world.sum(counted, *asked)
         self.stopping = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
-        return torch.tensor(int(total), device=self.accelerator.device)
+        # processes that share rows count the same tokens
+        counted_once = int(total) // self.world.context
+        return torch.tensor(counted_once, device=self.accelerator.device)
 
     # ------------------------------------------------------------------------------------- step
 
@@ -251,8 +256,9 @@ class Loop:
     def _compute(self, model: Any, inputs: Batch) -> Tensor:
         """Add to the gradients, and return the loss of a micro-batch."""
         with self.accelerator.autocast():
-            output = model(**inputs, use_cache=False)
-        # gradients are averaged over the processes, and the mean is over all their tokens
+            output = model(**inputs, use_cache=False, context_parallel=self.row)
+        # gradients are averaged over the processes, and the mean is over all their tokens; of a
+        # row that is shared, each process has the loss of its span
         loss = output.loss * self.world.size
         self.accelerator.backward(loss)
         return loss.detach()

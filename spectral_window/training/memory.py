@@ -25,13 +25,13 @@ def check_memory(recipe: Recipe, config: SWHConfig, device: str, world: World) -
     - 24 bytes per token of the batch: id, label and position.
     """
     parameters, vocabulary = count_parameters(config), config.vocab_size
-    tokens = recipe.micro_batch_size * recipe.sequence_length
+    tokens = recipe.micro_batch_size * recipe.sequence_length // world.context
     kept = config.hidden_size
     if not recipe.gradient_checkpointing:
         kept = 4 * config.hidden_size + 2 * (config.intermediate_size or 0)
     kept *= (2 if recipe.dtype == "bfloat16" else 4) * config.num_hidden_layers
     evaluated = 4 * recipe.eval_batch_size * recipe.sequence_length * vocabulary
-    batch = 24 * recipe.batch_size // world.size * recipe.sequence_length
+    batch = 24 * recipe.batch_size // world.data_size * recipe.sequence_length
     work = max(tokens * (kept + 8 * vocabulary), evaluated) + batch
     held = 16 * parameters // pieces(recipe.shard, world)
     needed = held + work

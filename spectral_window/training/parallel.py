@@ -1,10 +1,11 @@
 """Several processes: the rank of each, work that only the first does, sums over all of them.
 
 Started by `torchrun --nproc-per-node N`, every process trains a copy of the model on its own part
-of each batch, and the gradients are averaged. The first process alone prepares data, writes files
-and saves checkpoints; if that fails, every process gets the same error, so none is left waiting for
-the others. Where one dies or hangs, the others end with an error that names it (`rollcall.py`), and
-torchrun starts all of them again (`launch`).
+of each batch, and the gradients are averaged. Where `context_parallel` is P, P processes of
+neighbouring ranks take the same sequences, and each of them a span. The first process alone
+prepares data, writes files and saves checkpoints; if that fails, every process gets the same error,
+so none is left waiting for the others. Where one dies or hangs, the others end with an error that
+names it (`rollcall.py`), and torchrun starts all of them again (`launch`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from spectral_window.errors import (
     UserError,
     is_out_of_memory,
 )
+from spectral_window.ops.context_parallel import ContextParallel
 from spectral_window.training.rollcall import MEETING_SECONDS, RollCall
 
 _T = TypeVar("_T")
@@ -36,14 +38,25 @@ COLLECTIVE_TIMEOUT = 1800  # seconds
 
 
 class World:
-    """The processes of this run: `rank` of `size`, `local_size` of them on each machine. With one,
-    every method is the trivial one."""
+    """The processes of this run: `rank` of `size`, `local_size` of them on each machine, each
+    `context` of them with the same sequences. With one, every method is the trivial one.
 
-    def __init__(self, rank: int = 0, size: int = 1, local_size: int | None = None) -> None:
-        self.rank, self.size = rank, size
+    Raises UserError if `size` is no multiple of `context`.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_size: int | None = None, context: int = 1
+    ) -> None:
+        if size % context:
+            raise UserError(
+                f"context_parallel={context} (recipe): must divide the number of processes, which "
+                f"is {size}; start them with torchrun --nproc-per-node"
+            )
+        self.rank, self.size, self.context = rank, size, context
         self.local_size = local_size or size
         self._started = False
         self._roll: RollCall | None = None
+        self._rows: list[dist.ProcessGroup] = []  # groups that share sequences
         self._timeout = COLLECTIVE_TIMEOUT
 
     @classmethod
@@ -52,6 +65,7 @@ class World:
         device: str,
         settings: dict[str, Any] | None = None,
         timeout: int = COLLECTIVE_TIMEOUT,
+        context: int = 1,
     ) -> World:
         """Read torchrun's environment and meet the other processes.
 
@@ -61,6 +75,7 @@ class World:
             device: "cpu" or "cuda".
             settings: JSON values that must be the same in all processes.
             timeout: how long a collective waits for the others, in seconds.
+            context: the number of processes that take the same sequences.
 
         Raises:
             UserError: only part of that environment is set, it makes no sense, the port is taken,
@@ -85,8 +100,8 @@ class World:
                 "start several processes with torchrun"
             )
         if size == 1:
-            return cls()
-        world = cls(rank or 0, size, local_size)
+            return cls(context=context)
+        world = cls(rank or 0, size, local_size, context)
         world._timeout = timeout
         if not dist.is_initialized():
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -157,12 +172,33 @@ class World:
         if isinstance(error, dist.DistError):
             return True
         try:
-            for rank in range(self.size):
-                if rank != self.rank:
-                    dist.isend(torch.zeros(1), dst=rank, tag=_PROBE)
+            for group in (dist.group.WORLD, *self._rows):
+                for rank in dist.get_process_group_ranks(group):
+                    if rank != self.rank:
+                        dist.isend(torch.zeros(1), dst=rank, group=group, tag=_PROBE)
         except RuntimeError:
             return True
         return False
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `data_size` parts of a batch this process takes, whole or a span of it."""
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        """In how many parts a batch is taken."""
+        return self.size // self.context
+
+    def row(self) -> ContextParallel | None:
+        """The processes that share sequences with this one, None if there are none; all processes
+        call this together."""
+        if self.context == 1:
+            return None
+        limit = timedelta(seconds=self._timeout)
+        group, _ = dist.new_subgroups(self.context, timeout=limit)
+        self._rows.append(group)
+        return ContextParallel(group)
 
     @property
     def is_first(self) -> bool:

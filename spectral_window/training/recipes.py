@@ -34,12 +34,13 @@ import yaml
 from spectral_window.errors import UserError, unknown
 from spectral_window.hf.config import CORE
 from spectral_window.nn.memory import recommended
+from spectral_window.nn.mixers import MIXERS
 from spectral_window.nn.options import Option, all_options, recorded, reserve
 from spectral_window.training.parallel import COLLECTIVE_TIMEOUT
 
 # What may differ between a run and its resumption: it changes the record, not what is learned.
 FREE_ON_RESUME = frozenset(
-    {"device", "compile", "cuda_graphs", "shard", "collective_timeout", "track"}
+    {"device", "compile", "cuda_graphs", "shard", "context_parallel", "collective_timeout", "track"}
     | {"log_every", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"}
 )
 
@@ -173,6 +174,9 @@ class Recipe:
         choices=SHARDS,
         always=False,
     )
+    context_parallel: int = _setting(
+        1, "processes that share each sequence, with a span of it each", always=False
+    )
     collective_timeout: int = _setting(
         COLLECTIVE_TIMEOUT,
         "seconds that a process waits for the others before it ends",
@@ -217,6 +221,12 @@ class Recipe:
         require(self.warmup_steps <= steps, "warmup_steps", f"must not exceed steps ({steps})")
         require(batch % micro == 0, "micro_batch_size", f"must divide batch_size ({batch})")
         require(steps * batch < 2**62, "steps", f"times batch_size ({batch}) must be below 2**62")
+        if self.context_parallel > 1:
+            length = self.sequence_length
+            fits = self.context_parallel <= length
+            require(fits, "context_parallel", f"must not exceed sequence_length ({length})")
+            require(not self.compile, "compile", "leave it out with context_parallel")
+            MIXERS.find(self.model["mixer"]).check_in_spans()
         if not self.data:
             raise UserError("data= (recipe): name at least one source, for example data=book.txt")
 

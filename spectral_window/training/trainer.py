@@ -93,7 +93,7 @@ def train(
     progress = progress if progress is not None else Silent()
     device = machine.choose_device(recipe.device, ("cpu", "cuda")).type
     settings = recipe.to_dict() | {"version": __version__}
-    world = World.join(device, settings, recipe.collective_timeout)
+    world = World.join(device, settings, recipe.collective_timeout, recipe.context_parallel)
     try:
         accumulation(recipe, world)
         restarted = world.first(lambda: run_folder.is_restarted(out))
