@@ -221,6 +221,26 @@ def demo() -> str:
     return markdown([f"after {end['tokens']:,} tokens", *head], rows)
 
 
+def sharded() -> str:
+    """What a process holds, and the time of a step, with whole models and with parts."""
+    found = read("cpu/sharded.json")
+    kinds = ("parameters", "gradients", "moments")
+    low, middle, high = found["times"]
+    ratios = {"none": "1", "full": f"{middle:.2f} ({low:.2f} to {high:.2f})"}
+    rows = (
+        [
+            f"`shard={row['shard']}`",
+            *(f"{row['bytes'][kind] / 1e6:.1f} MB" for kind in kinds),
+            f"{sum(row['bytes'].values()) / 1e6:.1f} MB",
+            f"{1 / row['seconds']:.2f}",
+            ratios[row["shard"]],
+        ]
+        for row in found["rows"]
+    )
+    count = f"{found['parameters']:,} parameters"
+    return markdown([count, *kinds, "together", "steps/s", "time of a step"], rows)
+
+
 def paper() -> str:
     """Every claim of the paper with its verdict."""
     return claims.markdown(claims.evaluate(claims.read(RESULTS / "paper"))) + "\n"
@@ -235,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "roofline": roofline,
     "roofline-measured": roofline_measured,
     "roofline-sums": roofline_sums,
+    "sharded": sharded,
     "text": text,
     "text-longer": text_longer,
 }
