@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from spectral_window.lab import scaling
 from spectral_window.lab.bench import gpu_roofline
 from spectral_window.lab.paper import claims
 from spectral_window.ops.methods import HAS_TRITON
@@ -199,6 +200,44 @@ def roofline_measured() -> str:
     return markdown(head, lines)
 
 
+# ------------------------------------------------------------------------------- on many GPUs
+
+COMPARED = ("SWH with memory", "Transformer")
+
+
+def scaling_models() -> str:
+    """Parameters, states and operations of every model, counted."""
+    return markdown(*scaling.model_cells())
+
+
+def scaling_gpus() -> str:
+    """A training step in rows of 8,192 tokens on 1 to 512 GPUs."""
+    return markdown(*_without("context", *scaling.cells(scaling.table(contexts=[8192]))))
+
+
+def scaling_context() -> str:
+    """A training step of the larger models with up to 16 million tokens of context."""
+    rows = scaling.table(["1.3b", "7b"], [64, 512], scaling.CONTEXTS[1:], COMPARED)
+    return markdown(*scaling.cells(rows))
+
+
+def scaling_parts() -> str:
+    """What the memory and the traffic of one GPU consist of."""
+    rows = scaling.table(["7b"], [512], [8192, 1_048_576, 16_777_216], COMPARED[:1])
+    rows += scaling.table(["7b"], [512], [16_777_216], COMPARED[1:])
+    return markdown(*scaling.part_cells(rows))
+
+
+def _without(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> scaling.Cells:
+    """Leave out a column."""
+    at = list(head).index(name)
+    return tuple(_cut(head, at)), [tuple(_cut(row, at)) for row in rows]
+
+
+def _cut(row: Sequence[str], at: int) -> list[str]:
+    return [*row[:at], *row[at + 1 :]]
+
+
 # ------------------------------------------------------------------------------- others
 
 
@@ -255,6 +294,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "roofline": roofline,
     "roofline-measured": roofline_measured,
     "roofline-sums": roofline_sums,
+    "scaling-context": scaling_context,
+    "scaling-gpus": scaling_gpus,
+    "scaling-models": scaling_models,
+    "scaling-parts": scaling_parts,
     "sharded": sharded,
     "text": text,
     "text-longer": text_longer,

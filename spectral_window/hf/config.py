@@ -90,6 +90,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "350m": _shape(1024, 24, 16),
         "760m": _shape(1536, 24, 24),
         "1.3b": _shape(2048, 24, 32),
+        "7b": _shape(4096, 32, 32),
     },
 }
 # the recommended model
