@@ -139,7 +139,7 @@ def powers(modes: Modes, steps: Tensor) -> Tensor:
     size = torch.exp(-decay.double()[..., None] * n)
     angle = frequency.double()[..., None] * n
     table = torch.stack((size * torch.cos(angle), size * torch.sin(angle)), dim=-1)
-    return table.to(home, exact_dtype(home))
+    return table.to(exact_dtype(home)).to(home)  # a device without float64 gets none
 
 
 def kernel(modes: Modes, length: int) -> Tensor:

@@ -174,7 +174,7 @@ def convolve(
 
 def _power(modes: Modes, steps: int) -> Tensor:
     """Return z^steps: [D, M, 2]."""
-    one = modes.decay.new_full((1,), float(steps), dtype=torch.float64)
+    one = modes.decay.new_full((1,), steps, dtype=torch.int64)
     return powers(modes, one)[..., 0, :]
 
 

@@ -182,7 +182,7 @@ def _step(
     before = state
     if positions is not None:
         before = torch.where((positions == 0)[..., None, None], 0.0, state)
-    one = torch.ones(1, dtype=torch.float64, device=u.device)
+    one = torch.ones(1, dtype=torch.int64, device=u.device)
     h = times(powers(modes, one)[..., 0, :], before)
     h = torch.stack((h[..., 0] + u[:, 0, :, None].to(h.dtype), h[..., 1]), dim=-1)
     y = _sum_modes(h[..., 0], modes)
@@ -283,7 +283,7 @@ enrol(
     Method(
         "chunked",
         _checked(chunked),
-        "float64 products inside chunks and a scan between them, O(T), plain torch",
+        "products inside chunks (float64 on a CPU) and a scan between them, O(T), plain torch",
     ),
     Method(
         "fft",

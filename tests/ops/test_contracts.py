@@ -11,12 +11,14 @@ from spectral_window.ops import (
     METHODS,
     Modes,
     WindowState,
+    chunked_spectral,
     chunked_window,
     spectral_conv,
     window_attention,
 )
 from tests.contracts import methods, operators
-from tests.contracts.operators import ATTENTION_CONTRACT
+from tests.contracts.measure import block_error, relative
+from tests.contracts.operators import ATTENTION_CONTRACT, CONV_CONTRACT
 
 CHUNKED = partial(spectral_conv, method="chunked")
 SCAN = partial(spectral_conv, method="scan")
@@ -49,6 +51,46 @@ def test_convolution_meets_the_float64_bar(method):
 @pytest.mark.parametrize("conv", [CHUNKED, SCAN], ids=["chunked", "scan"])
 def test_convolution_is_exact_at_a_million(conv):
     operators.conv_is_exact_far_away(conv, time=1_048_576)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """`chunked` computes on a CPU as on other devices."""
+    monkeypatch.setattr(chunked_spectral, "EXACT", ())
+
+
+@pytest.fixture
+def without_float64(on_gpu, monkeypatch):
+    """... and as on one without float64 (Apple's MPS)."""
+    monkeypatch.setattr(chunked_spectral, "exact_dtype", lambda device: torch.float32)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("promise", CONV_CONTRACT, ids=lambda f: f.__name__)
+def test_chunked_in_float32_keeps(promise):
+    promise(CHUNKED)
+
+
+@pytest.mark.parametrize("device", ["on_gpu", "without_float64"])
+def test_chunked_in_float32_is_exact_where_a_slow_oscillation_crosses_zero(device, request):
+    """There re and im of the state cancel; with documents, and gradients."""
+    frequency, u = torch.linspace(0.0, 0.01, 8), torch.randn(1, 16_384, 8) + 0.3
+    positions = torch.arange(16_384)
+    positions[10_000:] -= 10_000
+
+    def run(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (u, torch.zeros(8), frequency)]
+        y, state = CHUNKED(leaves[0], Modes(*leaves[1:]), positions=positions[None])
+        weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+        return y, state, *torch.autograd.grad((y * weights).sum(), leaves)
+
+    truth = run(torch.float64)
+    request.getfixturevalue(device)
+    mine = run(torch.float32)
+    assert block_error(mine[0], truth[0]) <= 2e-6
+    assert relative(mine[1], truth[1]) <= (1e-10 if device == "on_gpu" else 2e-7)
+    assert mine[1].dtype == (torch.float64 if device == "on_gpu" else torch.float32)
+    assert all(relative(x, exact) <= 2e-6 for x, exact in zip(mine[2:], truth[2:], strict=True))
 
 
 @pytest.mark.parametrize("method", ["chunked", "step", "reference"])
