@@ -31,16 +31,21 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`. Raises ResourceError if it cannot be written."""
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Replace `path` by `content`. Raises ResourceError if it cannot be written.
+
+    `sync`: False for what is checked when it is read, and need not survive a loss of power.
+    """
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # the parent may have been replaced by a file
             temporary.unlink(missing_ok=True)
@@ -211,6 +216,20 @@ def try_lock(file: IO[str], path: Path) -> bool:
         return False
     # The owner may have deleted the file after it was opened here and before it was locked.
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the file `path` within the block; wait while another process holds it.
+
+    Windows has no such lock; there nobody waits.
+    """
+    with path.open("a") as file:
+        if os.name != "nt":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cannot_write(error: BaseException, path: Path, needs: int = 0) -> ResourceError:

@@ -24,6 +24,7 @@ TAGS = {
     "batch": "B {}",
     "layers": "layers: {}",
     "pass": "{}",
+    "processes": "processes: {}",
 }
 
 
@@ -33,8 +34,8 @@ def run(
         typer.Argument(
             metavar="[BENCH]...",
             help="spectral, window, prefill, decode, train, scaling, memory, memory_op, "
-            "memory_layer, serve, or all (the default). With --device cuda: ceilings, spectral, "
-            "window, train.",
+            "memory_layer, serve, data, or all (the default). With --device cuda: ceilings, "
+            "spectral, window, train.",
         ),
     ] = None,
     out: Annotated[
@@ -238,6 +239,8 @@ def _numbers(row: dict[str, Any]) -> tuple[str, str, str, str]:
         more = f"{row['GB_per_s']:.3g} GB/s"
     if "tokens_per_s" in row:
         more = f"{row['tokens_per_s']:,.4g} tokens/s"
+    if "MB_per_s_per_core" in row:
+        more += f", {row['MB_per_s_per_core']:.3g} MB/s a core"
     return f"{row['milliseconds']:,.4g}", ratio, spread, more
 
 

@@ -14,6 +14,7 @@ from spectral_window.cli.output import log
 from spectral_window.errors import UserError
 
 if TYPE_CHECKING:
+    from spectral_window.data.remote import PieceCache
     from spectral_window.training.loading import Run
 
 EXAMPLE = "train tiny steps=500 lr=1e-3 --data texts/ --out runs/mine"
@@ -69,11 +70,25 @@ def run(
         ),
     ] = None,
     corpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the tokens are kept, so that several runs may share them; or a URL to "
+            "which `publish` copied them. Default: in the run folder.",
+        ),
+    ] = None,
+    cache: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where the tokens are kept, so that several runs may share them. "
-            "Default: in the run folder.",
+            help="With a URL in --corpus: the folder for what was read from it last. Processes "
+            "may share it. Default: spectral-window/tokens in the user's folder for caches.",
+        ),
+    ] = None,
+    cache_bytes: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="N", help="With a URL in --corpus: bytes of that folder. Default: 1e10."
         ),
     ] = None,
     init: Annotated[
@@ -129,7 +144,7 @@ def run(
         assert run.recipe is not None
         settings = Recipe.from_dict(run.recipe).replace(**read_overrides(overrides or []))
         folder, init, command = run.folder, init or run.init, run.command
-        corpus = corpus or (None if run.tokens is None else Path(run.tokens))
+        corpus = corpus or run.tokens
     if chat:
         settings = settings.replace(chat=True, data=tuple(chat))
     if not is_restarted(folder):
@@ -151,9 +166,21 @@ def run(
         command=command,
         init=initial,
         workers=workers,
+        cache=_cache(corpus, cache, cache_bytes),
     )
     asked, what = ("--chat 'Hi'", "answers") if settings.chat else ("'Once'", "writes")
     log(f"spectral-window generate {shlex.quote(str(folder))} {asked}    {what} with the model")
+
+
+def _cache(corpus: str | None, folder: Path | None, size: float | None) -> PieceCache | None:
+    """The cache for a corpus at a URL; None for one on the disk."""
+    from spectral_window.data.remote import LIMIT, PieceCache, is_url
+
+    if corpus is None or not is_url(corpus):
+        if folder is not None or size is not None:
+            raise UserError("--cache without a URL in --corpus (train): a folder needs no cache")
+        return None
+    return PieceCache(folder, int(size or LIMIT))
 
 
 def _find_run(name: str) -> Run | None:

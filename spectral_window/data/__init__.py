@@ -12,6 +12,7 @@
     workers.py     processes that compute a function over many tasks
     text.py        prepare(): pieces -> a folder of tokens;  open_corpus(): open it
     shards.py      that folder: written atomically, verified when it is read
+    remote.py      that folder on an object store, read through a cache
     arrays.py      its files as arrays: hashed when opened, and checked while in use
     blocks.py      tokens -> training examples, in a seeded and resumable order
     tasks/         diagnostic tasks with synthetic data

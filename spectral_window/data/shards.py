@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -375,46 +375,76 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], TokenStream, TokenStream,
     index = _read_index(folder)
     if index is None:
         raise UserError(f"no prepared text ({folder}): prepare it first")
-    streams, notes = [], []
+    notes = []
     if not index.pop("signed"):
         notes.append(f"prepared by an older version ({folder}): its counts of text are not signed")
     try:
         files = _check_files(folder, index)
-        dtype, vocab_size, separator = (index[k] for k in ("dtype", "vocab_size", "separator"))
-        if not 0 <= separator < vocab_size:
-            raise broken(
-                folder / INDEX, f"not an index of tokens, separator {separator} of {vocab_size} ids"
-            )
-        if dtype == "uint16" and vocab_size > 1 << 16:
-            raise broken(folder / INDEX, f"uint16 cannot hold {vocab_size} ids")
-        roles = None if index.get("roles") is None else tuple(index["roles"])
-        for split in SPLITS:
-            tokens_file, documents_file = (f"{split}.{kind}" for kind in ("tokens", "documents"))
-            tokens = FileArray(folder / tokens_file, DTYPES[dtype], files[tokens_file])
-            documents = SortedFileArray(folder / documents_file, "<i8", files[documents_file])
-            files |= {tokens_file: tokens.sha256, documents_file: documents.sha256}
-            counts = {kind: index["splits"][split][kind] for kind in COUNTS}
-            if not all(type(count) is int and count > 0 for count in counts.values()):
-                raise broken(folder / INDEX, f"not an index of tokens, {split}: {counts}")
-            if (len(tokens), len(documents)) != (counts["tokens"], counts["documents"]):
-                raise broken(folder / tokens_file, f"not {counts['tokens']} tokens")
-            if tokens.largest >= vocab_size:
-                what = f"token {tokens.largest} of a vocabulary of {vocab_size}"
-                raise broken(folder / tokens_file, what)
-            if documents[0] != 0 or not documents.rising or documents.largest >= len(tokens):
-                raise broken(folder / documents_file, "no places where documents begin")
-            name = f"{split} of {folder}"
-            streams.append(TokenStream(tokens, documents, counts["bytes"], name, roles))
+
+        def array(name: str, dtype: str) -> Any:
+            kind = FileArray if name.endswith(".tokens") else SortedFileArray
+            opened = kind(folder / name, dtype, files[name])
+            files[name] = opened.sha256
+            return opened
+
+        train, valid = streams_of(index, str(folder), array)
         verify(folder, files, [name for name in files if name.startswith("tokenizer/")])
-        if index["fingerprint"] != digest([dtype, [files[name] for name in CONTENT]]):
-            raise broken(folder / INDEX, "its files are not those of its fingerprint")
+        check_fingerprint(index, files, str(folder))
     except OSError as error:
         raise broken(Path(error.filename or folder), error.strerror or str(error)) from None
     except IntegrityError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise broken(folder / INDEX, f"not an index of tokens, {error!r}") from None
-    return index, streams[0], streams[1], notes
+    return index, train, valid, notes
+
+
+def streams_of(
+    index: dict[str, Any], place: str, array: Callable[[str, str], Any]
+) -> tuple[TokenStream, TokenStream]:
+    """Return the train and valid streams of a folder, checked against its index.
+
+    Args:
+        index: the content of corpus.json.
+        place: the folder, or where it is.
+        array: opens a file by its name and dtype, as a FileArray or what reads like one.
+
+    Raises:
+        IntegrityError: they do not fit together.
+    """
+    where = f"{place}/{INDEX}"
+    dtype, vocab_size, separator = (index[k] for k in ("dtype", "vocab_size", "separator"))
+    if not 0 <= separator < vocab_size:
+        raise broken(where, f"not an index of tokens, separator {separator} of {vocab_size} ids")
+    if dtype == "uint16" and vocab_size > 1 << 16:
+        raise broken(where, f"uint16 cannot hold {vocab_size} ids")
+    roles = None if index.get("roles") is None else tuple(index["roles"])
+    streams = []
+    for split in SPLITS:
+        tokens, documents = (
+            array(f"{split}.tokens", DTYPES[dtype]),
+            array(f"{split}.documents", "<i8"),
+        )
+        counts = {kind: index["splits"][split][kind] for kind in COUNTS}
+        if not all(type(count) is int and count > 0 for count in counts.values()):
+            raise broken(where, f"not an index of tokens, {split}: {counts}")
+        if (len(tokens), len(documents)) != (counts["tokens"], counts["documents"]):
+            raise broken(f"{place}/{split}.tokens", f"not {counts['tokens']} tokens")
+        if tokens.largest >= vocab_size:
+            what = f"token {tokens.largest} of a vocabulary of {vocab_size}"
+            raise broken(f"{place}/{split}.tokens", what)
+        if documents[0] != 0 or not documents.rising or documents.largest >= len(tokens):
+            raise broken(f"{place}/{split}.documents", "no places where documents begin")
+        streams.append(
+            TokenStream(tokens, documents, counts["bytes"], f"{split} of {place}", roles)
+        )
+    return streams[0], streams[1]
+
+
+def check_fingerprint(index: dict[str, Any], files: Mapping[str, str | None], place: str) -> None:
+    """Raise IntegrityError unless these are the SHA-256 of the files of the index."""
+    if index["fingerprint"] != digest([index["dtype"], [files[name] for name in CONTENT]]):
+        raise broken(f"{place}/{INDEX}", "its files are not those of its fingerprint")
 
 
 def _check_files(folder: Path, index: dict[str, Any]) -> dict[str, str | None]:
@@ -477,14 +507,27 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     path = folder / INDEX
     try:
         size = path.stat().st_size
-        text = path.read_bytes().decode() if size <= LARGEST_INDEX else "null"
-        index = json.loads(text)
+        content = path.read_bytes() if size <= LARGEST_INDEX else b"null"
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
         raise broken(path, f"unreadable, {error}") from None
     if size > LARGEST_INDEX:
         raise broken(path, f"larger than {LARGEST_INDEX >> 20} MiB")
+    return parse_index(content, path)
+
+
+def parse_index(content: bytes, path: str | Path) -> dict[str, Any]:
+    """Return the index that the content of corpus.json is, with the key `signed` added.
+
+    Raises:
+        IntegrityError: it is none, or was changed; `path` is named.
+    """
+    try:
+        text = content.decode()
+        index = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise broken(path, f"unreadable, {error}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise broken(path, f"the mark '{FORMAT}' is missing")
     if index.get("schema") != SCHEMA:

@@ -33,6 +33,7 @@ from spectral_window.data.passes import (
     survey_section,
     write_section,
 )
+from spectral_window.data.remote import PieceCache, is_url, open_published
 from spectral_window.data.sections import Section, sections_of
 from spectral_window.data.sources import (
     Reader,
@@ -108,14 +109,23 @@ def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{counts[kind]:,} {kind}" for kind in shards.COUNTS)
 
 
-def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
+def open_corpus(folder: str | os.PathLike[str], *, cache: PieceCache | None = None) -> Corpus:
     """Open a prepared folder, after checking every file against its SHA-256.
+
+    Args:
+        folder: the folder, or the URL to which `remote.publish` copied one. There every piece is
+            checked when it is read.
+        cache: for a URL: keeps the pieces that were read; None for one in the user's folder.
 
     Raises:
         UserError: there is no prepared folder.
         IntegrityError: a file has changed. The tokens raise it later too, if their file changes
             while it is in use.
+        NetworkError: the store did not answer; also raised while reading.
     """
+    if is_url(folder):
+        local, index, train, valid = open_published(os.fspath(folder), cache or PieceCache())
+        return Corpus(local, train, valid, index["fingerprint"], index, [])
     folder = Path(folder)
     index, train, valid, notes = shards.open_folder(folder)
     return Corpus(folder, train, valid, index["fingerprint"], index, notes)

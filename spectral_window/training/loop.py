@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from spectral_window.data.blocks import IGNORED, ShuffledBlocks, blocks_of
+from spectral_window.data.remote import read_ahead
 from spectral_window.data.text import Corpus
 from spectral_window.errors import DivergedError, IntegrityError, UserError
 from spectral_window.ops.cuda_graphs import Replayed
@@ -201,7 +202,7 @@ class Loop:
             DataLoader(
                 self.blocks,
                 batch_size=self.recipe.micro_batch_size,
-                sampler=order,
+                sampler=read_ahead(order, self.blocks),
                 generator=torch.Generator(),
             )
         )

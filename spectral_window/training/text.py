@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spectral_window.data.remote import PieceCache, is_url
 from spectral_window.data.text import Corpus, open_corpus, prepare
 from spectral_window.errors import IntegrityError, UserError
 from spectral_window.files import check_name
@@ -51,8 +52,15 @@ def corpus_of(
     resume: bool,
     overwrite: bool,
     workers: int | None = None,
+    cache: PieceCache | None = None,
 ) -> Corpus:
-    """The prepared text: the first process makes or finds it, all open it."""
+    """The prepared text: the first process makes or finds it, all open it. At a URL it is there."""
+    if folder is not None and is_url(folder):
+        corpus = open_corpus(folder, cache=cache)
+        _show(corpus, world, progress)
+        return corpus
+    if cache is not None:
+        raise UserError(f"a cache without a URL (corpus is {folder}): name where the text is")
     where = Path(folder) if folder is not None else out / DATA
     check_name(where, "the folder of tokens")
     resuming = resume and (out / "checkpoints").is_dir()
@@ -70,10 +78,14 @@ def corpus_of(
 
     world.first(make)
     corpus = open_corpus(where)
+    _show(corpus, world, progress)
+    return corpus
+
+
+def _show(corpus: Corpus, world: World, progress: Progress) -> None:
     if world.is_first:
         for line in corpus.summary():
             progress.note(line)
-    return corpus
 
 
 def vocabulary_size(recipe: Recipe, corpus: Corpus) -> int:

@@ -35,6 +35,7 @@ import transformers
 from spectral_window import __version__
 from spectral_window.data.blocks import blocks_of
 from spectral_window.data.chat import end_ids
+from spectral_window.data.remote import PieceCache
 from spectral_window.data.text import Corpus
 from spectral_window.data.tokenizers import SMALLEST
 from spectral_window.errors import IntegrityError, UserError
@@ -67,6 +68,7 @@ def train(
     command: str | None = None,
     init: Initial | Path | str | None = None,
     workers: int | None = None,
+    cache: PieceCache | None = None,
 ) -> dict[str, Any]:
     """Train as `recipe` says, write everything to the folder `out`; returns what result.json holds.
 
@@ -77,7 +79,7 @@ def train(
     nothing is shown). command: recorded as the command that made this run (default: this
     process's own). init: a model to start from (see `initial.py`); it decides the architecture and
     the tokenizer, whatever the recipe says of them. workers: processes that prepare the text (None:
-    one a core).
+    one a core). cache: keeps what was read last, where `corpus` is a URL (see `data.remote`).
 
     Under torchrun every process calls this with the same arguments; each computes its own part of
     every batch. One that torchrun starts again goes on with the run, whatever `resume` and
@@ -116,7 +118,9 @@ def train(
             run_folder.claim(out, world, run_folder.RESTART_SECONDS * restarted) as claim,
             machine.matmul_precision(recipe.matmul_precision, device),
         ):
-            data = corpus_of(recipe, out, corpus, world, progress, bool(resume), overwrite, workers)
+            data = corpus_of(
+                recipe, out, corpus, world, progress, bool(resume), overwrite, workers, cache
+            )
             vocab_size = vocabulary_size(recipe, data)
             if init is None:
                 config = model_config(recipe, vocab_size, data.tokenizer)

@@ -10,8 +10,9 @@ import pytest
 
 from spectral_window.cli import main
 from spectral_window.data import sections, shards
+from spectral_window.data.remote import PieceCache, publish
 from spectral_window.data.text import prepare
-from spectral_window.errors import IntegrityError
+from spectral_window.errors import IntegrityError, UserError
 from spectral_window.training import train
 from tests.training.runs import Stopper
 
@@ -71,6 +72,23 @@ def test_what_valid_shares_with_data_can_be_left_out_by_the_command(tmp_path, te
     said = " ".join(capsys.readouterr().err.split())
     assert "train: 10 documents" in said
     assert "are held-out text and were left out: 2" in said
+
+
+def test_a_run_on_an_object_store_has_the_bits_of_one_on_the_disk(tmp_path, recipe, text_file):
+    short = recipe.replace(steps=3, warmup_steps=1)
+    train(short, tmp_path / "disk", corpus=tmp_path / "tokens")
+    publish(tmp_path / "tokens", "memory://runs/tokens", piece=4096)
+    cache = PieceCache(tmp_path / "cache", 4 * 4096)
+    train(short, tmp_path / "store", corpus="memory://runs/tokens", cache=cache)
+    for name in ("result.json", "config.json"):
+        disk, store = (json.loads((tmp_path / run / name).read_text()) for run in ("disk", "store"))
+        same = {"data", "loss", "eval_loss", "parameters"} & disk.keys()
+        assert {key: disk[key] for key in same} == {key: store[key] for key in same}
+    assert store["tokens"] == "memory://runs/tokens"
+    weights = [tmp_path / run / "model" / "model.safetensors" for run in ("disk", "store")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    with pytest.raises(UserError, match="a cache without a URL"):
+        train(short, tmp_path / "other", corpus=tmp_path / "tokens", cache=cache)
 
 
 def test_a_stopped_preparation_goes_on_when_the_command_is_typed_again(
