@@ -63,7 +63,7 @@ def rows_of(
     """
     make = make or _row
     if kind == "hub":
-        return hub_rows(name)
+        return hub_rows(name, extent)
     if kind == ".parquet":
         return parquet_rows(name, extent)
     if kind in (".csv", ".tsv"):
@@ -343,38 +343,68 @@ def parquet_groups(path: str) -> list[tuple[int, int]]:
     return sizes
 
 
-def hub_rows(spec: str) -> Iterator[Row]:
-    """Yield the rows of `hub:NAME[:CONFIG[:SPLIT]]`; NAME can be a local folder of data files."""
+def hub_rows(spec: str, extent: Extent = WHOLE) -> Iterator[Row]:
+    """Yield the rows of `hub:NAME[:CONFIG[:SPLIT]]`; NAME can be a local folder of data files.
+
+    A run of it is of shards: the files that the data set consists of, in the order of the whole.
+    """
+    records: Any = None
+    number = 0
+    where = spec
+    try:
+        stream = _hub_stream(spec)
+        runs = [stream]
+        if extent != WHOLE:
+            count = stream.num_shards
+            shards = range(count)[extent.start : extent.stop]
+            runs = [stream.shard(num_shards=count, index=i, contiguous=True) for i in shards]
+            where = f"{spec}, from shard {extent.start}"
+        for run in runs:
+            records = iter(run)
+            for record in records:
+                number += 1
+                if number == 1 and "text" not in record:
+                    columns = ", ".join(list(record)[:20])
+                    raise UserError(f"no 'text' column ({spec}): its columns are {columns}")
+                yield _row(f"{where}, row {number}", record)
+    except SpectralWindowError:
+        raise
+    except Exception as error:
+        raise _hub_error(error, f"{where}, row {number + 1}" if number else spec) from None
+    finally:
+        # Arrow's reader, if stopped early, aborts the process when Python ends (apache/arrow
+        # issue 45214): delete it now.
+        del records
+        gc.collect()
+
+
+def hub_shards(spec: str) -> int:
+    """Return how many shards a data set has; raises as `hub_rows` does."""
+    try:
+        return _hub_stream(spec).num_shards
+    except SpectralWindowError:
+        raise
+    except Exception as error:
+        raise _hub_error(error, spec) from None
+
+
+def _hub_stream(spec: str) -> Any:
     try:
         import datasets
     except ImportError:
         hint = "pip install 'spectral-window[hub]'"
         raise UserError(f"the hub needs the datasets library ({spec}): {hint}") from None
     name, config, split = [*spec.removeprefix("hub:").split(":"), "", ""][:3]
-    records: Any = None
-    number = 0
-    try:
-        records = iter(
-            datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        )
-        for record in records:
-            number += 1
-            if number == 1 and "text" not in record:
-                columns = ", ".join(list(record)[:20])
-                raise UserError(f"no 'text' column ({spec}): its columns are {columns}")
-            yield _row(f"{spec}, row {number}", record)
-    except SpectralWindowError:
-        raise
-    except (FileNotFoundError, ValueError) as error:  # no such data set, configuration or split
-        raise UserError(f"cannot read the data set ({spec}): {_one_line(error)}") from None
-    except OSError as error:  # no connection, a timeout, HF_HUB_OFFLINE
-        where = f"{spec}, row {number + 1}" if number else spec
-        raise NetworkError(f"the hub did not answer ({where}): {_one_line(error)}") from None
-    finally:
-        # Arrow's reader, if stopped early, aborts the process when Python ends (apache/arrow
-        # issue 45214): delete it now.
-        del records
-        gc.collect()
+    return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+
+
+def _hub_error(error: Exception, where: str) -> Exception:
+    """Return what an error of the library means."""
+    if isinstance(error, (FileNotFoundError, ValueError)):  # no such data set, config or split
+        return UserError(f"cannot read the data set ({where}): {_one_line(error)}")
+    if isinstance(error, OSError):  # no connection, a timeout, HF_HUB_OFFLINE
+        return NetworkError(f"the hub did not answer ({where}): {_one_line(error)}")
+    return error
 
 
 def _one_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ section after another, are those of the whole text:
 
     .jsonl .ndjson .json   before a line
     .parquet               before a row group
+    hub:                   before a shard (a file of the data set)
     .txt .md .py           before a paragraph, where paragraphs are the documents; otherwise a file
                            is one document, and it is divided between two of its pieces
 
@@ -31,8 +32,9 @@ from spectral_window.data.formats import (
     placed_blocks,
 )
 from spectral_window.data.kinds import split_suffix
-from spectral_window.data.records import is_array, parquet_groups
+from spectral_window.data.records import hub_shards, is_array, parquet_groups
 from spectral_window.data.sources import Piece, Source, pieces
+from spectral_window.errors import UserError
 
 SECTION = 1 << 24  # bytes of a section, about: seconds of work
 MOST = 4096  # sections, about: of more text they are larger
@@ -63,6 +65,36 @@ class Section(NamedTuple):
             return first.name
         unit = {".parquet": "row groups", "hub": "shards"}.get(first.kind, "bytes")
         return f"{first.name}, {unit} {start:,} to {'the end' if stop is None else f'{stop:,}'}"
+
+
+def hub_share(spec: str, part: int, parts: int) -> Extent:
+    """Return the shards of a data set that one of several readers takes, in the order of the whole.
+
+    Every shard is of one reader; of more readers than shards some have none. Reader `worker` of
+    `workers` in process `rank` of `world` is part `rank * workers + worker` of `world * workers`.
+
+    Raises:
+        UserError: no such part, or no such data set.
+        NetworkError: the hub did not answer.
+    """
+    if parts < 1 or not 0 <= part < parts:
+        raise UserError(f"part {part} of {parts}: parts count from 0")
+    shards = hub_shards(spec)
+    return Extent(shards * part // parts, shards * (part + 1) // parts)
+
+
+def hub_sections(split: str, sources: Iterable[Source]) -> list[Section]:
+    """Return a section of each shard of the data sets, and of each of the files, in order."""
+    sections = []
+    for source in sources:
+        shards = hub_shards(source.name) if source.kind == "hub" else 1
+        if shards < 2:
+            sections.append(Section(split, (source,)))
+            continue
+        for part in range(shards):
+            run = source._replace(extent=Extent(part, part + 1))
+            sections.append(Section(split, (run,)))
+    return sections
 
 
 def sections_of(split: str, sources: Iterable[Source], options: ReadOptions) -> list[Section]:

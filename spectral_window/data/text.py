@@ -34,7 +34,7 @@ from spectral_window.data.passes import (
     write_section,
 )
 from spectral_window.data.remote import PieceCache, is_url, open_published
-from spectral_window.data.sections import Section, sections_of
+from spectral_window.data.sections import Section, hub_sections, sections_of
 from spectral_window.data.sources import (
     Reader,
     Source,
@@ -301,6 +301,9 @@ class _Texts:
             report.add(told)
             survey.follow(found)
         self.train = used  # max_bytes may leave out the last ones
+        if self.remote and self.max_bytes is None:
+            # so many bytes are of the first shards, which are read one after another
+            self.train = hub_sections("train", [*used[0].sources])
         if survey.complete:
             self._check(report)
         if not survey.documents:
@@ -312,7 +315,8 @@ class _Texts:
         """Yield at most SAMPLE bytes of the training split, spread over the surveyed text."""
         share = min(1.0, SAMPLE / survey.bytes)
         ticks = self._ticks("tokenizer", survey.bytes)
-        if len(self.train) == 1 or split.cut_after:  # a cut makes pieces that no survey counted
+        counted = len(self.pieces) == len(self.train)
+        if len(self.train) == 1 or split.cut_after or not counted:  # a cut makes more pieces
             sources = [source for section in self.train for source in section.sources]
             whole = Section("train", tuple(sources), self.max_bytes)
             stop = None if survey.complete else survey.bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import signal
@@ -15,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_window.data import formats, sections, shards, sources
+from spectral_window.data import formats, records, sections, shards, sources, text
 from spectral_window.data.formats import ReadOptions, ReadReport
-from spectral_window.data.sections import sections_of
+from spectral_window.data.sections import Section, sections_of
 from spectral_window.data.sources import find_sources, read_runs
 from spectral_window.data.text import prepare
 from spectral_window.errors import UserError
@@ -225,3 +226,41 @@ def test_memory_is_constant_in_the_size_of_the_text_in_every_process(tmp_path):
         )
         peaks.append(list(map(int, done.stdout.split())))
     assert all(large - small < 64 for small, large in zip(*peaks, strict=True)), peaks
+
+
+def test_ranks_and_workers_together_read_a_data_set_exactly_once_in_order(tmp_path, monkeypatch):
+    texts = [f"text {i}" for i in range(50)]
+    for part, begin in enumerate((0, 7, 20, 21, 40)):
+        table = pyarrow.table({"text": texts[begin : [7, 20, 21, 40, 50][part]]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
+    spec = f"hub:{tmp_path}"
+    count = records.hub_shards(spec)
+    assert count == 5
+    monkeypatch.setattr(sections, "hub_shards", lambda _: count)  # it is asked 400 times
+
+    @functools.cache
+    def rows(extent):
+        return [row.text for row in records.hub_rows(spec, extent)]
+
+    for world in range(1, 9):
+        for workers in range(5):
+            each = max(1, workers)
+            read = []
+            for rank in range(world):
+                for worker in range(each):
+                    read += rows(sections.hub_share(spec, rank * each + worker, world * each))
+            assert read == texts, (world, workers)
+    with pytest.raises(UserError, match="part 2 of 2"):
+        sections.hub_share(spec, 2, 2)
+
+
+def test_a_data_set_is_prepared_by_shards_into_the_same_folder(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for part in range(3):
+        table = pyarrow.table({"text": [prose(100 * part + i, 20) for i in range(60)]})
+        pyarrow.parquet.write_table(table, tmp_path / "data" / f"{part}.parquet")
+    spec = f"hub:{tmp_path / 'data'}"
+    prepare([spec], "bpe:300", tmp_path / "shards", valid_fraction=0.2, workers=1)
+    monkeypatch.setattr(text, "hub_sections", lambda split, given: [Section(split, tuple(given))])
+    prepare([spec], "bpe:300", tmp_path / "whole", valid_fraction=0.2)
+    assert content(tmp_path / "shards") == content(tmp_path / "whole")
