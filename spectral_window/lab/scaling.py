@@ -442,7 +442,7 @@ Cells = tuple[tuple[str, ...], list[tuple[str, ...]]]  # a head, and rows
 def cells(rows: list[Row]) -> Cells:
     """Return the rows of `table` as cells."""
     head = (
-        *("size", "GPUs", "context", "model", "context_parallel", "activations"),
+        *("size", "GPUs", "context", "model", "GPUs a row", "activations"),
         *("GB a GPU", "GB received", "s a step", "tokens/s", "without overlap", "limit"),
     )
     lines: list[tuple[str, ...]] = []
