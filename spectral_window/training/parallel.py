@@ -231,7 +231,8 @@ class World:
         for other processes."""
         if self.size == 1:
             return [work()]
-        value, told, failure = None, None, None
+        value: Any = None
+        told, failure = None, None
         try:
             value = work()
         except Exception as error:

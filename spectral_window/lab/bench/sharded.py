@@ -58,8 +58,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> 
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of this process, by what they are."""
-    parameters = list(model.parameters())
-    moments = [x for state in optimizer.state.values() for x in state.values()]
+    parameters: list[Tensor] = list(model.parameters())
+    moments: list[Tensor] = [x for state in optimizer.state.values() for x in state.values()]
     gradients = [p.grad for p in parameters if p.grad is not None]
     kinds = {"parameters": parameters, "gradients": gradients, "moments": moments}
     return {kind: sum(own_part(x).nbytes for x in tensors) for kind, tensors in kinds.items()}
