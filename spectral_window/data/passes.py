@@ -163,7 +163,9 @@ def code_section(
     """
     if section.split == "valid":
         pieces = read_runs(section.sources, text.options, report, text.reader)
-        parts = (Part("valid", piece.text, piece.first, piece.spec) for piece in pieces)
+        parts: Iterator[Part] = (
+            Part("valid", piece.text, piece.first, piece.spec) for piece in pieces
+        )
     else:
         parts = _assigned(text, split, section, report, None, tick)
     if chat is None:

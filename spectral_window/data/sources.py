@@ -30,7 +30,7 @@ import re
 import stat
 import sysconfig
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -304,7 +304,7 @@ def check_skipped(report: ReadReport) -> None:
         )
 
 
-def text_pieces(source: Source, options: ReadOptions, report: ReadReport) -> Iterator[Piece]:
+def text_pieces(source: Source, options: ReadOptions, report: ReadReport) -> Generator[Piece]:
     """Yield the documents of one source as pieces."""
     return pieces(_texts(source, options, report), source.before == 0, source.name)
 
@@ -326,7 +326,7 @@ def _texts(source: Source, options: ReadOptions, report: ReadReport) -> Iterator
             yield Piece(block, False, name)
 
 
-def pieces(texts: Iterable[Piece], first: bool = True, where: str = "") -> Iterator[Piece]:
+def pieces(texts: Iterable[Piece], first: bool = True, where: str = "") -> Generator[Piece]:
     """Yield the same text in pieces of at most PIECE characters.
 
     `first`: whether the text up to the first document's start begins one itself.

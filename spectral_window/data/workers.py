@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -69,7 +69,7 @@ class Workers:
 
     def map(
         self, function: Callable[[_Task], _Result], tasks: Iterable[_Task]
-    ) -> Iterator[_Result]:
+    ) -> Generator[_Result]:
         """Yield `function(task)` for every task, in order.
 
         Args:
