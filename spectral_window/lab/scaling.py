@@ -16,7 +16,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -540,7 +540,11 @@ def draw(path: Path, size: str = "7b", gpus: int = 512) -> Path:
         axis(axes)
         for index, (name, points) in enumerate(curves.items()):
             # the widest first: where curves meet all can be seen
-            style = {"color": figures.SERIES[index], "lw": 4.2 - 1.3 * index, "label": name}
+            style: dict[str, Any] = {
+                "color": figures.SERIES[index],
+                "lw": 4.2 - 1.3 * index,
+                "label": name,
+            }
             axes.plot(*zip(*points, strict=True), **style)
         axes.set_ylabel(label)
 
