@@ -22,7 +22,7 @@ import torch
 
 from spectral_window.cli import main
 from spectral_window.data.blocks import PackedBlocks
-from spectral_window.training import checkpoints, trainer
+from spectral_window.training import checkpoints, sharded, trainer
 from spectral_window.training.loop import Loop
 from spectral_window.training.rollcall import RollCall
 from tests.processes import THREADS, wait_for_file
@@ -37,6 +37,7 @@ PHASES = {
     "update": "after the gradients were exchanged",
     "evaluate": "before an evaluation",
     "save": "in a save, before its at-th act on the disk",
+    "part": "before it writes its part of the first checkpoint (shard=full)",
     "finish": "before the model and the result are written",
 }
 
@@ -129,6 +130,7 @@ def suffer(fate: Fate) -> None:
     before(Loop, "_agree", step)
     before(Loop, "_clip", lambda loop, _: fate.at("update", loop.step + 1))
     before(Loop, "_evaluate", lambda loop: fate.at("evaluate", loop.step))
+    before(sharded, "_write", lambda *_: fate.at("part"))
     before(trainer._Run, "_finish", lambda *_: fate.at("finish"))
     for owner, name in ACTS:
         before(owner, name, on_disk)
