@@ -61,7 +61,7 @@ class ResourceError(SpectralWindowError):
 
 
 class NetworkError(SpectralWindowError):
-    """A remote source did not answer (exit code 6)."""
+    """A remote source, or another process of the run, did not answer (exit code 6)."""
 
     exit_code = 6
 

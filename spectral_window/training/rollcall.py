@@ -12,6 +12,7 @@ Nothing is written while all is well, but for one question a second: is there a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -102,7 +103,7 @@ class RollCall:
 
         def settled() -> bool:
             nonlocal hellos, number
-            said = [self._read(f"hello/{rank}") for rank in range(self._size)]
+            said: list[str | None] = [self._read(f"hello/{r}") for r in range(self._size)]
             if None not in said and said != hellos:
                 hellos, number = said, str(self._store.add("numbers", 1))
                 self._store.set(f"list/{number}", json.dumps(hellos))
@@ -116,18 +117,19 @@ class RollCall:
 
     def _follow(self) -> str:
         """Confirm lists that hold this process until one is settled; return its number."""
-        mine, confirmed = self._read(f"hello/{self._rank}"), None
+        mine = self._read(f"hello/{self._rank}")
+        confirmed: str | None = None
 
         def settled() -> bool:
             nonlocal confirmed
             number = self._read("newest")
-            if number not in (None, confirmed) and mine in self._list(number):
+            if number is not None and number != confirmed and mine in self._list(number):
                 self._store.set(f"confirmed/{number}/{self._rank}", "")
                 confirmed = number
             return confirmed is not None and self._store.check([f"settled/{confirmed}"])
 
         if not self._wait(settled, MEETING_SECONDS):
-            raise self._nobody(self._missing(confirmed) if confirmed else [0])
+            raise self._nobody(self._missing(confirmed or "") or [0])
         return str(confirmed)
 
     def _list(self, number: str) -> list[str]:
@@ -162,7 +164,8 @@ class RollCall:
 
     def tell(self, code: int, line: str) -> None:
         """Leave word that this process ends with exit code `code`, and why."""
-        self._store.set(f"end/{self._rank}", json.dumps([code, " ".join(line.split())[:300]]))
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            self._store.set(f"end/{self._rank}", json.dumps([code, " ".join(line.split())[:300]]))
 
     def leave(self) -> None:
         """Stop listening. A thread that comes back while the interpreter ends would abort it."""

@@ -297,18 +297,20 @@ def lose_both(cluster: Cluster) -> None:
 class Cluster:
     """Two machines, each with torchrun's agent and one process of the run."""
 
-    def __init__(self, fated: Fated, machines) -> None:
-        self.fated, self.machines = fated, machines
+    def __init__(self, fated: Fated, machines, least: int = 2) -> None:
+        self.fated, self.machines, self.least = fated, machines, least
         self.agents = [self.start(0), self.start(1)]
 
     def start(self, index: int):
         name, address, end = self.machines[index]
-        within = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}"]
+        # There is no name server, of which torch asks the name of each address.
+        names = [f"GLOO_SOCKET_IFNAME={end}", "RES_OPTIONS=timeout:1 attempts:1"]
+        within = ["ip", "netns", "exec", name, "env", *names]
         return self.fated.agent(
             within=within,
             log=f"log-{index}",
             nproc_per_node=1,
-            min_nodes=2,
+            min_nodes=self.least,
             max_nodes=2,
             local_addr=address,
             rdzv_endpoint=f"{self.machines[0][1]}:29400",
@@ -333,13 +335,13 @@ class Cluster:
         wait_until(lambda: self.lost() > before, self.agents[0])
         ip("-n", name, "link", "set", end, "up")
 
-    def lose(self, indices: Sequence[int]) -> None:
+    def lose(self, indices: Sequence[int], again: bool = True) -> None:
         """Kill all processes of machines, and start their agents again, as a scheduler does."""
         for index in indices:
             kill_tree(self.agents[index])
             self.agents[index].wait()
         self.grant()
-        for index in indices:
+        for index in indices if again else ():
             self.agents[index] = self.start(index)
 
     def has_ended(self) -> bool:
@@ -363,7 +365,8 @@ class Cluster:
             if (index := self.asked()) is not None:
                 acts[index](self)
         logs = [(self.fated.folder / f"log-{index}").read_text()[-4000:] for index in (0, 1)]
-        assert [agent.wait() for agent in self.agents] == [0, 0], "\n".join(logs)
+        ends = [agent.wait() for agent in self.agents]
+        assert ends == [0, 0 if self.least == 2 else -9], "\n".join(logs)
 
 
 def misfortunes(moments: random.Random, count: int) -> tuple[list[Misfortune], dict]:
@@ -395,3 +398,16 @@ def test_fifty_misfortunes_of_two_machines_lose_no_sample_and_repeat_none(
     fated = Fated(tmp_path / "run", recipe, plan, collective_timeout=5)
     Cluster(fated, machines).run(acts)
     fated.assert_nothing_lost(unharmed())
+
+
+@pytest.mark.slow
+def test_one_of_two_machines_goes_on_alone(machines, recipe, unharmed, tmp_path):
+    fated = Fated(tmp_path / "run", recipe, [Misfortune("step", rank=1, step=7, how="ask")])
+    cluster = Cluster(fated, machines, least=1)
+    cluster.run({0: lambda cluster: cluster.lose([1], again=False)})
+    log = (fated.folder / "log-0").read_text()
+    assert "2 processes saved step-6 and 1 resume it" in log
+    ours, theirs = rows(fated.out), rows(unharmed())
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
