@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from spectral_window.data.blocks import ShuffledBlocks
 from spectral_window.data.text import open_corpus
 from spectral_window.files import hash_file
 from spectral_window.training import checkpoints, folder, parallel
-from tests.processes import kill_tree, python, wait_until
+from tests.processes import python
 from tests.training.mortal import Misfortune, be_rank
 from tests.training.runs import rows
 
@@ -69,14 +68,13 @@ class Fated:
     def said(self, rank: int) -> str:
         return (self.folder / f"said-{rank}").read_text()
 
-    def agent(self, *more: str, within: Sequence[str] = (), log: str = "log", **options):
+    def agent(self, *more: str, **options):
         """torchrun's agent with its workers (`agent.py`)."""
         options = {"run_id": self.folder.name, "max_restarts": len(self.plan)} | options
         words = [json.dumps(options), self.folder, *self.words(*more)]
-        with (self.folder / log).open("a") as said:
+        with (self.folder / "log").open("a") as said:
             return python(
                 *("-m", "tests.training.agent", *words),
-                within=within,
                 cwd=ROOT,
                 stdout=said,
                 stderr=said,
@@ -251,163 +249,3 @@ def test_a_launch_without_an_id_is_known_by_its_folder_of_logs(monkeypatch):
     assert parallel.launch() is None
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert parallel.launch() is None
-
-
-# ------------------------------------------------------------------------- machines (slow, root)
-
-
-def ip(*words: str, check: bool = True) -> bool:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=check)
-    return done.returncode == 0
-
-
-@pytest.fixture
-def machines():
-    """Two network namespaces that a cable joins: (name, address) of each, and the cable's end."""
-    names = [f"sw{os.getpid()}-{side}" for side in "ab"]
-    if not ip("netns", "add", names[0], check=False):
-        pytest.skip("network namespaces need Linux and root")
-    ip("netns", "add", names[1])
-    ends = [f"v{os.getpid()}{side}" for side in "ab"]
-    ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-    addresses = ["10.77.0.1", "10.77.0.2"]
-    for name, end, address in zip(names, ends, addresses, strict=True):
-        ip("link", "set", end, "netns", name)
-        ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
-        ip("-n", name, "link", "set", end, "up")
-        ip("-n", name, "link", "set", "lo", "up")
-    yield list(zip(names, addresses, ends, strict=True))
-    for name in names:
-        ip("netns", "del", name)
-
-
-def cut(cluster: Cluster) -> None:
-    cluster.cut()
-
-
-def lose_one(cluster: Cluster) -> None:
-    cluster.lose([1])
-
-
-def lose_both(cluster: Cluster) -> None:
-    """Also the machine that keeps torchrun's store."""
-    cluster.lose([0, 1])
-
-
-class Cluster:
-    """Two machines, each with torchrun's agent and one process of the run."""
-
-    def __init__(self, fated: Fated, machines, least: int = 2) -> None:
-        self.fated, self.machines, self.least = fated, machines, least
-        self.agents = [self.start(0), self.start(1)]
-
-    def start(self, index: int):
-        name, address, end = self.machines[index]
-        # There is no name server, of which torch asks the name of each address.
-        names = [f"GLOO_SOCKET_IFNAME={end}", "RES_OPTIONS=timeout:1 attempts:1"]
-        within = ["ip", "netns", "exec", name, "env", *names]
-        return self.fated.agent(
-            within=within,
-            log=f"log-{index}",
-            nproc_per_node=1,
-            min_nodes=self.least,
-            max_nodes=2,
-            local_addr=address,
-            rdzv_endpoint=f"{self.machines[0][1]}:29400",
-            rdzv_configs={
-                "is_host": index == 0,
-                "keep_alive_interval": 1,
-                "keep_alive_max_attempt": 3,
-            },
-        )
-
-    def lost(self) -> int:
-        """How often a process has said that it lost another."""
-        logs = [(self.fated.folder / f"log-{index}").read_text() for index in (0, 1)]
-        return sum(log.count(" lost ") for log in logs)
-
-    def cut(self) -> None:
-        """Cut the cable until a process has noticed."""
-        name, _, end = self.machines[1]
-        before = self.lost()
-        ip("-n", name, "link", "set", end, "down")
-        self.grant()
-        wait_until(lambda: self.lost() > before, self.agents[0])
-        ip("-n", name, "link", "set", end, "up")
-
-    def lose(self, indices: Sequence[int], again: bool = True) -> None:
-        """Kill all processes of machines, and start their agents again, as a scheduler does."""
-        for index in indices:
-            kill_tree(self.agents[index])
-            self.agents[index].wait()
-        self.grant()
-        for index in indices if again else ():
-            self.agents[index] = self.start(index)
-
-    def has_ended(self) -> bool:
-        return self.agents[0].poll() is not None
-
-    def asked(self) -> int | None:
-        """The misfortune that a process waits for, if one does."""
-        for path in self.fated.folder.glob("asked-*"):
-            index = int(path.name.removeprefix("asked-"))
-            if not (self.fated.folder / f"granted-{index}").exists():
-                return index
-        return None
-
-    def grant(self) -> None:
-        (self.fated.folder / f"granted-{self.asked()}").touch()
-
-    def run(self, acts) -> None:
-        """Until both agents have ended; acts: what happens where a process asks, by its index."""
-        while not self.has_ended():
-            wait_until(lambda: self.has_ended() or self.asked() is not None, self.agents[0])
-            if (index := self.asked()) is not None:
-                acts[index](self)
-        logs = [(self.fated.folder / f"log-{index}").read_text()[-4000:] for index in (0, 1)]
-        ends = [agent.wait() for agent in self.agents]
-        assert ends == [0, 0 if self.least == 2 else -9], "\n".join(logs)
-
-
-def misfortunes(moments: random.Random, count: int) -> tuple[list[Misfortune], dict]:
-    """A plan of `count` in the order in which they can happen, and what is done for those that
-    ask. Most kill one process; a few cut the cable, or kill a machine or both."""
-    early = ("start", "meet", "prepare", "model")
-    phases = (*early, "step", "step", "update", "update", "evaluate", "save", "save")
-    plan, acts = [], {}
-    for index, step in enumerate(sorted(moments.randrange(1, STEPS) for _ in range(count))):
-        if index % 5 == 2:
-            phase, rank = moments.choice(("step", "update")), moments.randrange(2)
-            plan.append(Misfortune(phase, rank, step, "ask"))
-            acts[index] = moments.choice((cut, lose_one, lose_one, lose_both))
-            continue
-        phase = moments.choice(phases)
-        rank = 0 if phase in ("prepare", "save") else moments.randrange(2)
-        act = moments.randrange(1, ACTS + 1) if phase == "save" else 1
-        plan.append(Misfortune(phase, rank, 0 if phase in early else step, act=act))
-    return plan, acts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_fifty_misfortunes_of_two_machines_lose_no_sample_and_repeat_none(
-    machines, recipe, unharmed, tmp_path, seed
-):
-    """Ten in each of five runs."""
-    plan, acts = misfortunes(random.Random(seed), 10)
-    fated = Fated(tmp_path / "run", recipe, plan, collective_timeout=5)
-    Cluster(fated, machines).run(acts)
-    fated.assert_nothing_lost(unharmed())
-
-
-@pytest.mark.slow
-def test_one_of_two_machines_goes_on_alone(machines, recipe, unharmed, tmp_path):
-    fated = Fated(tmp_path / "run", recipe, [Misfortune("step", rank=1, step=7, how="ask")])
-    cluster = Cluster(fated, machines, least=1)
-    cluster.run({0: lambda cluster: cluster.lose([1], again=False)})
-    log = (fated.folder / "log-0").read_text()
-    assert "2 processes saved step-6 and 1 resume it" in log
-    ours, theirs = rows(fated.out), rows(unharmed())
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(other, rel=1e-4)
