@@ -95,11 +95,11 @@ class ContextParallel:
         size = outgoing.shape[1]
         incoming = outgoing.new_empty(len(sources), size)
         if self.size > 1:
-            sizes = (
+            received, sent = (
                 [size * (r in ranks) for r in range(self.size)] for ranks in (sources, targets)
             )
             dist.all_to_all_single(
-                incoming.view(-1), outgoing.reshape(-1), *sizes, group=self.group
+                incoming.view(-1), outgoing.reshape(-1), received, sent, group=self.group
             )
             self.sent += outgoing.numel()
         return incoming

@@ -43,12 +43,12 @@ class Span(NamedTuple):
     """What the positions of a span of B rows tell about states.
 
     Attributes:
-        count: [B] int64, the number of its tokens, without padding.
+        length: [B] int64, the number of its tokens, without padding.
         cleared: [B] bool, whether a document starts inside, so that nothing passes through.
         position: [B] int64, the position of the row's next token after the span.
     """
 
-    count: Tensor
+    length: Tensor
     cleared: Tensor
     position: Tensor
 
@@ -132,7 +132,7 @@ def oscillators(u: Tensor, modes: Modes, documents: Documents, method: str = "au
 
 
 def _decayed(state: Tensor, own: Tensor, span: Span, *, modes: Modes) -> Tensor:
-    factor = powers(modes, span.count).permute(2, 0, 1, 3)  # z^n: [B, D, M, 2]
+    factor = powers(modes, span.length).permute(2, 0, 1, 3)  # z^n: [B, D, M, 2]
     return own + times(factor, _passed(state, span))
 
 
@@ -171,7 +171,7 @@ def last_inputs(x: Tensor, count: int, documents: Documents) -> Share:
 
 def _moved(state: Tensor, own: Tensor, span: Span) -> Tensor:
     count = state.shape[1]
-    place = torch.arange(count, dtype=torch.int64, device=state.device) + span.count[:, None]
+    place = torch.arange(count, dtype=torch.int64, device=state.device) + span.length[:, None]
     earlier = (place < count) & ~span.cleared[:, None]
     return torch.where(_like(earlier, own), _at(state, torch.where(earlier, place, 0)), own)
 
@@ -252,7 +252,8 @@ def delta_map(
     out, own = delta_memory(
         q, k, wide, beta, decay=decay, state=begin, positions=documents, method=method
     )
-    return DeltaMap(*out.split((width, size), -1), Share(own, empty, _multiplied))
+    read, reach = out.split((width, size), -1)
+    return DeltaMap(read, reach, Share(own, empty, _multiplied))
 
 
 def _multiplied(state: Tensor, own: Tensor, span: Span) -> Tensor:
