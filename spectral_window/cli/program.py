@@ -31,7 +31,7 @@ MOVED_PLUGINS = {"spectral_window.hf.rivals": "spectral_window.lab.baselines.mix
 ORDER = (
     *("bench", "demo", "reproduce", "ablate", "analyze", "doctor", "report"),
     *("train", "recipes", "eval", "generate", "serve", "export", "info"),
-    *("scaling", "warm-up"),
+    *("publish", "scaling", "warm-up"),
 )
 
 

@@ -116,21 +116,19 @@ class Store:
             NetworkError: the store did not answer, or not with what was asked for.
         """
 
-        def attempt() -> bytes:
+        def attempt() -> bytes | None:
             files, path = self._open()
             if stop is None:
                 return files.cat_file(f"{path}/{name}")
             content = files.cat_file(f"{path}/{name}", start=start, end=stop)
-            if len(content) != stop - start:
-                raise OSError(f"{len(content)} bytes instead of {stop - start}")
-            return content
+            return content if len(content) == stop - start else None
 
         return self._persist(attempt, name)
 
     def write(self, name: str, content: bytes | Path) -> None:
         """Write a file; raises what `read` does."""
 
-        def attempt() -> None:
+        def attempt() -> bool:
             files, path = self._open()
             folder = f"{path}/{name}".rpartition("/")[0]
             with contextlib.suppress(Exception):  # most stores have no folders
@@ -139,14 +137,19 @@ class Store:
                 files.put_file(str(content), f"{path}/{name}")
             else:
                 files.pipe_file(f"{path}/{name}", content)
+            return True
 
         self._persist(attempt, name)
 
-    def _persist(self, attempt: Callable[[], _T], name: str) -> _T:
-        where, wait = f"{self.url}/{name}", FIRST_WAIT
-        for left in range(ATTEMPTS - 1, -1, -1):
+    def _persist(self, attempt: Callable[[], _T | None], name: str) -> _T:
+        """Return what `attempt` does; None is an answer that lacks a part."""
+        where, wait, reason = f"{self.url}/{name}", FIRST_WAIT, ""
+        for number in range(ATTEMPTS):
+            if number:
+                time.sleep(wait * random.uniform(0.5, 1.5))  # so that many readers do not meet
+                wait *= 2
             try:
-                return attempt()
+                result = attempt()
             except SpectralWindowError:
                 raise
             except FileNotFoundError:
@@ -155,14 +158,12 @@ class Store:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"not allowed ({where}): {reason}; check the keys") from None
             except Exception as error:  # each store has classes of its own for a broken connection
-                if not left:
-                    reason = " ".join(str(error).split())[:200] or type(error).__name__
-                    raise NetworkError(
-                        f"the store did not answer {ATTEMPTS} times ({where}): {reason}"
-                    ) from None
-                time.sleep(wait * random.uniform(0.5, 1.5))  # so that many readers do not meet
-                wait *= 2
-        raise AssertionError
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                continue
+            if result is not None:
+                return result
+            reason = "part of the answer is missing"
+        raise NetworkError(f"the store did not answer {ATTEMPTS} times ({where}): {reason}")
 
 
 class PieceCache:

@@ -30,6 +30,7 @@ from spectral_window.data.formats import ReadOptions, ReadReport
 from spectral_window.data.sources import find_sources, read
 from spectral_window.data.text import Corpus, prepare
 from spectral_window.data.tokenizers import HFTokenizer, load_tokenizer, plain_text
+from spectral_window.errors import UserError
 from spectral_window.files import scratch_folder
 from spectral_window.lab.bench.timing import Call, Timing, reason
 
@@ -102,7 +103,7 @@ def _write_text(path: Path, size: int) -> int:
             done += len(text.encode())
             if done >= size:
                 return done
-    raise AssertionError("the standard library has no text")
+    raise UserError("the standard library of this Python has no text: use another Python")
 
 
 class _Calls:
