@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,9 +23,10 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
 _started: list[subprocess.Popen] = []
 
 
-def python(*words: object, **options: Any) -> subprocess.Popen:
-    """A fresh Python with the arguments `words`, started as subprocess.Popen would."""
-    child = subprocess.Popen([sys.executable, *map(str, words)], **options)
+def python(*words: object, within: Sequence[str] = (), **options: Any) -> subprocess.Popen:
+    """A fresh Python with the arguments `words`, started as subprocess.Popen would. within: a
+    command that starts it, as `ip netns exec NAME`."""
+    child = subprocess.Popen([*within, sys.executable, *map(str, words)], **options)
     _started.append(child)
     return child
 
@@ -54,4 +56,10 @@ def wait_until(ready: Callable[[], bool], child: subprocess.Popen) -> None:
     """Return when `ready()`; fail when the child has ended before."""
     while not ready():
         assert child.poll() is None, f"it ended with {child.returncode}"
+        time.sleep(0.02)
+
+
+def wait_for_file(path: Path) -> None:
+    """Return when the file `path` is there: of use in a child, which its test waits for."""
+    while not path.exists():
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A process of a training that dies, stops or fails at named moments.
+"""A process of a training that dies, stops or asks for a cut link at named moments.
 
     python -m tests.training.mortal FOLDER train RECIPE.yaml --out RUN ...
 
@@ -25,7 +25,7 @@ from spectral_window.data.blocks import PackedBlocks
 from spectral_window.training import checkpoints, sharded, trainer
 from spectral_window.training.loop import Loop
 from spectral_window.training.rollcall import RollCall
-from tests.processes import THREADS
+from tests.processes import THREADS, wait_for_file
 from tests.training.children import ACTS
 
 PHASES = {
@@ -45,7 +45,8 @@ PHASES = {
 class Misfortune(NamedTuple):
     """What happens to process `rank` when it is first at `step` or later in `phase`.
 
-    how: a signal's name, or "raise".
+    how: a signal's name, "raise", or "ask": to put FOLDER/asked-INDEX there, and wait for
+    FOLDER/granted-INDEX.
     """
 
     phase: str
@@ -74,7 +75,11 @@ class Fate:
         (self.folder / f"met-{index}").write_text(f"{phase} {step}")
         if next_one.how == "raise":
             raise OSError(28, "No space left on device")
-        os.kill(os.getpid(), signal.Signals[next_one.how])
+        if next_one.how == "ask":
+            (self.folder / f"asked-{index}").touch()
+            wait_for_file(self.folder / f"granted-{index}")
+        else:
+            os.kill(os.getpid(), signal.Signals[next_one.how])
 
 
 def before(owner: Any, name: str, act: Any) -> None:
