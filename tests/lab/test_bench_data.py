@@ -11,6 +11,7 @@ from spectral_window.lab.bench import data
 
 def test_all_are_measured_with_the_same_ids_and_other_ids_are_not(monkeypatch):
     monkeypatch.setattr(data, "PROCESSES", (2,))
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)  # other libraries set it
     rows = data.bench_data(torch.float32, quick=True)
     for row in rows:
         assert row["status"] == "ok", row
