@@ -105,9 +105,9 @@ class Workers:
                         results[index].set_exception(error)
             except BaseException as error:  # it could not even be told what to do
                 stopped.set()
-                for result in results:
+                for future in results:
                     with contextlib.suppress(Exception):  # it has a result
-                        result.set_exception(error)
+                        future.set_exception(error)
 
         threads = [
             threading.Thread(target=work, args=(worker,), daemon=True) for worker in self._running
@@ -116,10 +116,11 @@ class Workers:
             thread.start()
         done = False
         try:
-            for index, result in enumerate(results):
-                yield result.result()
+            for index, future in enumerate(results):
+                result = future.result()
                 results[index] = Future()  # what was yielded is kept no longer
-            done = True
+                done = index == len(results) - 1  # who takes the last one may not ask for more
+                yield result
         finally:
             stopped.set()
             if not done:

@@ -34,6 +34,15 @@ def test_workers_answer_in_order_with_one_thread_each():
     assert not psutil.Process().children()
 
 
+def test_workers_outlive_a_map_of_which_every_result_was_taken():
+    """Whoever asked for no more than there is got new workers for each pass over the text."""
+    with Workers(2) as workers:
+        taken = workers.map(square, [1, 2])
+        first = {next(taken)[2], next(taken)[2]}
+        taken.close()
+        assert {answer[2] for answer in workers.map(square, [1, 2])} <= first
+
+
 @pytest.mark.parametrize(
     ("task", "kind", "words"),
     [
