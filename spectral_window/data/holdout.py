@@ -46,7 +46,7 @@ class Survey:
         head: bytes of text before the first document begins, of one that began earlier.
         below: documents that the hash holds out.
         complete: False if the reading stopped early (a hub data set).
-        few: (key, bytes) of the first documents.
+        few: (key, bytes) of the first documents, until the hash divides them: then nobody asks.
     """
 
     documents: int = 0
@@ -56,6 +56,11 @@ class Survey:
     below: int = 0
     complete: bool = True
     few: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def divided(self) -> bool:
+        """Whether the hash holds out some documents, and not all."""
+        return 0 < self.below < self.documents
 
     def add(self, piece: Piece, size: int, key: int, threshold: int) -> None:
         if piece.first:
@@ -76,11 +81,15 @@ class Survey:
         self.bytes += other.bytes
         self.pieces += other.pieces
         self.complete &= other.complete
+        if self.divided:
+            self.few.clear()
 
     def _lengthen(self, size: int) -> None:
         """Add bytes to the latest document."""
         if not self.documents:
             self.head += size
+        elif self.divided:
+            self.few.clear()
         elif self.documents <= FEW:
             self.few[-1] = (self.few[-1][0], self.few[-1][1] + size)
 
@@ -152,7 +161,7 @@ def take_survey(
 
 def choose_split(survey: Survey, fraction: float, seed: int) -> Split:
     """Return the rule for the surveyed text (see the module's docstring)."""
-    if 0 < survey.below < survey.documents or not survey.complete:
+    if survey.divided or not survey.complete:
         return Split(seed, int(fraction * KEYS))
     if len({key for key, _ in survey.few}) > 1:
         target = fraction * survey.bytes

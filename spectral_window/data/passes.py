@@ -6,11 +6,13 @@ of the sections together, in order, are those of the whole text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from spectral_window.data import shards
 from spectral_window.data.chat import code_conversations
@@ -31,12 +33,13 @@ class Text:
 
     Attributes:
         options: of reading.
-        held_out: the keys of documents of the held-out sources.
+        held_out: the keys of documents of the held-out sources, ascending; every process has
+            them all, 8 bytes for each document.
         reader: reads one source; by default its text.
     """
 
     options: ReadOptions
-    held_out: frozenset[int] = frozenset()
+    held_out: np.ndarray = field(default_factory=lambda: held_out_keys(()))
     reader: Reader | None = None
 
     def training(
@@ -45,13 +48,13 @@ class Text:
         """Yield the pieces of a section with their bytes, without documents that are held out."""
         ticked = report.bytes
         begun = self.begun(section)
-        include = not begun or document_key(begun, 0) not in self.held_out
+        include = not (begun and self.holds_out(begun))
         for piece in read_runs(section.sources, self.options, report, self.reader):
             if piece.first:
                 if section.limit is not None and report.bytes >= section.limit:
                     break
                 report.documents += 1
-                include = document_key(piece.text, 0) not in self.held_out
+                include = not self.holds_out(piece.text)
                 if not include:
                     report.shared += 1
                     report.shared_at += [piece.where][: SHOWN - len(report.shared_at)]
@@ -64,6 +67,14 @@ class Text:
                 ticked = report.bytes
                 tick(ticked)
 
+    def holds_out(self, first_piece: str) -> bool:
+        """Return whether a document with this first piece is held out."""
+        if not len(self.held_out):
+            return False
+        key = np.uint64(document_key(first_piece, 0))
+        at = int(self.held_out.searchsorted(key))
+        return at < len(self.held_out) and bool(self.held_out[at] == key)
+
     def begun(self, section: Section) -> str:
         """Return the first piece of the document that a section continues, "" if none."""
         source = section.sources[0]
@@ -72,6 +83,14 @@ class Text:
         whole = source._replace(extent=WHOLE, before=0)
         with closing(text_pieces(whole, self.options, ReadReport())) as read:
             return next(read).text
+
+
+def held_out_keys(documents: Iterable[Piece]) -> np.ndarray:
+    """Return what `Text` takes as `held_out`, of pieces of the held-out sources."""
+    numbers = (document_key(piece.text, 0) for piece in documents if piece.first)
+    keys = np.fromiter(numbers, np.uint64)
+    keys.sort()
+    return keys
 
 
 def survey_section(

@@ -52,6 +52,7 @@ FIRST_KEYS = {
 TOKENIZER_FILE = re.compile(r"tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 LARGEST_INDEX = 1 << 26  # bytes
 BATCH = 1 << 20  # characters tokenized at a time
+EACH = 256  # characters that a text counts for besides its own: its encoding takes kilobytes
 
 
 SECTION = "section.json"
@@ -282,12 +283,12 @@ def code_texts(parts: Iterable[Part], tokenizer: HFTokenizer) -> Iterator[Coded]
 
 
 def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Yield the parts in groups of about `BATCH` characters."""
+    """Yield the parts in groups of about `BATCH` characters, fewer where they are short."""
     batch: list[Part] = []
     size = 0
     for part in parts:
         batch.append(part)
-        size += len(part.text)
+        size += len(part.text) + EACH
         if size >= BATCH:
             yield batch
             batch, size = [], 0

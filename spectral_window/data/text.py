@@ -8,6 +8,7 @@ of the stream serves as a label.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,12 +23,13 @@ from spectral_window.data import shards
 from spectral_window.data.blocks import PackedBlocks, ShuffledBlocks, TokenStream
 from spectral_window.data.chat import add_chat, conversation_pieces, role_ids, turns
 from spectral_window.data.formats import ReadOptions, ReadReport, some
-from spectral_window.data.holdout import Split, Survey, choose_split, document_key
+from spectral_window.data.holdout import Split, Survey, choose_split
 from spectral_window.data.passes import (
     SampleTask,
     SectionTask,
     Text,
     code_section,
+    held_out_keys,
     sample,
     sample_section,
     survey_section,
@@ -50,7 +52,7 @@ from spectral_window.errors import IntegrityError, UserError
 
 __all__ = ["Corpus", "PackedBlocks", "ShuffledBlocks", "TokenStream", "open_corpus", "prepare"]
 
-SAMPLE = 1 << 26  # bytes of text that train a bpe tokenizer, spread over the corpus
+SAMPLE = 1 << 26  # bytes of text that train a bpe tokenizer, about, spread over the corpus
 LISTED = 10  # sources that the summary lists
 
 Progress = Callable[[str, int, int | None], None]
@@ -161,7 +163,7 @@ def prepare(
 
     Args:
         sources: files, folders, globs, "stdlib" or "hub:NAME" (see sources.py).
-        tokenizer_spec: see `load_tokenizer`; `bpe:N` is trained on at most 64 MiB of the training
+        tokenizer_spec: see `load_tokenizer`; `bpe:N` is trained on about 64 MiB of the training
             split.
         folder: the destination.
         valid_fraction: the fraction to hold out, above 0 and below 1.
@@ -272,9 +274,8 @@ class _Texts:
         self.all = [*train, *valid]
         self.max_bytes, self.progress, self.drop_shared = max_bytes, progress, drop_shared
         self.workers = workers or Workers(1)
-        held_out = read(valid, options, ReadReport(), reader)
-        keys = frozenset(document_key(piece.text, 0) for piece in held_out if piece.first)
-        if valid and not keys:
+        keys = held_out_keys(read(valid, options, ReadReport(), reader))
+        if valid and not len(keys):
             raise UserError("no documents in valid_sources: they hold nothing but white space")
         self.text = Text(options, keys, reader)
         self.remote = any(source.kind == "hub" for source in train)
@@ -312,7 +313,8 @@ class _Texts:
         return survey
 
     def sample(self, split: Split, survey: Survey) -> Iterator[str]:
-        """Yield at most SAMPLE bytes of the training split, spread over the surveyed text."""
+        """Yield about SAMPLE bytes of the training split, spread over the surveyed text: every so
+        manyth piece, whatever its size."""
         share = min(1.0, SAMPLE / survey.bytes)
         ticks = self._ticks("tokenizer", survey.bytes)
         counted = len(self.pieces) == len(self.train)
@@ -360,7 +362,8 @@ class _Texts:
         """
         rows = {name: row for name, *row in self.identity}
         text = self.text
-        settings = [asdict(text.options), sorted(text.held_out), text.reader is None, split, chat]
+        held_out = hashlib.sha256(text.held_out).hexdigest()
+        settings = [asdict(text.options), held_out, text.reader is None, split, chat]
         coder = [plain_text(tokenizer).to_str(), tokenizer.eos_token_id]
         made = shards.digest([shards.SCHEMA, settings, coder])
 

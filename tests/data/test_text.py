@@ -525,10 +525,11 @@ def test_the_standard_library_trains_a_tokenizer_and_fills_blocks(tmp_path):
 
 
 MEASURE = """
-import resource, sys
+import sys
 from spectral_window.data.text import prepare
+from spectral_window.training.machine import peak_memory
 prepare([sys.argv[1]], sys.argv[2], sys.argv[3])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+print(peak_memory("cpu") >> 20)
 """
 
 
