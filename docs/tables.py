@@ -17,6 +17,7 @@ from typing import Any
 
 from spectral_window.lab import scaling
 from spectral_window.lab.bench import gpu_roofline
+from spectral_window.lab.experiments import ablate
 from spectral_window.lab.paper import claims
 from spectral_window.ops.methods import HAS_TRITON
 
@@ -98,35 +99,55 @@ def text() -> str:
 
 def text_longer() -> str:
     """Held-out loss on the way through 20 million tokens, seed 0, of each model's best rate and
-    width; in brackets what was stopped before its end."""
-    suite = read("memory/lm-small.json")
-    models, sweep = list(_LONGER), _losses("memory/lm-small.json")
-    curves: dict[str, dict[int, float]] = {}
-    runs = [row for row in suite["rows"] if row["part"] == "main"]
-    everything = [*runs, *suite["unfinished"]]
-    for model in models:
-        own = [row for row in everything if row["variant"] == model and row["seed"] == 0]
+    width."""
+    sweep = _losses("memory/lm-small.json")
+    marks = (5_120_000, 13_312_000, 18_432_000)
+    manuals, prose = (_longest(f"memory/{folder}lm-small.json") for folder in ("", "prose/"))
+    lines = []
+    for model in _LONGER:
+        curve, end = manuals[model]
+        first = f"{sweep[model]:.3f}" if model in sweep else "-"
+        ends = end, prose[model][1] if model in prose else None
+        cells = ("-" if loss is None else f"{loss:.3f}" for loss in (*map(curve.get, marks), *ends))
+        lines.append([model, first, *cells])
+    head = [f"{mark / 1e6:.1f} million" for mark in marks]
+    return markdown(["model", "1.05 million, a schedule of that length", *head,
+                     "20 million", "20 million, prose"], lines)  # fmt: skip
+
+
+def _longest(path: str) -> dict[str, tuple[dict[int, float], float | None]]:
+    """Model -> its curve and its loss at the end, of the run of seed 0 that came farthest, and of
+    those the best."""
+    suite, found = read(path), {}
+    runs = [*(r for r in suite["rows"] if r["part"] == "main"), *suite.get("unfinished", ())]
+    for model in {row["variant"] for row in runs}:
+        own = [row for row in runs if row["variant"] == model and row["seed"] == 0]
         longest = max(row["eval_curve"][-1][0] for row in own)
         late = [row for row in own if row["eval_curve"][-1][0] == longest]
         run = min(late, key=lambda row: row["eval_curve"][-1][1])
-        curves[model] = {int(tokens): loss for tokens, loss in run["eval_curve"]}
-        if "eval_loss" in run:  # over all held-out tokens; the curve is over some of them
-            curves[model][run["tokens"]] = run["eval_loss"]
-    first = (f"{sweep[m]:.3f}" if m in sweep else "-" for m in models)
-    lines = [["1.05 million, a schedule of that length", *first]]
-    for tokens in (5_120_000, 13_312_000, 18_432_000, 20_000_768):
-        cells = [curves[m].get(tokens) for m in models]
-        shown = ("stopped before" if loss is None else f"{loss:.3f}" for loss in cells)
-        lines.append([f"{tokens / 1e6:.1f} million of 20 million", *shown])
-    return markdown(["tokens read", *models], lines)
+        curve = {int(tokens): loss for tokens, loss in run["eval_curve"]}
+        found[model] = curve, run.get("eval_loss")  # that over all held-out tokens
+    return found
+
+
+def ablate_memory() -> str:
+    """What each part of the memory is worth on text."""
+    rows, lines = read("memory/ablate.json")["rows"], []
+    for line in ablate.table({"rows": rows}, ablate.BEYOND):
+        if line["text"] is not None:
+            lines.append([line["variant"], f"{line['text'].value:.3f}"])
+    return markdown(["variant", "held-out nats per token"], lines)
 
 
 _LONGER = (
-    "Transformer",
-    "SWH",
-    "Transformer, shifted keys",
-    "SWH with memory",
+    "SWH with memory, short convolutions, W = 128",
+    "SWH with memory, short convolutions",
     "Transformer, short convolutions",
+    "SWH with memory",
+    "Transformer, shifted keys",
+    "SWH",
+    "Transformer",
+    "Gated short convolution (LFM2)",
 )
 
 
@@ -301,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharded": sharded,
     "text": text,
     "text-longer": text_longer,
+    "ablate-memory": ablate_memory,
 }
 
 

@@ -25,7 +25,7 @@ from spectral_window.hf.config import PRESETS, SWHConfig
 from spectral_window.hf.model import SWHForCausalLM, match_parameters
 from spectral_window.lab.bench import gpu_roofline
 from spectral_window.lab.jobs import Row
-from spectral_window.nn.memory import LAG
+from spectral_window.nn.memory import LAG, TAPS
 
 # ------------------------------------------------------------------------------------ the machine
 
@@ -60,7 +60,7 @@ BACKWARD = 2  # times the operations of the forward pass
 # it, and of the feed-forward width. A test measures them by the tensors that a layer saves.
 KEPT = {
     "spectral_window": (2, 9, 3),
-    "memory": (2, 15, 3),
+    "memory": (2, 18, 3),
     "attention": (2, 6, 3),
 }
 # Gradients inside a layer, beside what it keeps, while it computes backward (our guess)
@@ -70,7 +70,7 @@ GRADIENTS_INSIDE = 0.5
 # Transformer's are counted likewise: products 24, norms and sums 16, RoPE 8, fused attention 12.
 MOVED = {
     "spectral_window": (79, 17),
-    "memory": (150, 17),
+    "memory": (165, 17),
     "attention": (60, 17),
 }
 
@@ -307,8 +307,10 @@ def span_bytes(config: SWHConfig) -> float:
     convolution = 16 * width  # one complex float64
     if config.mixer != "memory":
         return window + convolution
-    queries = (LAG - 1) * width * COMPUTED
-    return window + convolution + queries + 2 * 4 * width * width // config.memory_heads
+    last = (LAG - 1) * width * COMPUTED  # queries
+    if config.short_convolution:
+        last += 3 * (TAPS - 1) * width * COMPUTED
+    return window + convolution + last + 2 * 4 * width * width // config.memory_heads
 
 
 def _exchanged(model: Model, span: float, parts: int, keep: bool) -> float:

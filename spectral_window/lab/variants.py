@@ -56,6 +56,12 @@ class MemoryVariant(MemoryMixer):
         y, _ = super().forward(x)
         return y, no_state(x)
 
+    def _convolve_first(
+        self, projected: list[Tensor], documents: Documents | None, state: Any
+    ) -> tuple[Any, ...]:
+        super()._convolve_first(projected, documents, state)
+        return ()
+
     def _local(
         self, projected: list[Tensor], documents: Documents | None, state: Any
     ) -> tuple[Tensor, tuple[Any, ...]]:

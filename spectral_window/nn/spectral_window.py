@@ -112,6 +112,7 @@ class SpectralWindowMixer(Mixer):
         spectral = local = spectral_state = None
         local_states: tuple[Any, ...] = (None,)
         projected = self._project(x)
+        more_states = self._convolve_first(projected, documents, state)
         if isinstance(documents, SpanDocuments):
             state = self._receive(projected, documents)
         if "spectral" in self.branches:
@@ -125,7 +126,22 @@ class SpectralWindowMixer(Mixer):
             attended, local_states = self._local(projected, documents, state)
             local = project(attended, self.local_proj)[0]
         (y,) = project(self.fusion(spectral, local), self.out_proj)
-        return y, self.state_type(spectral_state, *local_states)
+        return y, self.state_type(spectral_state, *local_states, *more_states)
+
+    def _convolve_first(
+        self, projected: list[Tensor], documents: Documents | None, state: Any
+    ) -> tuple[Any, ...]:
+        """Convolve what `_local` takes, in place, before all else; here nothing is.
+
+        Args:
+            projected: the results of `_project`.
+            documents: documents and padding, or None.
+            state: the mixer's state, or None.
+
+        Returns:
+            The states of that, which are the last of `state_type`.
+        """
+        return ()
 
     def _local(
         self, projected: list[Tensor], documents: Documents | None, state: Any
@@ -138,7 +154,8 @@ class SpectralWindowMixer(Mixer):
             state: the mixer's state, or None.
 
         Returns:
-            [B, T, D], and the states after that of the convolution, in the order of `state_type`.
+            [B, T, D], and the states between that of the convolution and those of
+            `_convolve_first`, in the order of `state_type`.
         """
         q, k, v = (self._split(part) for part in projected)
         attended, after = window_attention(

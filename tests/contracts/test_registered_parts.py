@@ -29,6 +29,7 @@ VARIANTS = [
     ("attention", {"shifted_keys": True}),
     *[("memory", PAPER | {"branches": branches}) for branches in (BRANCHES, ("window",))],
     ("memory", {"write_gate": "closing", "memory_heads": 2, "window": WINDOW}),
+    ("memory", {"short_convolution": True, "memory_heads": 2, "window": WINDOW}),
     *[("spectral_window", PAPER | {"kernel": kernel}) for kernel in KERNELS],
     *[
         ("spectral_window", PAPER | {"fusion": fusion, "branches": branches})
@@ -234,7 +235,7 @@ def test_mixer_dynamics_norms_and_biases_are_not_decayed(name, options):
     mixer = build(name, options)
     kept = no_weight_decay(mixer)
     for parameter, value in mixer.named_parameters():
-        dynamics = parameter.startswith(("kernel.", "memory.", "shift."))
+        dynamics = parameter.startswith(("kernel.", "memory.", "shift.", "short_convolution."))
         assert (parameter in kept) == (dynamics or value.dim() < 2), parameter
 
 

@@ -18,6 +18,7 @@ VOCABULARY = 23
 MODELS = {
     "paper": {"mixer": "spectral_window"},
     "memory": {"mixer": "memory", "memory_heads": 2},
+    "short convolution": {"mixer": "memory", "short_convolution": True},
     "closing": {"mixer": "memory", "write_gate": "closing", "kernel": "multi_mode"},
     "short filter": {"mixer": "memory", "kernel": "short_filter", "window": 1},
     "long filter": {"mixer": "spectral_window", "kernel": "free_form"},

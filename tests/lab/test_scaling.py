@@ -66,7 +66,7 @@ def test_bytes_of_a_state_are_those_of_the_real_cache(name):
 def test_operations_of_products_are_those_that_torch_counts(name):
     """Forward and backward, exactly. The rest is the operators', of which torch's counter knows
     nothing: their mixers count them, attention by the pairs of a query and an earlier key."""
-    counted, tokens = model(name, "tiny"), 256
+    counted, tokens = model(name, "tiny"), 1024
     real = SWHForCausalLM(counted.config)
     ids = torch.randint(100, (1, tokens))
     with FlopCounterMode(display=False) as counter:
@@ -81,7 +81,7 @@ def test_operations_of_products_are_those_that_torch_counts(name):
         assert near == 3 * layers * 2 * width * (tokens + 1)
         assert far == 3 * layers * 2 * width * (64 * tokens + 1)
     else:
-        assert 0 < near < 0.2 * products / tokens
+        assert 0 < near < 0.3 * products / tokens
         assert far == pytest.approx(near, rel=0.1)  # the first chunk sees fewer keys
 
 

@@ -22,6 +22,15 @@ from tests.hf.small import small_config, small_model, tokens
 DIM, HEADS, WINDOW = 12, 2, 4
 
 
+def convolved_by_hand(u: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Of each token and the three before it, the sum by weights of its channel."""
+    out = torch.zeros_like(u)
+    for t in range(u.shape[1]):
+        for i in range(min(t + 1, 4)):
+            out[:, t] += weights[:, i] * u[:, t - i]
+    return out
+
+
 def memory_by_hand(
     x: torch.Tensor, p: dict[str, torch.Tensor], heads: int, closes: bool = False
 ) -> torch.Tensor:
@@ -29,6 +38,9 @@ def memory_by_hand(
     out = torch.zeros_like(x)
     size = x.shape[2] // heads
     q, v = x @ p["q_proj.weight"].T, x @ p["v_proj.weight"].T
+    if "short_convolution.weights" in p:
+        filters = p["short_convolution.weights"].split(x.shape[2])
+        q, v = (convolved_by_hand(u, w) for u, w in ((q, filters[0]), (v, filters[2])))
     for b in range(x.shape[0]):
         for h in range(heads):
             mine = slice(h * size, (h + 1) * size)
@@ -54,6 +66,7 @@ class Alone(MemoryMixer):
 
     def forward(self, x: torch.Tensor, positions: Any = None, state: Any = None) -> Any:
         projected = self._project(x)[:4]
+        self._convolve_first(projected, positions, state)
         both, _ = self._local(projected, positions, state)
         window, _ = SpectralWindowMixer._local(self, projected[:3], positions, None)
         return both - window
@@ -68,10 +81,11 @@ def drawn(kind: type[MemoryMixer] = Alone, **options: Any) -> MemoryMixer:
     return layer
 
 
+@pytest.mark.parametrize("convolved", [False, True])
 @pytest.mark.parametrize("gate", ["sigmoid", "closing"])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_the_memory_is_its_equations_to_the_last_digit(heads, gate):
-    layer = drawn(memory_heads=heads, write_gate=gate)
+def test_the_memory_is_its_equations_to_the_last_digit(heads, gate, convolved):
+    layer = drawn(memory_heads=heads, write_gate=gate, short_convolution=convolved)
     x = torch.randn(2, 70, DIM, dtype=torch.float64)
     truth = memory_by_hand(x, dict(layer.state_dict()), heads, gate == "closing")
     assert (layer(x) - truth).abs().max() <= 1e-12 * truth.abs().max()
@@ -92,6 +106,35 @@ def test_what_the_memory_finds_joins_before_the_local_map():
     with torch.no_grad():
         layer.memory.scale.zero_()
     assert torch.equal(layer(x)[0], paper(x)[0])
+
+
+def test_the_short_convolution_is_before_window_and_memory():
+    """As the layer without it, given convolved queries, keys and values."""
+    layer = drawn(MemoryMixer, short_convolution=True)
+
+    class Given(MemoryMixer):
+        def _project(self, x):
+            projected = super()._project(x)
+            filters = layer.short_convolution.weights.double().split(DIM)
+            for i, weights in enumerate(filters):
+                projected[i] = convolved_by_hand(projected[i], weights)
+            return projected
+
+    other = Given(hidden_size=DIM, num_heads=HEADS, window=WINDOW).double()
+    assert other.load_state_dict(layer.state_dict(), strict=False).unexpected_keys
+    x = torch.randn(2, 20, DIM, dtype=torch.float64)
+    assert relative(layer(x)[0], other(x)[0]) <= 1e-12
+
+
+def test_the_short_convolution_starts_as_nothing_but_for_half_of_the_keys():
+    """Those of half of the heads, the last ones, are those of the token before."""
+    mixer = (
+        small_model(mixer="memory", short_convolution=True, hidden_size=32).model.layers[1].mixer
+    )
+    q, k, v = mixer.short_convolution.weights.split(32)
+    own, before = torch.eye(4)[:2]
+    assert torch.equal(torch.cat((q, k[:16], v)), own.expand(80, 4))
+    assert torch.equal(k[16:], before.expand(16, 4))
 
 
 class KeyNotNormalised(Alone):
@@ -152,11 +195,18 @@ def test_the_memory_starts_as_the_token_before(initializer_range):
 
 
 def test_its_parameters_are_few_and_only_the_map_of_its_gates_is_decayed():
-    """5 D + 2 H (D + 1) beside the paper's, of which the gates' map alone is decayed."""
-    layer = MemoryMixer(hidden_size=DIM, num_heads=HEADS, window=WINDOW)
+    """5 D + 2 H (D + 1) beside the paper's and 12 D of the short convolution, of which the gates'
+    map alone is decayed."""
+    options = {"hidden_size": DIM, "num_heads": HEADS, "window": WINDOW}
+    layer = MemoryMixer(**options, short_convolution=True)
+    plain = MemoryMixer(**options)
     paper = SpectralWindowMixer(hidden_size=DIM, num_heads=HEADS, window=WINDOW)
     more = dict(layer.named_parameters()).keys() - dict(paper.named_parameters()).keys()
-    assert sum(layer.get_parameter(name).numel() for name in more) == 5 * DIM + 2 * (DIM + 1)
+    assert sum(layer.get_parameter(name).numel() for name in more) == 17 * DIM + 2 * (DIM + 1)
+    assert (
+        sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in plain.parameters())
+        == 12 * DIM
+    )
     decayed = more - no_weight_decay(layer)
     assert decayed == {"gate_proj.weight"}
 
@@ -180,9 +230,12 @@ def test_a_key_does_not_reach_across_a_document_or_into_padding():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_a_token_in_a_single_call_is_what_the_operators_make_of_it(heads, dtype, monkeypatch):
+@pytest.mark.parametrize("convolved", [False, True])
+def test_a_token_in_a_single_call_is_what_the_operators_make_of_it(
+    convolved, heads, dtype, monkeypatch
+):
     """A row goes on, one begins afresh, one has no token; or all go on."""
-    layer = drawn(MemoryMixer, memory_heads=heads).float().to(dtype)
+    layer = drawn(MemoryMixer, memory_heads=heads, short_convolution=convolved).float().to(dtype)
     start, token = torch.randn(3, 9, DIM).to(dtype), torch.randn(3, 1, DIM).to(dtype)
     state, asked = layer(start)[1], []
     serves = memory_step.serves
@@ -191,11 +244,13 @@ def test_a_token_in_a_single_call_is_what_the_operators_make_of_it(heads, dtype,
         single = layer(token, at, state)
         monkeypatch.setattr(memory_step, "serves", lambda *x: False)
         apart = layer(token, at, state)
-        pairs = list(zip(single[1], apart[1], strict=True))
+        pairs = list(zip(single[1][:4], apart[1][:4], strict=True))
         for mine, true in [(single[0], apart[0]), *pairs[2:]]:
             assert mine.dtype == true.dtype
             assert relative(mine, true) <= (1e-6 if dtype == torch.float32 else 4e-3)
         assert torch.equal(single[1].queries, apart[1].queries)
+        if convolved:
+            assert torch.equal(single[1].inputs, apart[1].inputs)
     assert asked == [HAS_NUMBA, HAS_NUMBA]
 
 

@@ -10,7 +10,7 @@ all, so a difference is the mixer's; `models.py` has whole models.
     rg_lru           RecurrentGemma's gated linear recurrence (Griffin)
     gated_deltanet   Qwen3-Next's gated delta rule
     kimi_delta       Kimi Linear's delta rule with a decay per channel
-    conv_memory      our memory after the convolutions of conv_attention: to be tried, no baseline
+    conv_memory      our memory with short_convolution=true, as results name it: no baseline
 
 All but the first and the last are transformers' own modules, made from its configs at the
 proportions that those have by default, in plain torch where their kernels are missing. Maps start
@@ -31,15 +31,11 @@ from transformers import PreTrainedModel
 
 from spectral_window.errors import UserError
 from spectral_window.nn.attention import AttentionMixer
-from spectral_window.nn.kernels import Filter, float32_parameter, initialize
-from spectral_window.nn.memory import MemoryMixer
+from spectral_window.nn.memory import MemoryMixer, ShortConvolution
 from spectral_window.nn.mixers import MIXERS, ROPE_THETA, Mixer, register
 from spectral_window.ops.documents import Documents
-from spectral_window.ops.fir import Taps
 from spectral_window.ops.methods import resolve
 from spectral_window.ops.rotary import rotate
-
-TAPS = 4  # tokens of a short convolution
 
 
 class NoState(NamedTuple):
@@ -197,7 +193,7 @@ class KimiDelta(Borrowed):
 
 
 @register("short_conv")
-class ShortConvolution(Borrowed):
+class GatedConvolution(Borrowed):
     """LFM2's gated short convolution."""
 
     label = "Gated short convolution (LFM2)"
@@ -211,26 +207,11 @@ class ShortConvolution(Borrowed):
         return library.Lfm2ShortConv(self.inner_config, 0), library.Lfm2PreTrainedModel
 
 
-class Convolution(Filter):
-    """A causal convolution of `TAPS` tokens in each channel, kept in float32 and without weight
-    decay. late: how many channels, the last ones, start one token late; the others start as the
-    token itself."""
-
-    def __init__(self, channels: int, late: int = 0):
-        super().__init__(channels)
-        self.late = late
-        self.weights = float32_parameter(channels, TAPS)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        first = torch.zeros(self.channels, TAPS)
-        first[:, 0] = 1
-        if self.late:
-            first[-self.late :] = first[-self.late :].roll(1, 1)
-        initialize(self.weights, first)
-
-    def forward(self) -> Taps:
-        return Taps(self.weights)
+def convolutions(mixer: Mixer) -> list[ShortConvolution]:
+    """Of queries, keys and values; half of the keys' heads start one token late."""
+    dim = mixer.hidden_size
+    late = dim - mixer.num_heads // 2 * mixer.head_dim, dim
+    return [ShortConvolution(dim, when) for when in ((0, 0), late, (0, 0))]
 
 
 @register("conv_attention", ROPE_THETA)
@@ -247,8 +228,7 @@ class ConvAttention(Baseline):
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
-        self.q_conv, self.v_conv = Convolution(dim), Convolution(dim)
-        self.k_conv = Convolution(dim, self.num_heads // 2 * self.head_dim)
+        self.q_conv, self.k_conv, self.v_conv = convolutions(self)
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
@@ -269,17 +249,15 @@ class ConvAttention(Baseline):
 
 @register("conv_memory")
 class ConvMemory(MemoryMixer):
-    """`memory` with a short convolution on queries, keys and values each, as in `ConvAttention`: a
-    trial of what overtook it on text. It has no state to continue from yet."""
+    """`memory` with short_convolution=true, written down a second time as it was before that option
+    existed: results have its name. It has no state to continue from."""
 
     label = "SWH with memory, short convolutions"
     constant_state = False  # long rows are not read in segments
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        dim = self.hidden_size
-        self.q_conv, self.v_conv = Convolution(dim), Convolution(dim)
-        self.k_conv = Convolution(dim, self.num_heads // 2 * self.head_dim)
+        self.q_conv, self.k_conv, self.v_conv = convolutions(self)
 
     def _local(
         self, projected: list[Tensor], documents: Documents | None, state: Any

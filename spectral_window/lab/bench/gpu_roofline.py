@@ -536,6 +536,9 @@ def _between(config: SWHConfig, rows: int, dtype: torch.dtype) -> list[Work]:
             *_pass("unit vectors", (2 * plane, 2 * plane), (4 * plane, 2 * plane)),
             *_pass("gated sum", (2 * plane, plane), (2 * plane, plane)),
         ]
+        if config.short_convolution:
+            moved = (3 * plane, 3 * plane), (6 * plane, 3 * plane)
+            works += _pass("short convolution of q, k, v", *moved)
     return works
 
 
@@ -562,12 +565,12 @@ def ends(
 
 
 def paper(mixer: str = "memory", width: int = WINDOWS[0]) -> SWHConfig:
-    """Return the config whose layer is shown: the paper's size, the memory with heads of 128
-    channels and as many parameters as the model without."""
+    """Return the config whose layer is shown: the paper's size, the memory as it is recommended but
+    for its window, with as many parameters as the model without."""
     config = SWHConfig(window=width)
     if mixer == config.mixer:
         return config
-    fields = config.recorded() | recommended(config.hidden_size)
+    fields = config.recorded() | recommended(config.hidden_size) | {"window": width}
     return match_parameters(SWHConfig(**fields), count_parameters(config))
 
 

@@ -1,8 +1,8 @@
 """Language models with a memory beside the window, against the baselines, at equal size.
 
 The stages of `lm.py` with other variants: SWH with a memory (`nn/memory.py`), the Transformer and
-what others use (`baselines/mixers.py`). Sweep, main and seeds take the nearest of them, `branches`
-takes all.
+what others use (`baselines/mixers.py`). Main and seeds take the nearest of them, sweep and
+`branches` take all.
 
 The page is a table and a figure of held-out losses. Each model counts with its best pair of
 learning rate and initial width in the part that is shown, the mean over seeds where there are
@@ -31,13 +31,18 @@ NEAREST = {name: lm.VARIANTS[name] for name in lm.BOTH} | {
     "SWH with memory": {"mixer": "memory"},
     "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
 }
+CONVOLVED = {  # the recommended layer is the second
+    "SWH with memory, short convolutions": {"mixer": "conv_memory"},
+    "SWH with memory, short convolutions, W = 128": {"mixer": "conv_memory", "window": 128},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     **NEAREST,
     "SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"},
-    "SWH with memory, short convolutions": {"mixer": "conv_memory"},
+    **CONVOLVED,
     **{MIXERS[name].label: {"mixer": name} for name in BASELINES},
 }
-PLAN = lm.Plan(VARIANTS, ("sweep", "main", "seeds", "branches"), tuple(NEAREST), tuple(VARIANTS))
+LONGEST = (*NEAREST, *CONVOLVED, MIXERS["conv_attention"].label)
+PLAN = lm.Plan(VARIANTS, ("sweep", "main", "seeds", "branches"), LONGEST, tuple(VARIANTS))
 FEW = lm.Plan(NEAREST, ("sweep", "main", "seeds"), tuple(NEAREST))  # of the quick version
 TITLES = {
     "stopped": "as far as all of these came, 65,536 held-out tokens",
@@ -46,7 +51,21 @@ TITLES = {
     "sweep": "the sweep",
 }
 OURS = "SWH with memory"
-COLORS = {"SWH": SERIES[0], "Transformer": SERIES[1]}
+COLORS = {"SWH": SERIES[0], "Transformer": SERIES[1], OURS: SERIES[2]}
+RECOMMENDED = list(CONVOLVED)[-1]
+LINES = {  # what follows a family's name -> its line in a picture
+    "": "-",
+    "short convolutions": "--",
+    "short convolutions, W = 128": "-",
+    "shifted keys": "-.",
+    "closing gate": (0, (1, 3)),
+}
+SHORT = {
+    RECOMMENDED: "SWH with memory, recommended",
+    next(iter(CONVOLVED)): "SWH with memory, short conv., W = 32",
+    OURS: "SWH with memory, W = 32",
+    "Transformer, short convolutions": "Transformer, short conv.",
+}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -135,22 +154,25 @@ def table(rows: Rows) -> str:
 
 
 def figure(rows: Rows, path: Path) -> Path:
-    """Held-out loss against tokens of the longest runs there are, and where each part's ended, as a
-    PNG."""
+    """A PNG: held-out loss against tokens, and where it ended, of the part in which most models
+    came far; where no model has a curve, where each part ended."""
     there = {part: models for part in TITLES if (models := ends(rows, part))}
-    longest = next((part for part, models in there.items() if len(_curves(models)) > 1), None)
+    far = [part for part in there if part != "sweep" and len(_curves(there[part])) > 1]
+    most = max(far, key=lambda part: len(there[part]), default=None)
     panels = []
-    if longest is not None:
-        curves = _curves(there[longest])
+    if most is not None:
+        curves = _curves(there[most])
         panels.append(
             Panel(
-                f"losses-{longest}",
-                f"Held-out loss: {TITLES[longest]}",
+                f"losses-{most}",
+                "Held-out loss while training",
                 "held-out nats per token against training tokens",
                 lambda axes: _paint_curves(axes, curves),
             )
         )
     for part, models in there.items():
+        if most not in (None, part):
+            continue
         tokens = next(iter(models.values()))[1][0]["tokens"]
         panels.append(
             Panel(
@@ -158,11 +180,12 @@ def figure(rows: Rows, path: Path) -> Path:
                 f"After {tokens / 1e6:.3g} million tokens",
                 "held-out nats per token of each model",
                 lambda axes, models=models: _paint_ends(axes, models),  # type: ignore[misc]
+                width=5.6,
                 height=1.3 + 0.27 * len(models),
             )
         )
     about = "held-out text, nats per token, equal parameters; a dot a seed"
-    return sheet(panels, min(2, len(panels)), about, path, margin=1.1, legend_columns=2)
+    return sheet(panels, min(2, len(panels)), about, path, margin=1.2, legend_columns=3)
 
 
 def _curves(models: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -174,17 +197,25 @@ def _curves(models: Mapping[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def _color(variant: str) -> str:
-    return SERIES[2] if variant.startswith(OURS) else COLORS.get(variant, MUTED)
+def _look(variant: str) -> tuple[str, Any]:
+    """The colour of a model's family, and the line of one of its members."""
+    family, _, form = variant.partition(", ")
+    return COLORS.get(family, MUTED), LINES.get(form, "-.")
+
+
+def short(variant: str) -> str:
+    """The name of a model in a picture."""
+    return SHORT.get(variant, variant)
 
 
 def _paint_curves(axes: Axes, curves: Mapping[str, list[Any]]) -> None:
-    styles = itertools.cycle(("--", ":", "-.", (0, (1, 3)), "-"))  # of those in one colour
+    others = itertools.cycle(("-.", (0, (1, 3)), ":", "--"))
     for variant, points in curves.items():
-        late = [(tokens, loss) for tokens, loss in points if tokens > 0.05 * points[-1][0]]
-        color = _color(variant)
-        style: Any = next(styles) if color == MUTED else "-"
-        axes.plot(*zip(*late, strict=True), color=color, ls=style, lw=1.6, label=variant)
+        late = [(tokens, loss) for tokens, loss in points if tokens > 0.1 * points[-1][0]]
+        color, line = _look(variant)
+        style = next(others) if color == MUTED else line
+        width = 2.6 if variant == RECOMMENDED else 1.6
+        axes.plot(*zip(*late, strict=True), color=color, ls=style, lw=width, label=short(variant))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
     axes.set_xlabel("training tokens")
@@ -194,11 +225,11 @@ def _paint_curves(axes: Axes, curves: Mapping[str, list[Any]]) -> None:
 def _paint_ends(axes: Axes, models: Mapping[str, Any]) -> None:
     for y, (variant, (loss, of)) in enumerate(models.items()):
         for row in of:
-            axes.plot(row["eval_loss"], y, "o", ms=5, color=_color(variant))
+            axes.plot(row["eval_loss"], y, "o", ms=5, color=_look(variant)[0])
         axes.annotate(
             f"{loss:.3f}", (max(row["eval_loss"] for row in of), y), xytext=(7, 0),
-            textcoords="offset points", va="center", fontsize=9, color=_color(variant),
+            textcoords="offset points", va="center", fontsize=9, color=_look(variant)[0],
         )  # fmt: skip
-    name_lines(axes, list(models))
+    name_lines(axes, [short(model) for model in models])
     axes.margins(x=0.2)
     axes.set_xlabel("nats per token")

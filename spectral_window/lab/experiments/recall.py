@@ -34,15 +34,17 @@ from spectral_window.lab import results
 from spectral_window.lab.experiments import synthetic
 from spectral_window.lab.experiments.experiment import Experiment, Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
-from spectral_window.lab.figures import MUTED, PAPER, SERIES, Panel, sheet
+from spectral_window.lab.figures import INK, MUTED, PAPER, SERIES, Panel, sheet
 from spectral_window.lab.jobs import Log
 from spectral_window.nn.mixers import MIXERS
 
 OURS, PUBLISHED, TRANSFORMER = "SWH with memory", "SWH", "Transformer"
 CLOSING, SHIFTED = "SWH with memory, closing gate", "Transformer, shifted keys"
+CONVOLVED = "SWH with memory, short convolutions"
 LINEAR = ("gated_deltanet", "mamba2")
 MODELS: dict[str, dict[str, Any]] = {
     OURS: {"mixer": "memory"},
+    CONVOLVED: {"mixer": "memory", "short_convolution": True},
     CLOSING: {"mixer": "memory", "write_gate": "closing"},
     PUBLISHED: synthetic.MODELS["SWH"],
     TRANSFORMER: synthetic.MODELS["Transformer"],
@@ -54,6 +56,7 @@ COLORS = {
     SHIFTED: SERIES[3],
     **{MIXERS[name].label: color for name, color in zip(LINEAR, SERIES[4:], strict=True)},
     CLOSING: MUTED,
+    CONVOLVED: INK,
     OURS: SERIES[2],  # the last is painted on top
 }
 ROWS = {1: 2048, 4: 512, 32: 512, 256: 64, 1024: 32}  # of a test, by times the base length
@@ -77,7 +80,7 @@ class Ability:
     mixed: tuple[int, ...] = (1, 2, 4)
 
     def probe(self, model: str, training: str, seed: int) -> Probe:
-        reach = [k for k in self.reach if k not in FAR or model in (OURS, CLOSING)]
+        reach = [k for k in self.reach if k not in FAR or model in (OURS, CONVOLVED, CLOSING)]
         return Probe(
             self.task,
             synthetic.WELL_POSED_SHAPE | MODELS[model],
@@ -138,6 +141,8 @@ def stages(*, quick: bool = False) -> list[list[Trial[Probe]]]:
         (KNOWN, (CLOSING,), "fixed", synthetic.SEEDS),
         (HARDER, (CLOSING,), "mixed", first),
         (KNOWN, (OURS,), "fixed", others),
+        (KNOWN, (CONVOLVED,), "fixed", synthetic.SEEDS),
+        (HARDER, (CONVOLVED,), "mixed", first),
         (KNOWN, linear, "fixed", first),
         (HARDER, (PUBLISHED,), "mixed", first),
         (HARDER, (OURS,), "mixed", others),
