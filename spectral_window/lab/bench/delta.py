@@ -5,7 +5,7 @@
                   for each token, three times as many with the backward pass). One token: the two
                   steps, and a plain copy of the state, which a step must read and write
     memory_layer  prefill, decode and training step of the same model with the paper's layer and
-                  with the memory beside its window, of 1, 3, 6 and 12 heads
+                  with the memory beside its window: of 1, 3, 6 and 12 heads, and as recommended
 
 Queries and keys are of length 1, write gates sigmoids of N(0, 1), as in a layer. Before any time is
 taken the operators are held to the float64 recurrence, and the models to the same weights in
@@ -44,6 +44,7 @@ from spectral_window.lab.bench.operators import (
 )
 from spectral_window.lab.bench.roofline import multiply
 from spectral_window.lab.bench.timing import Call, Timing
+from spectral_window.nn.memory import recommended
 from spectral_window.ops import delta_memory
 from spectral_window.ops.methods import resolve, serving
 
@@ -51,6 +52,7 @@ LENGTHS, HEADS = (1024, 4096), (1, 6, 12)
 STEP = "one token"
 PRODUCT, COPY = "a product of as many multiply-adds", "a copy of the state"
 LAYER_HEADS = (1, 3, 6, 12)
+RECOMMENDED = "memory, recommended"
 LAYER_TRAIN = ((1, 1024), (1, 4096))  # (B, T)
 LAYER_PREFILL, LAYER_DECODE, CONTEXT = ((1024, 4), (4096, 2)), 12, 1000  # (T, layers); layers
 
@@ -168,12 +170,14 @@ SizedCalls = Iterator[tuple[dict[str, Call], dict[str, int]]]
 
 def models(layers: int, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
     """The paper's model, and the same with a memory: in evaluation mode."""
+    layers_of: dict[str, dict[str, Any]] = {"SWH": {}}
+    for heads in LAYER_HEADS[:1] if quick else LAYER_HEADS:
+        layers_of[model_name(heads)] = {"mixer": "memory", "memory_heads": heads}
+    layers_of[RECOMMENDED] = recommended(shape(layers, quick).hidden_size)
     built = {}
-    for heads in (0, *(LAYER_HEADS[:1] if quick else LAYER_HEADS)):
+    for name, more in layers_of.items():
         torch.manual_seed(0)
-        more: dict[str, Any] = {"mixer": "memory", "memory_heads": heads} if heads else {}
-        model = SWHForCausalLM(shape(layers, quick, **more))
-        built[model_name(heads) if heads else "SWH"] = nn.Module.to(model, dtype).eval()
+        built[name] = nn.Module.to(SWHForCausalLM(shape(layers, quick, **more)), dtype).eval()
     return built
 
 

@@ -239,7 +239,7 @@ def _memory_layer(groups: Rows) -> list[Panel]:
         rows = [
             row | {"heads": int(row["contestant"].split()[1]), "contestant": row["part"]}
             for row in _rows(groups, dtype)
-            if row["contestant"] != "SWH" and row.get("length") != 1024
+            if row["contestant"].partition(" ")[2][:1].isdigit() and row.get("length") != 1024
         ]
         panels.append(
             panel(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectral_window.lab.bench import Rows
-from spectral_window.lab.bench.delta import model_name
+from spectral_window.lab.bench.delta import RECOMMENDED
 from spectral_window.lab.bench.models import FAR, GEMMS, READING
 from spectral_window.lab.bench.operators import PASSES
 
@@ -244,9 +244,9 @@ TARGETS = (
     ),
     *(
         Target(
-            "layer with a memory of 6 heads against the paper's",
+            "recommended layer against the paper's",
             f"{what}: at most {bound:.2f} x", "memory_layer",
-            {"part": part, "contestant": model_name(6)}, dtype, at_most=bound,
+            {"part": part, "contestant": RECOMMENDED}, dtype, at_most=bound,
         )
         for part, what, bound in (
             ("train", "training step", 1.15), ("prefill", "prefill", 1.10),
