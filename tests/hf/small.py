@@ -15,7 +15,8 @@ VOCAB = 61
 
 
 def small_config(**fields: Any) -> SWHConfig:
-    """W = 5, so a few dozen tokens fill many chunks; weights wide enough that tokens matter."""
+    """W = 5, so a few dozen tokens fill many chunks; weights wide enough that tokens matter. The
+    memory has its short convolution, as it is recommended."""
     shape: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -23,6 +24,7 @@ def small_config(**fields: Any) -> SWHConfig:
         "num_attention_heads": 4,
         "window": 5,
         "initializer_range": 0.2,
+        "short_convolution": True,
     }
     return SWHConfig(**{**shape, **fields})
 
