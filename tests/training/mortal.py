@@ -22,6 +22,7 @@ import torch
 
 from spectral_window.cli import main
 from spectral_window.data.blocks import PackedBlocks
+from spectral_window.ops.context_parallel import ContextParallel
 from spectral_window.training import checkpoints, sharded, trainer
 from spectral_window.training.loop import Loop
 from spectral_window.training.rollcall import RollCall
@@ -34,6 +35,7 @@ PHASES = {
     "prepare": "before the text is prepared, or opened",
     "model": "before the model is built, or the checkpoint loaded",
     "step": "at the step's first collective",
+    "exchange": "before the step's act-th exchange of states or of their gradients",
     "update": "after the gradients were exchanged",
     "evaluate": "before an evaluation",
     "save": "in a save, before its at-th act on the disk",
@@ -98,6 +100,7 @@ def suffer(fate: Fate) -> None:
     """Let `fate` be asked at all moments of a training, and note its samples."""
     seen: list[int] = []
     acts = [0]  # of the save that is going on; 0 outside
+    exchanges = [0, 0]  # the step, and how many it had so far
 
     def note(blocks: PackedBlocks, index: int) -> None:
         if blocks.stream.name.startswith("train of "):
@@ -107,7 +110,12 @@ def suffer(fate: Fate) -> None:
         with (fate.folder / f"samples-{fate.rank}").open("a") as file:
             file.write(json.dumps([loop.step + 1, seen]) + "\n")
         seen.clear()
+        exchanges[:] = loop.step + 1, 0
         fate.at("step", loop.step + 1)
+
+    def exchange(*_: Any) -> None:
+        exchanges[1] += 1
+        fate.at("exchange", *exchanges)
 
     def on_disk(*args: Any, **kwargs: Any) -> None:
         if acts[0]:
@@ -128,6 +136,7 @@ def suffer(fate: Fate) -> None:
     before(trainer, "corpus_of", lambda *_: fate.at("prepare"))
     before(Loop, "__init__", lambda *_, **__: fate.at("model"))
     before(Loop, "_agree", step)
+    before(ContextParallel, "swap", exchange)
     before(Loop, "_clip", lambda loop, _: fate.at("update", loop.step + 1))
     before(Loop, "_evaluate", lambda loop: fate.at("evaluate", loop.step))
     before(sharded, "_write", lambda *_: fate.at("part"))

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS = 12
 LAST = f"checkpoints/step-{STEPS}"
 ACTS = 20  # on the disk, in every save
+EXCHANGES = 8  # of states, of a shared row in a step: 2 micro-batches, 2 layers, there and back
 
 
 def tensors(run: Path) -> dict[str, str]:
@@ -166,7 +167,10 @@ PLANS: dict[str, tuple[dict[str, Any], list[Misfortune]]] = {
     ),
     "parts of weights and rows": (
         {"shard": "full", "context_parallel": 2},
-        [Misfortune("part", rank=0), Misfortune("update", rank=1, step=7)],
+        [
+            Misfortune("part", rank=0),
+            Misfortune("update", rank=1, step=7),
+        ],
     ),
 }
 
@@ -203,13 +207,28 @@ def test_a_process_that_hangs_is_named_with_its_step_after_the_timeout(processes
 
 
 def test_a_process_that_is_killed_is_named_by_the_other_at_once(processes, recipe, tmp_path):
-    """The timeout is ten minutes."""
+    """The timeout is ten minutes. Here the first process holds the store, so its end ends that."""
     fated = Fated(tmp_path / "run", recipe, [Misfortune("update", rank=0, step=5)])
     first, second = fated.by_hand(processes)
     second.join()
     first.join()
     assert (first.exitcode, second.exitcode) == (-9, 6)
     assert "error: rank 1 lost " in fated.said(1)
+
+
+@pytest.mark.parametrize("act", [1, EXCHANGES], ids=["states", "gradients of states"])
+def test_a_process_that_is_killed_in_an_exchange_of_states_is_named(
+    processes, recipe, tmp_path, act
+):
+    """Such an exchange is within the forward or the backward pass, at no moment of the loop's."""
+    plan = [Misfortune("exchange", rank=1, step=5, act=act)]
+    fated = Fated(tmp_path / "run", recipe, plan, context_parallel=2)
+    first, second = fated.by_hand(processes)
+    first.join()
+    second.join()
+    assert fated.met == 1
+    assert (first.exitcode, second.exitcode) == (6, -9)
+    assert "error: rank 0 lost rank 1 of 2 at step 5: " in fated.said(0)
 
 
 def test_the_error_that_ends_one_process_ends_the_others_too(processes, recipe, tmp_path):
