@@ -281,24 +281,56 @@ def demo() -> str:
     return markdown([f"after {end['tokens']:,} tokens", *head], rows)
 
 
+HERE = "cpu/amd-epyc-znver3"  # the processor of the tables below
+
+
+def _rows(bench: str, **wanted: str) -> list[Row]:
+    """The rows of a bench of `HERE` that were measured and are as wanted."""
+    rows = (row for group in read(f"{HERE}/{bench}.json")["groups"] for row in group["rows"])
+    fits = wanted.items()
+    return [row for row in rows if row["status"] == "ok" and fits <= row.items()]
+
+
+def _times(row: Row) -> str:
+    """A row's time as a multiple of the first's of its size, with the spread."""
+    if row["ratio"] == row["ratio_p10"] == row["ratio_p90"] == 1:
+        return "1"
+    return f"{row['ratio']:.2f} ({row['ratio_p10']:.2f} to {row['ratio_p90']:.2f})"
+
+
 def sharded() -> str:
     """What a process holds, and the time of a step, with whole models and with parts."""
-    found = read("cpu/sharded.json")
+    rows = _rows("sharded", part="weights")
     kinds = ("parameters", "gradients", "moments")
-    low, middle, high = found["times"]
-    ratios = {"none": "1", "full": f"{middle:.2f} ({low:.2f} to {high:.2f})"}
-    rows = (
+    cells = (
         [
-            f"`shard={row['shard']}`",
+            f"`{row['contestant']}`",
             *(f"{row['bytes'][kind] / 1e6:.1f} MB" for kind in kinds),
             f"{sum(row['bytes'].values()) / 1e6:.1f} MB",
-            f"{1 / row['seconds']:.2f}",
-            ratios[row["shard"]],
+            f"{row['tokens_per_s']:,.0f}",
+            _times(row),
         ]
-        for row in found["rows"]
+        for row in rows
     )
-    count = f"{found['parameters']:,} parameters"
-    return markdown([count, *kinds, "together", "steps/s", "time of a step"], rows)
+    count = f"{rows[0]['parameters']:,} parameters"
+    return markdown([count, *kinds, "together", "tokens/s", "time of a step"], cells)
+
+
+def spans() -> str:
+    """A step on one long row, of one process and of two that share it."""
+    cells = (
+        [
+            f"{row['length']:,}",
+            f"`{row['contestant']}`" if "sent_bytes" in row else row["contestant"],
+            f"{row['tokens_per_s']:,.0f}",
+            _times(row),
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{row['sent_bytes'] / 1e6:.2f} MB" if "sent_bytes" in row else "-",
+        ]
+        for row in _rows("sharded", part="one row")
+    )
+    head = ["tokens of the row", "", "tokens/s", "time of a step"]
+    return markdown([*head, "a process adds at its peak", "states sent"], cells)
 
 
 def paper() -> str:
@@ -320,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling-models": scaling_models,
     "scaling-parts": scaling_parts,
     "sharded": sharded,
+    "spans": spans,
     "text": text,
     "text-longer": text_longer,
     "ablate-memory": ablate_memory,

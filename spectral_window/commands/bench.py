@@ -17,6 +17,7 @@ from spectral_window.files import write_json
 EXAMPLE = "bench decode --threads 1 --quick"
 TAGS = {
     "part": "{}",
+    "model": "{}",
     "length": "T {:,}",
     "context": "context {:,}",
     "window": "W {}",
@@ -34,8 +35,8 @@ def run(
         typer.Argument(
             metavar="[BENCH]...",
             help="spectral, window, prefill, decode, train, scaling, memory, memory_op, "
-            "memory_layer, serve, data, or all (the default). With --device cuda: ceilings, "
-            "spectral, window, train.",
+            "memory_layer, serve, data, sharded, or all (the default). With --device cuda: "
+            "ceilings, spectral, window, train.",
         ),
     ] = None,
     out: Annotated[
@@ -229,7 +230,7 @@ def _numbers(row: dict[str, Any]) -> tuple[str, str, str, str]:
         return "", "", "", f"error {row['error']:.1e}"
     if "slope" in row:
         return "", "", "", f"slope {row['slope']:.3f}"
-    if "peak_bytes" in row:
+    if "peak_bytes" in row and "milliseconds" not in row:
         beyond = f", {row['inputs']:.2f} x u beyond y" if "inputs" in row else ""
         return "", "", "", f"{format_bytes(row['peak_bytes'])}{beyond}"
     ratio = spread = more = ""
@@ -241,6 +242,11 @@ def _numbers(row: dict[str, Any]) -> tuple[str, str, str, str]:
         more = f"{row['tokens_per_s']:,.4g} tokens/s"
     if "MB_per_s_per_core" in row:
         more += f", {row['MB_per_s_per_core']:.3g} MB/s a core"
+    for key, what in (("peak_bytes", "at its peak"), ("sent_bytes", "sent")):
+        if key in row:
+            more += f", {format_bytes(row[key])} {what}"
+    if "bytes" in row:
+        more += f", {format_bytes(sum(row['bytes'].values()))} held"
     return f"{row['milliseconds']:,.4g}", ratio, spread, more
 
 

@@ -7,6 +7,7 @@
     memory_op, memory_layer     the delta-rule memory delta.py
     serve                       many texts at once    serve.py
     data                        text to tokens        data.py
+    sharded                     several processes     sharded.py
     roofline.py  what the hardware needs for the same products and bytes
     gpu_roofline.py  what a GPU must move and compute: counted, not measured
     timing.py    the measurement: interleaved, median and spread of ratios
@@ -57,11 +58,12 @@ BENCHES = {
     "memory_layer": "delta",
     "serve": "serve",
     "data": "data",
+    "sharded": "sharded",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What is about shape and not about speed, or has processes of its own, is measured once: with all
 # threads, in float32.
-ONCE = ("scaling", "memory", "data")
+ONCE = ("scaling", "memory", "data", "sharded")
 PRECISION = "auto"  # of float32 products: the fastest that is float32 on this processor
 
 Rows = list[dict[str, Any]]

@@ -109,12 +109,18 @@ def measure_peak(prepare: Callable[[int], Call], length: int, start: int) -> dic
     before it beyond the `start` bytes that the process had. A call at 64 tokens goes before."""
     prepare(64)()
     call = prepare(length)
-    gc.collect()
+    _give_back()
+    held = status("VmRSS") - start
+    return {"peak_bytes": added(call), "held_bytes": held}
+
+
+def added(call: Call) -> int:
+    """Bytes that a call adds to this process at its peak. Linux only: see RESET."""
     _give_back()
     RESET.write_text("5")  # forget the high-water mark
     before = status("VmRSS")
     call()
-    return {"peak_bytes": max(0, status("VmHWM") - before), "held_bytes": before - start}
+    return max(0, status("VmHWM") - before)
 
 
 Prepared = tuple[Callable[[int], Call], int, int]  # (size -> call, bytes of u or q, of the output)
@@ -166,6 +172,7 @@ def _train(job: dict[str, Any], dtype: torch.dtype) -> Prepared:
 
 def _give_back() -> None:
     """Return what earlier calls freed, so that the measured call cannot live in it unseen."""
+    gc.collect()
     with contextlib.suppress(AttributeError):  # glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 
