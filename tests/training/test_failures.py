@@ -168,8 +168,10 @@ PLANS: dict[str, tuple[dict[str, Any], list[Misfortune]]] = {
     "parts of weights and rows": (
         {"shard": "full", "context_parallel": 2},
         [
+            Misfortune("exchange", rank=1, step=2),
             Misfortune("part", rank=0),
             Misfortune("update", rank=1, step=7),
+            Misfortune("exchange", rank=0, step=9, act=EXCHANGES),
         ],
     ),
 }
