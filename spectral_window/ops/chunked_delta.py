@@ -133,7 +133,9 @@ def _documents(
     value = inputs[2].to(state.dtype)
     grid = documents.plan("chunked_delta", _cut)
     if not grid.total:  # padding alone: zeros
-        return value.masked_fill(torch.ones_like(value, dtype=torch.bool, device="cpu"), 0.0), state
+        return value.masked_fill(
+            torch.ones_like(value, dtype=torch.bool, device=value.device), 0.0
+        ), state
     heads, size, total = value.shape[2], grid.size, grid.total
 
     def cells(x: Tensor) -> Tensor:
@@ -267,7 +269,7 @@ def _over_chunks(
     rows = [count * heads for count in counts]
     if len(inputs) > 4:
         since = -inputs[4].cumsum(1)  # G_t
-        later = torch.ones_like(overlap, dtype=torch.bool, device="cpu").triu(1)
+        later = torch.ones_like(overlap, dtype=torch.bool, device=overlap.device).triu(1)
         between = (since - since.transpose(1, 2)).masked_fill(later, -torch.inf).exp()
         overlap, scores = overlap * between, scores * between
         written_keys, q = written_keys * since.exp(), q * since.exp()
