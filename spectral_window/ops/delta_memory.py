@@ -93,7 +93,9 @@ def delta_memory(
         (20.0, 30.0)
     """
     _check(q, k, v, beta, decay, state)
-    chosen = resolve("delta", method, q, k, v, beta, decay, state)
+    given = positions.positions if isinstance(positions, Documents) else positions
+    given = cu_seqlens if given is None else given
+    chosen = resolve("delta", method, q, k, v, beta, decay, state, given)
     documents = documents_after(state, positions, cu_seqlens, q)
     final_dtype = state_dtype(q.dtype)
     if not q.numel() or not v.numel():
@@ -250,6 +252,34 @@ def _few_keys(x: Tensor, *_: object) -> Reason:
     return "its kernels hold at most 256 channels of a key" if x.shape[-1] > 256 else None
 
 
+CHECKED = (32, 64, 128, 192)  # channels of a head for which tests check the machine code
+
+
+def _compiled_wrongly(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    beta: Tensor | None = None,
+    decay: Tensor | None = None,
+    state: Tensor | None = None,
+    positions: Tensor | None = None,
+    *_: object,
+) -> Reason:
+    """Reason of kernels that an old assembler compiles wrongly (see `triton_launch`), or may."""
+    sizes = {q.shape[-1], q.shape[-1] if v is None else v.shape[-1]}
+    checked = len(sizes) == 1 and sizes <= set(CHECKED) and q.dtype != torch.float16
+    if not q.is_cuda or (checked and positions is None):
+        return None
+    from spectral_window.ops.triton_launch import sound
+
+    if sound(q.device):
+        return None
+    return (
+        "on Hopper, documents, float16 and heads of other than 32, 64, 128 or 192 channels need "
+        "the assembler of CUDA 13: pip install 'spectral-window[gpu]'"
+    )
+
+
 _IN_NUMBA = numba_on_cpu(torch.float32, torch.bfloat16)
 
 enrol(
@@ -279,7 +309,7 @@ enrol(
         first_of(
             triton_on_gpu(torch.float32, torch.bfloat16, torch.float16), not_transformed, _few_keys
         ),
-        not_interpreted,
+        first_of(not_interpreted, _compiled_wrongly),
     ),
     Method(
         "chunked",

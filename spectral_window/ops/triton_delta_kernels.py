@@ -201,13 +201,22 @@ def finite(x, DOCS: tl.constexpr):
 
 
 @triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
 def spoil(result, x, gates, chunk, C: tl.constexpr, DOCS: tl.constexpr):
-    """`result` [C, *], NaN where a token sees one whose x in that column is not finite."""
+    """`result` [C, *], NaN where a token sees one whose x in that column is not finite.
+
+    The largest number of a segment that has lost a token, up to a token's place, is that of its own
+    segment if that has. (As a product of matrices this was compiled wrongly for Hopper by the
+    assembler of CUDA 12.8, see `triton_launch`.)
+    """
     if DOCS:
-        seen, _ = pairs(gates, chunk, C, True)
-        lost = tl.where(is_finite(x), 0.0, 1.0).to(tl.float16)
-        reached = tl.dot(tl.where(seen, 1.0, 0.0).to(tl.float16), lost)
-        result = tl.where(reached > 0.0, float("nan"), result)
+        own = gate(gates, chunk, SEGMENT, C)[:, None] + 1.0
+        lost = tl.associative_scan(tl.where(is_finite(x), 0.0, own), 0, larger)
+        result = tl.where(lost == own, float("nan"), result)
     return result
 
 

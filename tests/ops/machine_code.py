@@ -217,3 +217,94 @@ def touched_in_flight(code: str) -> list[str]:
                 if written & (result | operand) or read & result:
                     found.append(line)
     return found
+
+
+NOWHERE = frozenset({"nothing"})
+SHARED_MEMORY = {"SR_CgaCtaId", "SR_TID.X"}  # of the program, and a warp's part of it
+RESULTLESS = (
+    r"ST|RED|LDGSTS|LDGDEPBAR|[UIFHD]*SETP|U?PLOP3|VOTE\b|BAR|DEPBAR|WARP|MEMBAR|FENCE|ERRBAR|CCTL"
+    r"|BRA|BRX|BSSY|BSYNC|CALL|RET|EXIT|NOP|UTMA|SYNCS"
+)
+
+
+def astray(code: str) -> list[str]:
+    """Instructions that work with uniform registers in which nothing was written, and matrix
+    products of Hopper's (HGMMA) that would look for an operand elsewhere than in shared memory.
+
+    A product finds an operand by a descriptor in two uniform registers: a place, which counts from
+    the program's own shared memory (computed from SR_CgaCtaId, and SR_TID.X for a warp's part), and
+    sizes, which are constants. Both are followed back to what they were computed from: through the
+    code, and again with what the first round left, as a loop does. The assembler of CUDA 12.8
+    computes places of some products from registers in which nothing was written.
+    """
+    origins: dict[str, frozenset[str]] = {}  # of registers, and of places on the stack
+
+    def origin(operand: str, word: int = 0) -> frozenset[str]:
+        """What a word of an operand was computed from: special registers, "parameter", "memory";
+        nothing for a constant."""
+        if "c[" in operand:
+            return frozenset({"parameter"})
+        names = re.findall(r"\b(UR|R)(\d+)\b", operand)
+        each = (origins.get(f"{kind}{int(number) + word}", NOWHERE) for kind, number in names)
+        return frozenset().union(*each)
+
+    found: dict[str, None] = {}
+    for line in 2 * re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?) *;", code):
+        guard, name, rest = re.match(r"(@\S+ )?(\S+) ?(.*)", line.replace(".reuse", "")).groups()
+        operands = [operand.strip() for operand in rest.split(",")]
+        product = re.match(r"HGMMA.*?\.64x(\d+)x", name)
+        if product:
+            in_registers, first = re.search(r"R\d+, (R\d+, )?gdesc\[UR(\d+)\]", rest).groups()
+            for low in range(int(first) + (2 if in_registers else 0), int(first) + 4, 2):
+                place, sizes = origin(f"UR{low}"), origin(f"UR{low + 1}")
+                if not {"SR_CgaCtaId"} <= place <= SHARED_MEMORY or sizes:
+                    found[line] = None
+        if name.startswith("STL"):
+            stored = re.fullmatch(r"R(\d+)", operands[1])
+            for word in range(words(name)):
+                value = origin(operands[1], word) if stored else frozenset()
+                origins[f"stack {offset(operands[0]) + 4 * word}"] = value
+        if re.match(RESULTLESS, name):
+            continue
+        while operands and re.fullmatch(r"U?P[T\d]", operands[0]):  # a predicate as a result
+            del operands[0]
+        result = re.fullmatch(r"(UR|R)(\d+)", operands[0]) if operands else None
+        if not result:
+            continue
+        sources = operands[1:]
+        count = int(product[1]) // 2 if product else words(name)
+        values = []
+        for word in range(count):
+            apart = name.startswith("UIADD3.64")  # word by word
+            parts = [origin(each, word * apart) for each in sources]
+            if name[0] == "U" and any(part >= NOWHERE for part in parts):
+                found[line] = None
+            if product or re.match(r"LD[^LC]|ATOM|SHFL|REDUX", name):
+                value = frozenset({"memory"})
+            elif name.startswith("S2"):
+                value = frozenset(sources)
+            elif name.startswith("LDL"):
+                value = origins.get(f"stack {offset(sources[0]) + 4 * word}", NOWHERE)
+            elif re.fullmatch(r"U?LOP3\.LUT .*RZ, 0x3c, !U?PT", f"{name} {rest}"):
+                value = parts[0] ^ parts[1]  # three of these exchange two registers
+            else:
+                value = frozenset().union(*parts)
+            values.append(value)
+        for word, value in enumerate(values):
+            register = f"{result[1]}{int(result[2]) + word}"
+            before = origins.get(register, frozenset()) if guard else frozenset()
+            origins[register] = value | before
+    return list(found)
+
+
+def words(name: str) -> int:
+    """The registers of an instruction's result."""
+    if re.search(r"\.128|M88\.4", name):
+        return 4
+    return 2 if re.search(r"\.64\b|WIDE|M88\.2|^CS2R$", name) else 1
+
+
+def offset(place: str) -> int:
+    """The place on the stack: [R1+0x10] is 16."""
+    found = re.search(r"\+0x([0-9a-f]+)", place)
+    return int(found[1], 16) if found else 0

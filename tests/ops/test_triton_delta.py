@@ -14,7 +14,8 @@ import torch
 
 from spectral_window.errors import UserError
 from spectral_window.ops import delta_memory, resolve
-from tests.ops.machine_code import machine_code, touched_in_flight
+from spectral_window.ops.delta_memory import CHECKED
+from tests.ops.machine_code import astray, machine_code, touched_in_flight
 from tests.ops.test_triton_window import PRODUCTS, SHORT, TARGETS, in_interpreter
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -37,7 +38,7 @@ def test_a_cpu_takes_no_gpu_method(monkeypatch):
 
 def test_a_gpu_takes_the_kernels_and_says_why():
     class OnGPU:
-        shape, dtype, device = (1, 5, 1, 4), torch.bfloat16, torch.device("cuda")
+        shape, dtype, device = (1, 5, 1, 64), torch.bfloat16, torch.device("cuda")
         is_cuda = True
 
         def dim(self):
@@ -50,6 +51,36 @@ def test_a_gpu_takes_the_kernels_and_says_why():
     choice = resolve("delta", "auto", OnGPU())
     assert choice.name == "chunked"
     assert "256" in dict(choice.passed)["triton"]
+
+
+def test_what_an_old_assembler_compiles_wrongly_is_left_to_plain_torch(monkeypatch):
+    """On Hopper; unless the kernels are asked for by name."""
+    from spectral_window.ops import triton_launch
+
+    class OnHopper:
+        device, is_cuda = torch.device("cuda"), True
+
+        def __init__(self, channels, dtype):
+            self.shape, self.dtype = (1, 70, 1, channels), dtype
+
+        def dim(self):
+            return 4
+
+    def choice(method="auto", key=128, value=128, documents=False, dtype=torch.float32):
+        q, v = OnHopper(key, dtype), OnHopper(value, dtype)
+        given = torch.arange(70)[None] if documents else None
+        return resolve("delta", method, q, q, v, None, None, None, given)
+
+    monkeypatch.setattr(triton_launch, "sound", lambda device: False)
+    sizes = {"value": 16}, {"key": 40, "value": 40}, {"dtype": torch.float16}
+    for affected in ({"documents": True}, *sizes):
+        chosen = choice(**affected)
+        assert chosen.name == "chunked"
+        assert "spectral-window[gpu]" in dict(chosen.passed)["triton"]
+        assert choice("triton", **affected).name == "triton"
+    assert {choice(key=size, value=size).name for size in CHECKED} == {"triton"}
+    monkeypatch.setattr(triton_launch, "sound", lambda device: True)
+    assert choice(documents=True).name == choice(value=16).name == "triton"
 
 
 def test_the_dry_run_walks_every_part_of_the_bench():
@@ -81,8 +112,8 @@ OPERANDS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "states", "writes")
 OPERANDS += ("d_states", "d_writes", "entering")
 
 
-def build(name, target, dtype=torch.bfloat16, key=128, value=128, decay=False, docs=False):
-    """(compiled kernel, its tiles), as a call with these inputs would have it."""
+def build(name, target, dtype=torch.bfloat16, key=128, value=128, decay=False, docs=False, rows=96):
+    """(compiled kernel, its tiles), as a call with these inputs would have it; rows: B times H."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -92,7 +123,7 @@ def build(name, target, dtype=torch.bfloat16, key=128, value=128, decay=False, d
     files = triton_delta_kernels, triton_delta_gradients
     kernel = next(getattr(file, name) for file in files if hasattr(file, name))
     wide = dtype == torch.float32
-    cut = tiles(name, 96, key, value, wide)
+    cut = tiles(name, rows, key, value, wide)
     how = "ieee" if target == "gfx942" else "tf32x3" if wide else "tf32"
     constants = {"H": 6, "K": key, "V": value, "KB": cut.keys, "VB": cut.columns, "C": CHUNK}
     constants |= {"DECAY": decay, "DOCS": docs, "GATED": decay or docs, "GIVEN": True}
@@ -142,7 +173,9 @@ def check_compiled(name, target, **about):
         assert PRODUCTS[target] in text, "products by tensor cores"
     assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg\.shared\.global", text), "128-bit loads"
     assert ".f64" not in text
-    assert touched_in_flight(machine_code(compiled)) == []
+    code = machine_code(compiled)
+    assert touched_in_flight(code) == []
+    assert astray(code) == []
 
 
 def test_a_register_that_is_used_again_too_early_would_show():
@@ -153,6 +186,51 @@ def test_a_register_that_is_used_again_too_early_would_show():
         assert touched_in_flight("\n".join((product, again, ended))) == [f"{line} "]
         assert touched_in_flight("\n".join((product, ended, again))) == []
     assert touched_in_flight("\n".join((product, "/*0020*/ STS [R3], R56 ;", ended))) == []
+
+
+MISCOMPILED = """
+    /*0000*/ S2UR UR4, SR_CgaCtaId ;
+    /*0010*/ UMOV UR6, 0x400 ;
+    /*0020*/ ULEA UR6, UR4, UR6, 0x18 ;
+    /*0030*/ USHF.R.U32.HI UR28, URZ, 0x4, UR6 ;
+    /*0040*/ USGXT.U32 UR28, UR28, 0xe ;
+    /*0050*/ UIADD3 UR39, UP0, UR39, 0x40, URZ ;
+    /*0060*/ UIADD3.X UR42, UR42, -0x7fffffe0, URZ, UP0, !UPT ;
+    /*0070*/ IMAD.U32 R156, RZ, RZ, UR39 ;
+    /*0080*/ IMAD.U32 R157, RZ, RZ, UR42 ;
+    /*0090*/ STL.64 [R1+0x10], R156 ;
+    /*00a0*/ CS2R R156, SRZ ;
+    /*00b0*/ LDL.64 R156, [R1+0x10] ;
+    /*00c0*/ R2UR UR46, R156 ;
+    /*00d0*/ R2UR UR47, R157 ;
+    /*00e0*/ HGMMA.64x32x16.F32 R24, R88, gdesc[UR44].tnspB, R24, gsb0 ;
+"""  # what `scan` was compiled to, shortened: its second product looks nowhere
+
+
+def test_a_product_that_looks_for_its_operand_elsewhere_would_show():
+    """The assembler of CUDA 12.8 left out that UR39 begins as UR28 and UR42 as 0."""
+    product = MISCOMPILED.splitlines()[-1].split("*/ ")[1].removesuffix(" ;")
+    found = astray(MISCOMPILED)
+    assert found[-1] == product
+    assert [line.split()[1] for line in found] == ["UR39,", "UR42,", "R24,"]
+    started = MISCOMPILED.replace("UP0, UR39,", "UP0, UR28,").replace("UR42, UR42,", "UR42, URZ,")
+    assert astray(started) == []
+    stale = "/*0000*/ S2UR UR39, SR_CTAID.X ;\n/*0008*/ UMOV UR42, URZ ;" + MISCOMPILED
+    assert astray(stale) == [product]  # left from something else, so written
+    assert astray(started.replace("[R1+0x10], R156", "[R1+0x20], R156"))[-1] == product
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("docs", [False, True])
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", CHECKED)
+def test_products_find_their_operands(name, dtype, size, docs):
+    """Of few rows too, which have tiles of their own."""
+    for rows in (96, 1) if name in ("scan", "retreat") else (96,):
+        about = {"dtype": dtype, "key": size, "value": size, "rows": rows}
+        compiled, _ = build(name, "sm_90", decay=True, docs=docs, **about)
+        assert astray(machine_code(compiled)) == [], rows
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -22,10 +22,12 @@ from tests.ops.machine_code import (
     F32,
     REGISTERS,
     TARGETS,
+    astray,
     build,
     check_no_spill,
     count,
     loops,
+    machine_code,
     module_of,
     moved,
     moved_outside,
@@ -189,6 +191,8 @@ def check_compiled(name, target, **about):
         assert groups in text, "products by tensor cores"
     if name == "find_turns":
         return
+    if target == "sm_90":
+        assert astray(machine_code(kernel)) == []
     if products or about.get("size", 64) >= 64:  # else a tile has fewer bytes for each thread
         wide = r"ld\.global\S*\.v4|cp\.async\.cg\.shared\.global"
         assert re.search(wide, text), "128-bit loads"
