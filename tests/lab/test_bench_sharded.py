@@ -34,6 +34,15 @@ def test_a_step_with_another_loss_or_gradient_gets_no_time():
 
 
 def test_a_failure_of_the_processes_is_named(monkeypatch):
+    """torchrun's own last words, which say nothing, were named instead."""
+    said = """[rank1]: Traceback (most recent call last):
+[rank1]: ValueError: surprise: 3
+[rank0]: RuntimeError: Connection closed by peer
+W1127 00:19:08.715000 880 torch/distributed/elastic/api.py:1028] Sending process 1 closing signal
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+"""
+    assert sharded.first_error(said) == "[rank1]: ValueError: surprise: 3"
+    assert sharded.first_error("") == "it said nothing"
     monkeypatch.setattr(sharded, "__name__", "spectral_window.nothing")
     with pytest.raises(ResourceError, match=r"No module named .*one of 2 processes"):
         sharded.bench_sharded(torch.float32, quick=True)

@@ -53,6 +53,7 @@ VOCABULARY = 4096
 BAR = 2e-5  # of the relative error of a loss, or of the norm of a gradient
 _ENOUGH = ""  # instead of the name of a step
 _ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b")
+_TORCHRUN = re.compile(r"^[WE]\d{4} .*(?:closing signal|failed \(exitcode)", re.MULTILINE)
 
 Result = tuple[float, float]  # of a step in one process: its part of the loss, the gradient's norm
 
@@ -75,10 +76,19 @@ def bench_sharded(dtype: torch.dtype, quick: bool) -> list[Row]:
             text=True,
         )
         if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            said = next(filter(_ERROR.match, lines), (lines or ["it said nothing"])[-1])
-            raise ResourceError(f"{said[:200]} (bench sharded, one of {PROCESSES} processes)")
+            said = first_error(done.stderr)
+            raise ResourceError(f"{said} (bench sharded, one of {PROCESSES} processes)")
         return json.loads(out.read_text(encoding="utf-8"))
+
+
+def first_error(said: str) -> str:
+    """Return the line by which the first process that failed names its error.
+
+    Args:
+        said: the errors of a torchrun: those of its processes, and then its own about them.
+    """
+    lines = _TORCHRUN.split(said)[0].strip().splitlines() or ["it said nothing"]
+    return next(filter(_ERROR.match, lines), lines[-1])[:200]
 
 
 # ------------------------------------------------------------------------------- in each process
