@@ -40,6 +40,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # ------------------------------------------------------------------------------- memory and recall
 
 TASKS = ("Recall, 4 pairs", "Needle", "Induction")
+CONVOLVED = "SWH with memory, short convolutions"
 
 
 def _share(model: str, training: str, task: str, times: int) -> str:
@@ -58,7 +59,7 @@ def _share(model: str, training: str, task: str, times: int) -> str:
 def recall() -> str:
     """Right answers at 32 times the length of training."""
     models = {
-        "SWH with memory": ("SWH with memory", "fixed"),
+        "SWH with memory": (CONVOLVED, "fixed"),
         "SWH as published": ("SWH", "fixed"),
         "Transformer": ("Transformer", "fixed"),
         "Transformer, trained at 32 to 256": ("Transformer", "mixed"),
@@ -68,11 +69,16 @@ def recall() -> str:
 
 
 def recall_far() -> str:
-    """Right answers of both write gates at 32, 256 and 1,024 times the length of training."""
-    gates = {"": "SWH with memory", ", closing gate": "SWH with memory, closing gate"}
+    """Right answers of three forms of the memory at 32, 256 and 1,024 times the length of
+    training."""
+    forms = {
+        "": CONVOLVED,
+        ", without short convolution": "SWH with memory",
+        ", without it, closing gate": "SWH with memory, closing gate",
+    }
     rows = (
-        [f"{times * 32:,}{gate}", *(_share(model, "fixed", task, times) for task in TASKS)]
-        for gate, model in gates.items()
+        [f"{times * 32:,}{form}", *(_share(model, "fixed", task, times) for task in TASKS)]
+        for form, model in forms.items()
         for times in (32, 256, 1024)
     )
     return markdown(["trained at 32 tokens, asked at", *(task.lower() for task in TASKS)], rows)
