@@ -215,8 +215,8 @@ def test_sections_that_two_processes_wrote_outlive_a_kill_and_are_those_of_one(
     killed = python("-c", KILLED, library / "a.jsonl", tmp_path / "t")
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "t").exists()
-    kept = [path.parent for path in (tmp_path / ".t.sections").glob("*/section.json")]
-    assert len(kept) >= 3
+    kept = [path.parent for path in (tmp_path / ".t.sections").glob("[!.]*/section.json")]
+    assert len(kept) >= 3  # one that was being renamed does not count
     damaged = kept.pop()
     tokens = damaged / "train.tokens"
     tokens.write_bytes(tokens.read_bytes()[:-1] + b"x")

@@ -75,11 +75,9 @@ def test_two_thousand_sequences_are_asked_at_the_base_length_and_memories_at_102
         mqar = trial.run.task == "mqar"
         assert max(k for k in tests if k not in recall.FAR) == (4 if mqar else 32)
         far = [test.length for k, test in tests.items() if k in recall.FAR]
-        wanted = trial.labels["model"] in (recall.OURS, recall.CLOSING) and trial.run.task in (
-            "needle",
-            "induction",
-            "recall",
-        )
+        ours = recall.OURS, recall.CONVOLVED, recall.CLOSING
+        tasks = "needle", "induction", "recall"
+        wanted = trial.labels["model"] in ours and trial.run.task in tasks
         assert far == ([8192, 32_768] if wanted and trial.labels["ability"] in recall.KNOWN else [])
 
 
