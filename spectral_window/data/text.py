@@ -362,7 +362,7 @@ class _Texts:
         """
         rows = {name: row for name, *row in self.identity}
         text = self.text
-        held_out = hashlib.sha256(text.held_out).hexdigest()
+        held_out = hashlib.sha256(text.held_out.tobytes()).hexdigest()
         settings = [asdict(text.options), held_out, text.reader is None, split, chat]
         coder = [plain_text(tokenizer).to_str(), tokenizer.eos_token_id]
         made = shards.digest([shards.SCHEMA, settings, coder])

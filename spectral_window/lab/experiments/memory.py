@@ -31,7 +31,7 @@ NEAREST = {name: lm.VARIANTS[name] for name in lm.BOTH} | {
     "SWH with memory": {"mixer": "memory"},
     "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
 }
-CONVOLVED = {  # the recommended layer is the second
+CONVOLVED: dict[str, dict[str, Any]] = {  # the recommended layer is the second
     "SWH with memory, short convolutions": {"mixer": "conv_memory"},
     "SWH with memory, short convolutions, W = 128": {"mixer": "conv_memory", "window": 128},
 }

@@ -49,7 +49,8 @@ MODELS: dict[str, dict[str, Any]] = {
     PUBLISHED: synthetic.MODELS["SWH"],
     TRANSFORMER: synthetic.MODELS["Transformer"],
     SHIFTED: {"mixer": "attention", "shifted_keys": True},
-} | {MIXERS[name].label: {"mixer": name} for name in LINEAR}
+    **{MIXERS[name].label: {"mixer": name} for name in LINEAR},
+}
 COLORS = {
     PUBLISHED: SERIES[0],
     TRANSFORMER: SERIES[1],
