@@ -266,19 +266,19 @@ print(peaks.pop(os.getpid()), max(peaks.values(), default=0))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of another process is in /proc")
 @pytest.mark.parametrize(
-    ("tokenizer", "words", "workers"),
-    [("gpt2", 900, 2), ("gpt2", 900, 1), ("bytes", 6, 2)],
+    ("tokenizer", "words", "workers", "more"),
+    [("gpt2", 900, 2, 200), ("gpt2", 900, 1, 200), ("bytes", 6, 2, 100)],
 )
 def test_memory_is_constant_in_the_size_of_the_text_in_every_process(
-    tmp_path, tokenizer, words, workers
+    tmp_path, tokenizer, words, workers, more
 ):
-    """Peak MiB of this process and of the largest worker, for 200 MB of text against 40 MB; where
-    documents are small, a fifth of both. It is VmHWM, which a process has from its own start:
-    ru_maxrss is inherited from whoever started it, and was that of the tests that wrote the text.
+    """Peak MiB of this process and of the largest worker, for `more` MB of text against 40 MB, of
+    long and of short documents. It is VmHWM, which a process has from its own start: ru_maxrss is
+    inherited from whoever started it, and was that of the tests that wrote the text.
     """
     rng, peaks = np.random.default_rng(0), []
-    for size in (40, 200):
-        path, left = tmp_path / f"{size}.jsonl", size * (1_000_000 if words > 99 else 200_000)
+    for size in (40, more):
+        path, left = tmp_path / f"{size}.jsonl", size * 1_000_000
         with open(path, "w") as file:  # no two documents are equal
             while left > 0:
                 texts = map(" ".join, rng.choice(WORDS, (90_000 // words, words)))
@@ -290,6 +290,7 @@ def test_memory_is_constant_in_the_size_of_the_text_in_every_process(
             check=True,
         )
         peaks.append(list(map(int, done.stdout.split())))
+    assert [peak > 0 for peak in peaks[0]] == [True, workers > 1]  # else nothing is compared
     assert all(large - small < 64 for small, large in zip(*peaks, strict=True)), peaks
 
 
