@@ -10,9 +10,8 @@ all, so a difference is the mixer's; `models.py` has whole models.
     rg_lru           RecurrentGemma's gated linear recurrence (Griffin)
     gated_deltanet   Qwen3-Next's gated delta rule
     kimi_delta       Kimi Linear's delta rule with a decay per channel
-    conv_memory      our memory with short_convolution=true, as results name it: no baseline
 
-All but the first and the last are transformers' own modules, made from its configs at the
+All but the first are transformers' own modules, made from its configs at the
 proportions that those have by default, in plain torch where their kernels are missing. Maps start
 as all maps here do (`initializer_range`), everything else as their library starts it. They read
 whole rows of one document, and nothing generates with them. Importing this file registers them:
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel
 
 from spectral_window.errors import UserError
 from spectral_window.nn.attention import AttentionMixer
-from spectral_window.nn.memory import MemoryMixer, ShortConvolution
+from spectral_window.nn.memory import TAPS, ShortConvolution
 from spectral_window.nn.mixers import MIXERS, ROPE_THETA, Mixer, register
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.methods import resolve
@@ -76,11 +75,15 @@ class Baseline(Mixer):
     def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
         return no_state(torch.empty(batch_size, 0, dtype=dtype, device=device))
 
+    def state_numbers(self, context: int) -> int:
+        """Numbers that a decoder of this mixer has to hold after `context` tokens."""
+        raise NotImplementedError
+
     def state_bytes(
         self, context: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32
     ) -> int:
-        """0: nothing is held for a next token."""
-        return 0
+        """What a decoder of it has to hold for the next token; this one holds nothing."""
+        return batch_size * self.state_numbers(context) * dtype.itemsize
 
     def flops_per_token(self, context: int) -> int:
         """Its maps' alone."""
@@ -125,8 +128,14 @@ class Mamba2(Borrowed):
             head_dim=dim // heads,
             num_heads=2 * heads,
             n_groups=1,
+            chunk_size=32,  # of plain torch, whose memory grows with it; the function is the same
         )
         return library.Mamba2Mixer(self.inner_config, 0), library.Mamba2PreTrainedModel
+
+    def state_numbers(self, context: int) -> int:
+        inner = self.inner
+        recurrent = inner.intermediate_size * inner.ssm_state_size
+        return recurrent + (inner.conv_kernel_size - 1) * inner.conv_dim
 
 
 @register("rg_lru")
@@ -148,6 +157,9 @@ class RgLru(Borrowed):
         positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
         positions = positions.expand(x.shape[0], -1)
         return self.inner(x, positions, None, use_cache=False)[0]
+
+    def state_numbers(self, context: int) -> int:
+        return self.inner.conv1d_width * self.inner.lru_width
 
 
 @register("gated_deltanet")
@@ -171,6 +183,11 @@ class GatedDeltaNet(Borrowed):
         layer = library.Qwen3NextGatedDeltaNet(self.inner_config, 0)
         return layer, library.Qwen3NextPreTrainedModel
 
+    def state_numbers(self, context: int) -> int:
+        inner = self.inner
+        recurrent = inner.value_dim * inner.head_k_dim
+        return recurrent + (inner.conv_kernel_size - 1) * inner.conv_dim
+
 
 @register("kimi_delta")
 class KimiDelta(Borrowed):
@@ -191,6 +208,10 @@ class KimiDelta(Borrowed):
         layer = library.KimiLinearDeltaAttention(self.inner_config, 0)
         return layer, library.KimiLinearPreTrainedModel
 
+    def state_numbers(self, context: int) -> int:
+        inner = self.inner
+        return inner.qkv_dim * inner.head_dim + (inner.conv_kernel_size - 1) * inner.conv_dim
+
 
 @register("short_conv")
 class GatedConvolution(Borrowed):
@@ -205,6 +226,9 @@ class GatedConvolution(Borrowed):
             hidden_size=dim, num_hidden_layers=1, layer_types=["conv"]
         )
         return library.Lfm2ShortConv(self.inner_config, 0), library.Lfm2PreTrainedModel
+
+    def state_numbers(self, context: int) -> int:
+        return (self.inner.conv_kernel_size - 1) * self.hidden_size
 
 
 def convolutions(mixer: Mixer) -> list[ShortConvolution]:
@@ -246,30 +270,8 @@ class ConvAttention(Baseline):
         convolution = getattr(self, f"{each}_conv")
         return convolution.convolve(mapped, state=None, positions=None, method="auto")[0]
 
-
-@register("conv_memory")
-class ConvMemory(MemoryMixer):
-    """`memory` with short_convolution=true, written down a second time as it was before that option
-    existed: results have its name. It has no state to continue from."""
-
-    label = "SWH with memory, short convolutions"
-    constant_state = False  # long rows are not read in segments
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.q_conv, self.k_conv, self.v_conv = convolutions(self)
-
-    def _local(
-        self, projected: list[Tensor], documents: Documents | None, state: Any
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        refuse_state(self, documents, state)
-        *qkv, gates = projected
-        filters = self.q_conv, self.k_conv, self.v_conv
-        q, k, v = (
-            each.convolve(x, state=None, positions=None, method="auto")[0]
-            for each, x in zip(filters, qkv, strict=True)
-        )
-        return super()._local([q, k, v, gates], None, None)
+    def state_numbers(self, context: int) -> int:
+        return (2 * context + 3 * (TAPS - 1)) * self.hidden_size
 
 
 BASELINES = tuple(name for name, mixer in MIXERS.items() if issubclass(mixer, Baseline))

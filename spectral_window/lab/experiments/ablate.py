@@ -58,11 +58,16 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 MEMORY: dict[str, Any] = {"mixer": "memory"}
+CONVOLVED: dict[str, Any] = MEMORY | {"short_convolution": True}
 VARIANT: dict[str, Any] = {"mixer": "memory_variant"}
 BEYOND: dict[str, dict[str, dict[str, Any]]] = {
     "memory": {
         "no memory (paper)": PAPER,
         "memory": MEMORY,
+        "short convolution": CONVOLVED,
+        "short convolution, W = 128": CONVOLVED | {"window": 128},
+        "short convolution, gate that closes": CONVOLVED | {"write_gate": "closing"},
+        "short convolution, no convolution branch": CONVOLVED | {"branches": ("window",)},
         "write gate that closes": MEMORY | {"write_gate": "closing"},
         "2 heads": MEMORY | {"memory_heads": 2},
         "4 heads": MEMORY | {"memory_heads": 4},

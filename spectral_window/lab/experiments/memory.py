@@ -32,8 +32,12 @@ NEAREST = {name: lm.VARIANTS[name] for name in lm.BOTH} | {
     "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
 }
 CONVOLVED: dict[str, dict[str, Any]] = {  # the recommended layer is the second
-    "SWH with memory, short convolutions": {"mixer": "conv_memory"},
-    "SWH with memory, short convolutions, W = 128": {"mixer": "conv_memory", "window": 128},
+    "SWH with memory, short convolutions": {"mixer": "memory", "short_convolution": True},
+    "SWH with memory, short convolutions, W = 128": {
+        "mixer": "memory",
+        "short_convolution": True,
+        "window": 128,
+    },
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     **NEAREST,

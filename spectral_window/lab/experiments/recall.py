@@ -1,8 +1,10 @@
 """What a memory recalls: the well-posed tasks and harder ones, at up to 1,024 times the length.
 
-Models of equal size: the paper's SWH, SWH with a memory (`nn/memory.py`) whose write gate is a
-sigmoid or one that can close, a Transformer, one with the memory's trick, keys of the token before
-(`nn/attention.py`), and linear models that others use (`baselines/mixers.py`).
+Models of equal size: the paper's SWH; SWH with a memory (`nn/memory.py`), with and without its
+short convolution, and with a write gate that is a sigmoid or one that can close; a Transformer, one
+with the memory's trick, keys of the token before (`nn/attention.py`), and one with short
+convolutions; linear models that others use (`baselines/mixers.py`); and, on tasks that count, a
+memory whose write can reflect the state (`variants.py`).
 
 On the tasks of the suite `synthetic` its rows stand for the paper's SWH and the Transformer,
 trained on 2 to 5 times as many sequences as the others are here. "mixed" models have seen longer
@@ -34,31 +36,45 @@ from spectral_window.lab import results
 from spectral_window.lab.experiments import synthetic
 from spectral_window.lab.experiments.experiment import Experiment, Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
-from spectral_window.lab.figures import INK, MUTED, PAPER, SERIES, Panel, sheet
+from spectral_window.lab.figures import MUTED, SERIES, Panel, sheet
 from spectral_window.lab.jobs import Log
 from spectral_window.nn.mixers import MIXERS
 
 OURS, PUBLISHED, TRANSFORMER = "SWH with memory", "SWH", "Transformer"
 CLOSING, SHIFTED = "SWH with memory, closing gate", "Transformer, shifted keys"
 CONVOLVED = "SWH with memory, short convolutions"
-LINEAR = ("gated_deltanet", "mamba2")
+BOTH = "SWH with memory, short convolutions, closing gate"
+REFLECTING = "SWH with memory, reflecting"
+CONVOLVED_TRANSFORMER = MIXERS["conv_attention"].label
+LINEAR = {
+    MIXERS[name].label: {"mixer": name}
+    for name in ("gated_deltanet", "kimi_delta", "mamba2", "rg_lru")
+}
 MODELS: dict[str, dict[str, Any]] = {
-    OURS: {"mixer": "memory"},
     CONVOLVED: {"mixer": "memory", "short_convolution": True},
+    BOTH: {"mixer": "memory", "short_convolution": True, "write_gate": "closing"},
+    OURS: {"mixer": "memory"},
     CLOSING: {"mixer": "memory", "write_gate": "closing"},
+    REFLECTING: {"mixer": "memory_variant", "reflects": True},
     PUBLISHED: synthetic.MODELS["SWH"],
     TRANSFORMER: synthetic.MODELS["Transformer"],
     SHIFTED: {"mixer": "attention", "shifted_keys": True},
-    **{MIXERS[name].label: {"mixer": name} for name in LINEAR},
+    CONVOLVED_TRANSFORMER: {"mixer": "conv_attention"},
+    **LINEAR,
 }
-COLORS = {
-    PUBLISHED: SERIES[0],
-    TRANSFORMER: SERIES[1],
-    SHIFTED: SERIES[3],
-    **{MIXERS[name].label: color for name, color in zip(LINEAR, SERIES[4:], strict=True)},
-    CLOSING: MUTED,
-    CONVOLVED: INK,
-    OURS: SERIES[2],  # the last is painted on top
+MEMORIES = (CONVOLVED, BOTH, OURS, CLOSING)  # read in segments, so asked FAR too
+RIVALS = (PUBLISHED, TRANSFORMER, SHIFTED, CONVOLVED_TRANSFORMER)
+LOOKS: dict[str, tuple[str, Any]] = {  # colour and line; the last is painted on top
+    PUBLISHED: (SERIES[0], "-"),
+    TRANSFORMER: (SERIES[1], "-"),
+    SHIFTED: (SERIES[1], "-."),
+    CONVOLVED_TRANSFORMER: (SERIES[1], "--"),
+    **dict(zip(LINEAR, ((color, "-") for color in (*SERIES[3:], MUTED)), strict=True)),
+    REFLECTING: (SERIES[2], ":"),
+    OURS: (SERIES[2], "-."),
+    CLOSING: (SERIES[2], (0, (1, 3))),
+    BOTH: (SERIES[2], "--"),
+    CONVOLVED: (SERIES[2], "-"),
 }
 ROWS = {1: 2048, 4: 512, 32: 512, 256: 64, 1024: 32}  # of a test, by times the base length
 FAR = (256, 1024)  # for the memories alone
@@ -81,7 +97,7 @@ class Ability:
     mixed: tuple[int, ...] = (1, 2, 4)
 
     def probe(self, model: str, training: str, seed: int) -> Probe:
-        reach = [k for k in self.reach if k not in FAR or model in (OURS, CONVOLVED, CLOSING)]
+        reach = [k for k in self.reach if k not in FAR or model in MEMORIES]
         return Probe(
             self.task,
             synthetic.WELL_POSED_SHAPE | MODELS[model],
@@ -127,38 +143,26 @@ ABILITIES = KNOWN | HARDER | HARDEST | MORE
 def stages(*, quick: bool = False) -> list[list[Trial[Probe]]]:
     """The suite, what decides most first; `quick` shows the way and no result: ten steps of each
     model on one task."""
-    every = (OURS, PUBLISHED, TRANSFORMER, SHIFTED)
     if quick:
-        few = [*_trials(("Gap of 1 to 4",), every, "fixed", (0,))]
+        few = _trials(("Gap of 1 to 4",), (CONVOLVED, *RIVALS), "fixed", (0,))
         return [[dataclasses.replace(t, run=synthetic.shorten(t.run)) for t in few]]
-    first, others = synthetic.SEEDS[:1], synthetic.SEEDS[1:]
+    every, first = synthetic.SEEDS, synthetic.SEEDS[:1]
     long = [name for name, ability in KNOWN.items() if FAR[0] in ability.reach]
-    rest = (PUBLISHED, TRANSFORMER, SHIFTED)
-    linear = tuple(MIXERS[name].label for name in LINEAR)
+    hard = [*HARDER, *HARDEST]
     plan: list[tuple[Collection[str], Sequence[str], str, Sequence[int]]] = [
-        (KNOWN, (OURS,), "fixed", first),
-        (HARDER, (OURS,), "mixed", first),
-        (HARDER, (TRANSFORMER,), "mixed", first),
-        (KNOWN, (CLOSING,), "fixed", synthetic.SEEDS),
-        (HARDER, (CLOSING,), "mixed", first),
-        (KNOWN, (OURS,), "fixed", others),
-        (KNOWN, (CONVOLVED,), "fixed", synthetic.SEEDS),
-        (HARDER, (CONVOLVED,), "mixed", first),
-        (KNOWN, linear, "fixed", first),
-        (HARDER, (PUBLISHED,), "mixed", first),
-        (HARDER, (OURS,), "mixed", others),
-        (HARDER, (SHIFTED,), "mixed", first),
-        (KNOWN, (SHIFTED,), "fixed", first),
-        (HARDEST, every, "mixed", first),
-        (long, (OURS,), "mixed", first),
-        (HARDER, rest, "mixed", others),
-        (MORE, every, "mixed", first),
-        (long, (OURS,), "mixed", others),
-        (HARDER, every, "fixed", first),
-        ({**HARDEST, **MORE}, every, "mixed", others),
-        (HARDER, every, "fixed", others),
-        (KNOWN, (SHIFTED,), "fixed", others),
-        (long, (SHIFTED,), "mixed", synthetic.SEEDS),
+        (KNOWN, MEMORIES, "fixed", every),
+        (hard, (CONVOLVED, BOTH), "mixed", every),
+        (HARDEST, (REFLECTING,), "mixed", every),
+        (KNOWN, tuple(LINEAR), "fixed", first),
+        (hard, tuple(LINEAR), "mixed", first),
+        (hard, RIVALS, "mixed", every),
+        (long, (CONVOLVED, BOTH), "mixed", every),
+        (KNOWN, (SHIFTED, CONVOLVED_TRANSFORMER), "fixed", every),
+        (long, (SHIFTED, CONVOLVED_TRANSFORMER), "mixed", every),
+        (HARDER, (CONVOLVED, *RIVALS), "fixed", first),
+        (HARDER, (OURS, CLOSING), "mixed", first),
+        (MORE, (CONVOLVED, *RIVALS), "mixed", first),
+        (KNOWN, tuple(LINEAR), "fixed", every[1:]),
     ]
     named = {ability.task: name for name, ability in KNOWN.items()}
     shared = [
@@ -244,50 +248,52 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The shares as a Markdown table, means over seeds; how many, where they are not
-    three. Models without a row are left out."""
-    models = [model for model in MODELS if any(row["model"] == model for row in rows)]
-    head = "| task | trained at | asked at | " + " | ".join(models) + " |\n"
-    text = head + "|---|---|---|" + "---|" * len(models) + "\n"
+    """The shares as a Markdown table, a line for each task and model, means over seeds."""
+    reach = (1, 4, 32, *FAR)
+    text = "| task | trained at | model | seeds | " + " | ".join(f"{k:,}x" for k in reach) + " |\n"
+    text += "|---|---|---|---|" + "---|" * len(reach) + "\n"
     for ability, training in lines(rows):
         about = ABILITIES[ability]
-        of = [shares(rows, ability, model, training) for model in models]
-        shown = [k for k in (1, 4, 32, *FAR) if any(k in one for one in of)]
         trained = f"{about.base}" + (
             f" ... {about.base * about.mixed[-1]}" if training == "mixed" else ""
         )
-        asked = ", ".join(f"{k:,}x" for k in shown)
-        cells = " | ".join(_cell([one[k] for k in shown if k in one]) for one in of)
-        text += f"| {ability} | {trained} | {asked} | {cells} |\n"
+        for model in MODELS:
+            of = shares(rows, ability, model, training)
+            if of:
+                seeds = min(map(len, of.values()))
+                cells = " | ".join(_cell(of.get(k, ())) for k in reach)
+                text += f"| {ability} | {trained} | {model} | {seeds} | {cells} |\n"
     return text
 
 
-def _cell(scores: Sequence[Sequence[float]]) -> str:
-    """What the seeds of one model scored at each length: "1.000, 0.97 (1 seed)"."""
+def _cell(scores: Sequence[float]) -> str:
+    """The mean over seeds, with a third digit where two would hide the errors."""
     if not scores:
         return "-"
-    means = [sum(values) / len(values) for values in scores]
-    text = ", ".join(f"{mean:.3f}" if mean >= 0.99 else f"{mean:.2f}" for mean in means)
-    seeds = min(map(len, scores))
-    many = "" if seeds == len(synthetic.SEEDS) else f" ({seeds} seed{'s' * (seeds > 1)})"
-    return text + many
+    mean = sum(scores) / len(scores)
+    return f"{mean:.3f}" if mean >= 0.99 else f"{mean:.2f}"
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Share of right answers against length, a panel a task, as a PNG."""
-    there = [ability for ability in ABILITIES if any(r["ability"] == ability for r in rows)]
-    panels = [_panel(rows, ability) for ability in there]
-    about = "right answers; bands: range over seeds; dotted: chance"
-    return sheet(panels, min(4 if len(panels) <= 8 else 5, len(panels)), about, path)
+    """Share of right answers against length, a panel a task, as a PNG. Tasks of the suite
+    `synthetic` as trained at one length, the harder ones at mixed lengths."""
+    drawn = [(name, "fixed" if name in KNOWN else "mixed") for name in (*KNOWN, *HARDER, *HARDEST)]
+    there = set(lines(rows))
+    panels = [_panel(rows, *line) for line in drawn if line in there]
+    if not panels:
+        panels = [_panel(rows, *line) for line in there]
+    about = "right answers, means over seeds; band: their range; dotted: chance"
+    return sheet(panels, min(4, len(panels)), about, path, legend_columns=3)
 
 
-def _panel(rows: Sequence[dict[str, Any]], ability: str) -> Panel:
-    drawn = {
-        (model, training): points
-        for model in COLORS
-        for training in ("fixed", "mixed")
-        if (points := shares(rows, ability, model, training))
-    }
+def look(model: str) -> dict[str, Any]:
+    """Colour and line of a model, as matplotlib takes them."""
+    color, line = LOOKS[model]
+    return {"color": color, "ls": line, "lw": 2.4 if model == CONVOLVED else 1.4}
+
+
+def _panel(rows: Sequence[dict[str, Any]], ability: str, training: str) -> Panel:
+    drawn = {model: points for model in LOOKS if (points := shares(rows, ability, model, training))}
     return Panel(
         f"recall-{ability}",
         ability,
@@ -298,18 +304,15 @@ def _panel(rows: Sequence[dict[str, Any]], ability: str) -> Panel:
     )
 
 
-def _paint(axes: Axes, drawn: Mapping[tuple[str, str], Shares], ability: Ability) -> None:
-    for (model, training), points in drawn.items():
-        x, color, mixed = list(points), COLORS[model], training == "mixed"
+def _paint(axes: Axes, drawn: Mapping[str, Shares], ability: Ability) -> None:
+    for model, points in drawn.items():
         axes.plot(
-            x, [sum(p) / len(p) for p in points.values()], color=color, lw=1.7, marker="o", ms=3.6,
-            ls=(0, (4, 2)) if mixed else "-", mfc=PAPER if mixed else color, clip_on=False,
-            label=f"{model}, mixed lengths" if mixed else model, zorder=3,
+            list(points), [sum(p) / len(p) for p in points.values()], marker="o", ms=3,
+            clip_on=False, label=model, zorder=3, **look(model),
         )  # fmt: skip
-        axes.fill_between(
-            x, [p[0] for p in points.values()], [p[-1] for p in points.values()],
-            color=color, alpha=0.15, lw=0,
-        )  # fmt: skip
+        if model == CONVOLVED:
+            low, high = zip(*((p[0], p[-1]) for p in points.values()), strict=True)
+            axes.fill_between(list(points), low, high, color=LOOKS[model][0], alpha=0.15, lw=0)
     axes.axhline(synthetic.chance(ability.task, **ability.options), color=MUTED, lw=0.9, ls=":")
     axes.set_xscale("log", base=2)
     axes.set_xlim(1, ability.reach[-1])
