@@ -27,7 +27,6 @@ VARIANT = (
     Option("memory_value", bool, False, help="the memory has a value projection of its own"),
     Option("read_gate", bool, True, help="what is read passes a gate"),
     Option("memory_decay", bool, False, help="the memory forgets, by a gate a head and token"),
-    Option("reflects", bool, False, help="a write is up to twice the difference: 2 sigmoid(x)"),
     Option("delta_rule", bool, True, help="a value replaces what its key held, or is added to it"),
 )
 
@@ -62,10 +61,6 @@ class MemoryVariant(MemoryMixer):
     ) -> tuple[Any, ...]:
         super()._convolve_first(projected, documents, state)
         return ()
-
-    def _amount(self, logit: Tensor) -> Tensor:
-        amount = super()._amount(logit)
-        return 2 * amount if self.settings["reflects"] else amount
 
     def _local(
         self, projected: list[Tensor], documents: Documents | None, state: Any

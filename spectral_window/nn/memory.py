@@ -10,8 +10,8 @@ induction head, from the first training step.
     a       = WindowAttention(rope(q), rope(k), v)                 as in the paper
     p_t     = normalise(q_t)                                       without positions
     kappa_t = normalise(sum_{i < 4} lag_i * q_{t-i})               lag starts at 0 1 0 0
-    b_t     = sigmoid(x_t . w_write + write_bias), or with write_gate=closing
-              tanh(max(x_t . w_write + write_bias, 0))
+    b_t     = sigmoid(x_t . w_write + write_bias); with write_gate=closing
+              tanh(max(x_t . w_write + write_bias, 0)), with write_gate=reflecting 2 sigmoid(...)
     S_t     = S_{t-1} + b_t kappa_t (v_t - S_{t-1}^T kappa_t)^T
     m_t     = sigmoid(x_t . w_read + read_bias) * scale * (S_t^T p_t)
     Y       = (RMSNorm(Y_spec) + (a + m) W_local) W_out            m is added before W_local
@@ -24,6 +24,10 @@ Every write weakens earlier ones. A sigmoid gate writes a little of every token,
 tokens half of the needles are lost. A closing gate can write nothing of tokens that training has
 shown to be noise: it finds 0.94 of the needles there, and costs about 0.02 nats per token on text
 (results/memory).
+
+A write of 1 replaces what was stored under a key, a write of 2 mirrors it: S is multiplied by
+I - 2 kappa kappa^T. Products of mirrors can count (arXiv 2411.12537), so a reflecting gate learns
+parity, which no other gate does, and two hops better.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ from spectral_window.ops.context_parallel import SpanDocuments
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps
-from spectral_window.ops.memory_step import Parameters
+from spectral_window.ops.memory_step import WRITE_GATES, Parameters
 from spectral_window.ops.pointwise import gated_add, unit
 from spectral_window.ops.spans import Share, delta_map, last_inputs, read_from
 from spectral_window.ops.window import WindowState
@@ -138,14 +142,15 @@ class ShortConvolution(Filter):
 HEADS = Option(
     "memory_heads", int, 1, help="heads of the memory; its state has D^2 / heads numbers"
 )
-WRITE_GATES = {"sigmoid": 0.0, "closing": 0.5}  # name -> initial bias
+BIASES = dict(zip(WRITE_GATES, (0.0, 0.5, 0.0), strict=True))  # of the write gate, at first
 WRITE_GATE = Option(
     "write_gate",
     str,
     "sigmoid",
     choices=WRITE_GATES,
     decides="function",
-    help="how much is written: sigmoid(x), or closing, tanh(max(x, 0)), which can be exactly 0",
+    help="how much is written: sigmoid(x); closing, tanh(max(x, 0)), which can be exactly 0; or "
+    "reflecting, 2 sigmoid(x), which can turn what is stored around",
 )
 SHORT_CONVOLUTION = Option(
     "short_convolution", bool, False, help="queries, keys and values are convolved over 4 tokens"
@@ -189,9 +194,8 @@ class MemoryMixer(SpectralWindowMixer):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.memory_heads = self.settings["memory_heads"]
-        self.closes = self.settings["write_gate"] == "closing"
-        bias = WRITE_GATES[self.settings["write_gate"]]
-        self.memory = Memory(self.hidden_size, self.memory_heads, bias)
+        self.write_gate = self.settings["write_gate"]
+        self.memory = Memory(self.hidden_size, self.memory_heads, BIASES[self.write_gate])
         # w_write, then w_read, in one map: a product with a single row of weights would round
         # differently when a file is loaded at another memory alignment
         self.gate_proj = nn.Linear(self.hidden_size, 2 * self.memory_heads, bias=False)
@@ -245,7 +249,7 @@ class MemoryMixer(SpectralWindowMixer):
             past = state.memory, state.queries
             inputs = q, v, attended, gates
             parameters = Parameters(
-                own.lag, own.write_bias, own.read_bias, own.scale, SHORTEST, self.closes
+                own.lag, own.write_bias, own.read_bias, own.scale, SHORTEST, self.write_gate
             )
             if memory_step.serves(self.methods, inputs, past, parameters):
                 y, *after = memory_step.step(inputs, past, parameters, documents)
@@ -302,8 +306,11 @@ class MemoryMixer(SpectralWindowMixer):
         return [*super().operators(), *((x.operator, tuple(x())) for x in own), ("delta", ())]
 
     def _amount(self, logit: Tensor) -> Tensor:
-        """Return the fraction of a value that is written, 0 to 1."""
-        return torch.tanh(torch.relu(logit)) if self.closes else torch.sigmoid(logit)
+        """Return the fraction of a value that is written: 0 to 1, reflecting 0 to 2."""
+        if self.write_gate == "closing":
+            return torch.tanh(torch.relu(logit))
+        amount = torch.sigmoid(logit)
+        return 2 * amount if self.write_gate == "reflecting" else amount
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.memory_heads, -1))

@@ -19,6 +19,10 @@ from spectral_window.ops.methods import resolve
 from spectral_window.ops.tracing import is_recorded
 
 
+# how much of a value is written: sigmoid(x), tanh(max(x, 0)), 2 sigmoid(x)
+WRITE_GATES = ("sigmoid", "closing", "reflecting")
+
+
 class Parameters(NamedTuple):
     """Parameters of a memory.
 
@@ -28,7 +32,7 @@ class Parameters(NamedTuple):
         read_bias: [H].
         scale: [D].
         shortest: vectors shorter than this are divided by it and not by their length.
-        closes: the write gate is tanh(max(x, 0)) instead of sigmoid(x).
+        write_gate: one of WRITE_GATES.
     """
 
     lag: Tensor
@@ -36,7 +40,7 @@ class Parameters(NamedTuple):
     read_bias: Tensor
     scale: Tensor
     shortest: float
-    closes: bool = False
+    write_gate: str = "sigmoid"
 
 
 def serves(
@@ -99,4 +103,5 @@ def step(
 
     positions = None if documents is None else documents.positions
     q, v, attended, gates = inputs
-    return memory_step.step(attended, q, v, gates, own[:4], *own[4:], state, positions)
+    gate = WRITE_GATES.index(own.write_gate)
+    return memory_step.step(attended, q, v, gates, own[:4], own.shortest, gate, state, positions)

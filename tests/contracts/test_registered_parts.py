@@ -28,6 +28,7 @@ VARIANTS = [
     ("attention", {}),
     ("attention", {"shifted_keys": True}),
     *[("memory", PAPER | {"branches": branches}) for branches in (BRANCHES, ("window",))],
+    ("memory", {"write_gate": "reflecting", "short_convolution": True, "window": WINDOW}),
     ("memory", {"write_gate": "closing", "memory_heads": 2, "window": WINDOW}),
     ("memory", {"short_convolution": True, "memory_heads": 2, "window": WINDOW}),
     *[("spectral_window", PAPER | {"kernel": kernel}) for kernel in KERNELS],

@@ -32,7 +32,7 @@ def convolved_by_hand(u: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def memory_by_hand(
-    x: torch.Tensor, p: dict[str, torch.Tensor], heads: int, closes: bool = False
+    x: torch.Tensor, p: dict[str, torch.Tensor], heads: int, gate: str = "sigmoid"
 ) -> torch.Tensor:
     """m_t of the module's docstring, one row and token after another."""
     out = torch.zeros_like(x)
@@ -53,8 +53,10 @@ def memory_by_hand(
                 query = q[b, t, mine] / max(float(q[b, t, mine].norm()), 1e-4)
                 logit = p["gate_proj.weight"] @ x[b, t]
                 write = torch.sigmoid(logit[h] + p["memory.write_bias"][h])
-                if closes:
+                if gate == "closing":
                     write = torch.tanh((logit[h] + p["memory.write_bias"][h]).clamp(min=0))
+                if gate == "reflecting":
+                    write = 2 * write
                 read = torch.sigmoid(logit[heads + h] + p["memory.read_bias"][h])
                 S = S + write * torch.outer(key, v[b, t, mine] - S.T @ key)
                 out[b, t, mine] = read * p["memory.scale"][mine] * (S.T @ query)
@@ -82,12 +84,12 @@ def drawn(kind: type[MemoryMixer] = Alone, **options: Any) -> MemoryMixer:
 
 
 @pytest.mark.parametrize("convolved", [False, True])
-@pytest.mark.parametrize("gate", ["sigmoid", "closing"])
+@pytest.mark.parametrize("gate", ["sigmoid", "closing", "reflecting"])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_the_memory_is_its_equations_to_the_last_digit(heads, gate, convolved):
     layer = drawn(memory_heads=heads, write_gate=gate, short_convolution=convolved)
     x = torch.randn(2, 70, DIM, dtype=torch.float64)
-    truth = memory_by_hand(x, dict(layer.state_dict()), heads, gate == "closing")
+    truth = memory_by_hand(x, dict(layer.state_dict()), heads, gate)
     assert (layer(x) - truth).abs().max() <= 1e-12 * truth.abs().max()
 
 

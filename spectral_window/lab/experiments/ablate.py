@@ -68,6 +68,7 @@ BEYOND: dict[str, dict[str, dict[str, Any]]] = {
         "short convolution, W = 128": CONVOLVED | {"window": 128},
         "short convolution, gate that closes": CONVOLVED | {"write_gate": "closing"},
         "short convolution, no convolution branch": CONVOLVED | {"branches": ("window",)},
+        "short convolution, gate that reflects": CONVOLVED | {"write_gate": "reflecting"},
         "write gate that closes": MEMORY | {"write_gate": "closing"},
         "2 heads": MEMORY | {"memory_heads": 2},
         "4 heads": MEMORY | {"memory_heads": 4},

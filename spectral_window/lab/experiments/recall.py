@@ -1,10 +1,10 @@
 """What a memory recalls: the well-posed tasks and harder ones, at up to 1,024 times the length.
 
 Models of equal size: the paper's SWH; SWH with a memory (`nn/memory.py`), with and without its
-short convolution, and with a write gate that is a sigmoid or one that can close; a Transformer, one
+short convolution, and with a write gate that is a sigmoid, or can close or reflect; a Transformer, one
 with the memory's trick, keys of the token before (`nn/attention.py`), and one with short
 convolutions; linear models that others use (`baselines/mixers.py`); and, on tasks that count, a
-memory whose write can reflect the state (`variants.py`).
+memory whose gate reflects.
 
 On the tasks of the suite `synthetic` its rows stand for the paper's SWH and the Transformer,
 trained on 2 to 5 times as many sequences as the others are here. "mixed" models have seen longer
@@ -45,6 +45,7 @@ CLOSING, SHIFTED = "SWH with memory, closing gate", "Transformer, shifted keys"
 CONVOLVED = "SWH with memory, short convolutions"
 BOTH = "SWH with memory, short convolutions, closing gate"
 REFLECTING = "SWH with memory, reflecting"
+BOTH_REFLECTING = "SWH with memory, short convolutions, reflecting"
 CONVOLVED_TRANSFORMER = MIXERS["conv_attention"].label
 LINEAR = {
     MIXERS[name].label: {"mixer": name}
@@ -55,14 +56,22 @@ MODELS: dict[str, dict[str, Any]] = {
     BOTH: {"mixer": "memory", "short_convolution": True, "write_gate": "closing"},
     OURS: {"mixer": "memory"},
     CLOSING: {"mixer": "memory", "write_gate": "closing"},
-    REFLECTING: {"mixer": "memory_variant", "reflects": True},
+    BOTH_REFLECTING: {"mixer": "memory", "short_convolution": True, "write_gate": "reflecting"},
+    REFLECTING: {"mixer": "memory", "write_gate": "reflecting"},
     PUBLISHED: synthetic.MODELS["SWH"],
     TRANSFORMER: synthetic.MODELS["Transformer"],
     SHIFTED: {"mixer": "attention", "shifted_keys": True},
     CONVOLVED_TRANSFORMER: {"mixer": "conv_attention"},
     **LINEAR,
 }
-MEMORIES = (CONVOLVED, BOTH, OURS, CLOSING)  # read in segments, so asked FAR too
+MEMORIES = (
+    CONVOLVED,
+    BOTH,
+    BOTH_REFLECTING,
+    OURS,
+    CLOSING,
+    REFLECTING,
+)  # read in segments, so asked FAR too
 RIVALS = (PUBLISHED, TRANSFORMER, SHIFTED, CONVOLVED_TRANSFORMER)
 LOOKS: dict[str, tuple[str, Any]] = {  # colour and line; the last is painted on top
     PUBLISHED: (SERIES[0], "-"),
@@ -70,7 +79,8 @@ LOOKS: dict[str, tuple[str, Any]] = {  # colour and line; the last is painted on
     SHIFTED: (SERIES[1], "-."),
     CONVOLVED_TRANSFORMER: (SERIES[1], "--"),
     **dict(zip(LINEAR, ((color, "-") for color in (*SERIES[3:], MUTED)), strict=True)),
-    REFLECTING: (SERIES[2], ":"),
+    REFLECTING: (SERIES[2], (0, (1, 2, 4, 2))),
+    BOTH_REFLECTING: (SERIES[2], ":"),
     OURS: (SERIES[2], "-."),
     CLOSING: (SERIES[2], (0, (1, 3))),
     BOTH: (SERIES[2], "--"),
@@ -150,9 +160,11 @@ def stages(*, quick: bool = False) -> list[list[Trial[Probe]]]:
     long = [name for name, ability in KNOWN.items() if FAR[0] in ability.reach]
     hard = [*HARDER, *HARDEST]
     plan: list[tuple[Collection[str], Sequence[str], str, Sequence[int]]] = [
-        (KNOWN, MEMORIES, "fixed", every),
+        (KNOWN, (CONVOLVED, BOTH, OURS, CLOSING), "fixed", every),
         (hard, (CONVOLVED, BOTH), "mixed", every),
-        (HARDEST, (REFLECTING,), "mixed", every),
+        (HARDEST, (BOTH_REFLECTING, REFLECTING), "mixed", every),
+        (KNOWN, (BOTH_REFLECTING,), "fixed", first),
+        (HARDER, (BOTH_REFLECTING,), "mixed", first),
         (KNOWN, tuple(LINEAR), "fixed", first),
         (hard, tuple(LINEAR), "mixed", first),
         (hard, RIVALS, "mixed", every),

@@ -56,7 +56,7 @@ class Token(NamedTuple):
     size: int
     taps: int
     shortest: float
-    closes: bool
+    write_gate: int  # 0 sigmoid, 1 closing, 2 reflecting
     bfloat16: bool
     # what is computed, float32 but for the last
     queries: Address  # [B, D]
@@ -67,7 +67,7 @@ class Token(NamedTuple):
     after: Address  # like `before`
 
 
-def _token(tiles, q, v, gates, positions, before, own, shortest, closes, outputs):
+def _token(tiles, q, v, gates, positions, before, own, shortest, write_gate, outputs):
     lag, write_bias, read_bias = own
     heads, (channels, taps) = len(write_bias), lag.shape
     dtype, numbers = BFLOAT16 if q.dtype is BFLOAT16 else FLOAT32, tiles * channels
@@ -86,7 +86,7 @@ def _token(tiles, q, v, gates, positions, before, own, shortest, closes, outputs
         channels // heads,
         taps,
         shortest,
-        closes,
+        write_gate,
         dtype is BFLOAT16,
         *(address(queries, FLOAT32, numbers), address(keys, FLOAT32, numbers)),
         address(values, FLOAT32, numbers),
@@ -166,7 +166,12 @@ def prepare(args):
             normalised(q[head : head + size], args.shortest, float32s(args.queries + place, size))
             normalised(lagged[head : head + size], args.shortest, float32s(args.keys + place, size))
             bias = float32s(args.write_bias, heads)[h]
-            amount = closing(gates[h], bias) if args.closes else opened(gates[h], bias)
+            if args.write_gate == 1:
+                amount = closing(gates[h], bias)
+            else:
+                amount = opened(gates[h], bias)
+                if args.write_gate == 2:
+                    amount *= np.float32(2)
             float32s(args.beta + 4 * tile * heads, heads)[h] = amount
             bias = float32s(args.read_bias, heads)[h]
             float32s(args.read + 4 * tile * heads, heads)[h] = opened(gates[heads + h], bias)
@@ -186,14 +191,13 @@ def step(
     gates: Tensor,
     own: tuple[Tensor, Tensor, Tensor, Tensor],
     shortest: float,
-    closes: bool,
+    write_gate: int,
     state: tuple[Tensor, Tensor],
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """attended, q, v [B, 1, D] and gates [B, 1, 2 H] in one dtype, float32 or bfloat16; own: lag
-    [D, L], write_bias [H], read_bias [H], scale [D] in float32; closes: the write gate is
-    tanh(max(x, 0)); state: the memory [B, H, D / H,
-    D / H] float32 and the last queries [B, L - 1, D] in q's dtype; positions [B, 1] int64 or None.
+    [D, L], write_bias [H], read_bias [H], scale [D] in float32; write_gate: 0 sigmoid(x),
+    1 tanh(max(x, 0)), 2 the double of a sigmoid; state: the memory [B, H, D / H, D / H] float32 and the last queries [B, L - 1, D] in q's dtype; positions [B, 1] int64 or None.
 
     Returns attended and what was read [B, 1, D], the memory and the queries after the token.
     """
@@ -207,6 +211,6 @@ def step(
     after, recent = torch.empty_like(memory), torch.empty_like(before)
     outputs = queries, keys, values, beta, read, recent
     given = dense(q), dense(v), dense(gates), at, before, tuple(dense(x) for x in maps)
-    prepare(batch, *given, shortest, closes, outputs)
+    prepare(batch, *given, shortest, write_gate, outputs)
     delta_step.step_into(queries, keys, values, beta, None, at, out, memory, after)
     return gated_add(attended, out, read, scale), after, recent
