@@ -13,7 +13,11 @@ from spectral_window.errors import ResourceError, unknown
 
 EXAMPLE = "reproduce synthetic --quick"
 PAPER = ("synthetic", "efficiency", "lm")
-BEYOND = ("memory", "recall")  # beyond the paper: only by their names, with results of their own
+BEYOND = (
+    "memory",
+    "recall",
+    "capacity",
+)  # beyond the paper: only by their names, with results of their own
 SUITES = (*PAPER, *BEYOND)
 BEYOND_RESULTS = Path("results/memory")
 QUICK_NOTE = "quick version: it shows the way, and its numbers mean nothing"
@@ -27,7 +31,8 @@ def run(
             metavar="[SUITE]...",
             help="synthetic, efficiency, lm, or all of these in this order (the default). Beyond "
             "the paper, into results/memory: memory, language models with a memory beside the "
-            "branches; recall, what that memory recalls, at up to 1,024 times the length.",
+            "branches; recall, what that memory recalls, at up to 1,024 times the length; "
+            "capacity, how many pairs a state holds.",
         ),
     ] = None,
     data: Data = None,
@@ -55,7 +60,14 @@ def run(
 ) -> None:
     """The paper's experiments, each as published and well-posed. What is done is skipped; Ctrl-C
     stops, the same command goes on."""
-    from spectral_window.lab.experiments import efficiency, lm, memory, recall, synthetic
+    from spectral_window.lab.experiments import (
+        capacity,
+        efficiency,
+        lm,
+        memory,
+        recall,
+        synthetic,
+    )
     from spectral_window.lab.experiments.trainings import Text
     from spectral_window.lab.jobs import workers_here
 
@@ -87,6 +99,10 @@ def run(
                 workers=workers,
                 command=command,
                 log=log,
+            )
+        elif suite == "capacity":
+            results = capacity.run(
+                beyond, work / suite, quick=quick, workers=workers, command=command, log=log
             )
         else:
             chosen = "quick" if quick else size

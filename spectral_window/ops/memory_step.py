@@ -18,7 +18,6 @@ from spectral_window.ops.documents import Documents
 from spectral_window.ops.methods import resolve
 from spectral_window.ops.tracing import is_recorded
 
-
 # how much of a value is written: sigmoid(x), tanh(max(x, 0)), 2 sigmoid(x)
 WRITE_GATES = ("sigmoid", "closing", "reflecting")
 

@@ -1,10 +1,9 @@
 """What a memory recalls: the well-posed tasks and harder ones, at up to 1,024 times the length.
 
 Models of equal size: the paper's SWH; SWH with a memory (`nn/memory.py`), with and without its
-short convolution, and with a write gate that is a sigmoid, or can close or reflect; a Transformer, one
-with the memory's trick, keys of the token before (`nn/attention.py`), and one with short
-convolutions; linear models that others use (`baselines/mixers.py`); and, on tasks that count, a
-memory whose gate reflects.
+short convolution, with each of its write gates; a Transformer, one with the memory's trick, keys of
+the token before (`nn/attention.py`), and one with short convolutions; and linear models that others
+use (`baselines/mixers.py`).
 
 On the tasks of the suite `synthetic` its rows stand for the paper's SWH and the Transformer,
 trained on 2 to 5 times as many sequences as the others are here. "mixed" models have seen longer

@@ -196,8 +196,9 @@ def step(
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """attended, q, v [B, 1, D] and gates [B, 1, 2 H] in one dtype, float32 or bfloat16; own: lag
-    [D, L], write_bias [H], read_bias [H], scale [D] in float32; write_gate: 0 sigmoid(x),
-    1 tanh(max(x, 0)), 2 the double of a sigmoid; state: the memory [B, H, D / H, D / H] float32 and the last queries [B, L - 1, D] in q's dtype; positions [B, 1] int64 or None.
+    [D, L], write_bias [H], read_bias [H], scale [D] in float32; write_gate: 0 for sigmoid(x), 1 for
+    tanh(max(x, 0)), 2 for 2 sigmoid(x); state: the memory [B, H, D / H, D / H] float32 and the last
+    queries [B, L - 1, D] in q's dtype; positions [B, 1] int64 or None.
 
     Returns attended and what was read [B, 1, D], the memory and the queries after the token.
     """
