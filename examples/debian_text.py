@@ -1,11 +1,11 @@
-"""Make the two texts that the results of this project were trained on, from packages of Debian.
+"""Make texts that the results of this project were trained on, from packages of Debian.
 
-    python examples/debian_text.py manuals corpus/manuals  # 25 MB: Python, Perl, git, manual pages
-    python examples/debian_text.py prose corpus/prose      # 34 MB: a dictionary, essays, sayings
+    python examples/debian_text.py manuals corpus/manuals        # 25 MB: Python, Perl, git, man
+    python examples/debian_text.py dictionary corpus/dictionary  # 34 MB: and essays, and sayings
 
 Each folder gets train.txt and valid.txt, a paragraph a block, blank lines between them, and a
 paragraph that occurred before is left out. 2 % are held out: of the manuals whole files, of the
-prose runs of 40 paragraphs, because a dictionary is a single file. The packages of Debian 12
+others runs of 40 paragraphs, because a dictionary is a single file. The packages of Debian 12
 (bookworm) give the bytes whose hashes are below; another release gives a text that is much like it.
 
 Needs `apt-get` (run `apt-get update` once) and `dpkg-deb`; installs nothing. The texts keep their
@@ -25,19 +25,19 @@ from pathlib import Path
 
 PACKAGES = {
     "manuals": ("python3.11-doc", "perl-doc", "git-doc", "manpages"),
-    "prose": ("dict-gcide", "anarchism", "dict-foldoc", "fortunes"),
+    "dictionary": ("dict-gcide", "anarchism", "dict-foldoc", "fortunes"),
 }
 HASHES = {  # SHA-256 of train.txt and valid.txt from Debian 12
     "manuals": (
         "a06f6ec4e5514c2f4d9f0c9741ddcfcb5708edb4369cb85c4e80c93209d02b9c",
         "758898d9f05c7b208e1ecbb2f5a54f193d310843638371ffcf01483d266e53c5",
     ),
-    "prose": (
+    "dictionary": (
         "4f8ee6405f405fd73d99675b9ea584ff4a207c27b6b3eeb3cdc28b6f561ca180",
         "73d8fba7f3e11a32665ab3ec11d40e278ccac65ec2bfbf63cd7fcd877db2ce84",
     ),
 }
-RUN = 40  # paragraphs of prose that are held out together
+RUN = 40  # paragraphs of the dictionary that are held out together
 SUFFIXES = {"", ".txt", ".html", ".htm", ".xhtml", ".md", ".rst", ".page", ".dz", ".pod"}
 SUFFIXES |= {f".{section}" for section in range(1, 9)}  # manual pages
 TRANSLATED = re.compile(  # a path with the code of another language
@@ -83,7 +83,7 @@ def paragraphs(kind: str) -> Iterator[tuple[str, bool]]:
                 if key in seen:
                     continue
                 seen.add(key)
-                unit = package + name + (f"#{number // RUN}" if kind == "prose" else "")
+                unit = package + name + (f"#{number // RUN}" if kind == "dictionary" else "")
                 number += 1
                 yield paragraph, int(hashlib.sha256(unit.encode()).hexdigest(), 16) % 50 == 0
 

@@ -33,7 +33,7 @@ def small(mixer: str, **fields: object) -> SWHForCausalLM:
     return SWHForCausalLM(match_parameters(config, count_parameters(paper)))
 
 
-@pytest.mark.parametrize("mixer", [*BASELINES, "conv_memory"])
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_a_baseline_is_as_large_learns_in_every_parameter_and_sees_no_later_token(mixer):
     model = small(mixer)
     paper = count_parameters(SWHConfig(**SHAPE, intermediate_size=400, window=8))
@@ -65,22 +65,7 @@ def test_what_a_library_starts_in_its_own_way_starts_so():
     assert keys[16:].tolist() == [[0, 1, 0, 0]] * 16
 
 
-def test_conv_memory_is_the_memory_with_a_short_convolution():
-    """The name that results have, and the option that came after them: the same function."""
-    lab, ours = small("conv_memory").eval(), small("memory", short_convolution=True).eval()
-    weights = lab.state_dict()
-    for name in [name for name in weights if ".q_conv." in name]:
-        parts = [weights.pop(name.replace(".q_conv.", f".{each}_conv.")) for each in "qkv"]
-        parts = [part + 0.1 * torch.randn_like(part) for part in parts]
-        weights[name.replace("q_conv", "short_convolution")] = torch.cat(parts)
-        for each, part in zip("qkv", parts, strict=True):
-            lab.get_parameter(name.replace(".q_conv.", f".{each}_conv.")).data.copy_(part)
-    ours.load_state_dict(weights)
-    ids = torch.randint(40, (2, 30))
-    assert torch.allclose(lab(ids).logits, ours(ids).logits, atol=1e-5)
-
-
-@pytest.mark.parametrize("mixer", [*BASELINES, "conv_memory"])
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_a_baseline_refuses_what_it_would_compute_wrongly(mixer):
     model, ids = small(mixer).eval(), torch.randint(40, (2, 12))
     packed = torch.cat((torch.arange(5), torch.arange(7)))[None].expand(2, -1)

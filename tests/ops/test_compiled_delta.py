@@ -136,6 +136,29 @@ def test_keys_that_agree_are_no_harder(agree):
     assert block_error(out.flatten(2), truth.flatten(2)) <= 2e-6
 
 
+@pytest.mark.parametrize(("agree", "bar"), [(0.0, 2e-6), (3.0, 6e-6)])
+def test_writes_up_to_two_meet_the_bar_of_keys_that_nearly_agree(agree, bar):
+    """The gate `reflecting`. A write above 1 turns what is stored around and does not shrink it, so
+    earlier roundings stay too."""
+    inputs, given = draw(1, 600, 1, 64, 64, agree=agree)
+    inputs[4] = None
+    inputs[3] = 2 * inputs[3]
+    mine = differentiated(compiled_memory, inputs, given)
+    truth = differentiated(plain, inputs, given, dtype=torch.float64)
+    assert max(relative(x, y) for x, y in zip(mine, truth, strict=True)) <= bar / 2
+    assert worst(mine, truth) <= bar
+
+
+@pytest.mark.parametrize("agree", [0.0, 3.0, 1e4])
+def test_mirrors_alone_are_the_hardest(agree):
+    inputs, given = draw(1, 600, 1, 64, 64, agree=agree)
+    inputs[4] = None
+    inputs[3] = torch.full_like(inputs[3], 2.0)
+    mine = differentiated(compiled_memory, inputs, given)
+    truth = differentiated(plain, inputs, given, dtype=torch.float64)
+    assert max(relative(x, y) for x, y in zip(mine, truth, strict=True)) <= 1e-4
+
+
 @pytest.mark.parametrize("strength", [0.0, 1e-6, 5.0, 100.0, 1e30])
 def test_any_decay_is_exact_and_gives_finite_gradients(strength):
     inputs, given = draw(1, 150, 1, 8, 8)

@@ -51,6 +51,7 @@ FEW = lm.Plan(NEAREST, ("sweep", "main", "seeds"), tuple(NEAREST))  # of the qui
 TITLES = {
     "stopped": "as far as all of these came, 65,536 held-out tokens",
     "main": "all tokens",
+    "stopped-branches": "of a quarter of the tokens, as far as all of these came, 65,536 held-out",
     "branches": "a quarter of the tokens",
     "sweep": "the sweep",
 }
@@ -102,20 +103,27 @@ def write(results: Mapping[str, Any], out: Path, name: str) -> None:
 
 
 def stopped(rows: Rows, unfinished: Rows) -> list[dict[str, Any]]:
-    """Rows of the part "stopped": the main runs, among them those that were stopped after nine
-    tenths of their tokens, each at the last evaluation that all of them have."""
-    main = [row for row in rows if row["part"] == "main"]
-    whole = max((row["tokens"] for row in main), default=0)
-    late = [row for row in unfinished if row["part"] == "main" and row["tokens"] > 0.9 * whole]
-    if not late or not main:
-        return []
-    last = min(row["eval_curve"][-1][0] for row in late)
+    """Rows of the parts "stopped" and "stopped-branches": the runs of `main` and of `branches`,
+    among them those of models that did not end it and were stopped after half of their tokens, each
+    at the last evaluation that all of them have."""
     cut = []
-    for row in (*main, *late):
-        curve = [point for point in row["eval_curve"] if point[0] <= last]
-        if curve and curve[-1][0] == last:
-            at = {"part": "stopped", "tokens": int(last), "eval_loss": curve[-1][1]}
-            cut.append({**row, **at, "eval_curve": curve})
+    for part, name in (("main", "stopped"), ("branches", "stopped-branches")):
+        ended = [row for row in rows if row["part"] == part]
+        whole = max((row["tokens"] for row in ended), default=0)
+        known = {row["variant"] for row in ended}
+        late = [
+            row
+            for row in unfinished
+            if (row["part"], row["variant"] in known) == (part, False) and row["tokens"] > whole / 2
+        ]
+        if not late or not ended:
+            continue
+        last = min(row["eval_curve"][-1][0] for row in late)
+        for row in (*ended, *late):
+            curve = [point for point in row["eval_curve"] if point[0] <= last]
+            if curve and curve[-1][0] == last:
+                at = {"part": name, "tokens": int(last), "eval_loss": curve[-1][1]}
+                cut.append({**row, **at, "eval_curve": curve})
     return cut
 
 

@@ -35,7 +35,7 @@ from spectral_window.lab import results
 from spectral_window.lab.experiments import synthetic
 from spectral_window.lab.experiments.experiment import Experiment, Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
-from spectral_window.lab.figures import MUTED, SERIES, Panel, sheet
+from spectral_window.lab.figures import INK, MUTED, SERIES, Panel, sheet
 from spectral_window.lab.jobs import Log
 from spectral_window.nn.mixers import MIXERS
 
@@ -72,16 +72,12 @@ MEMORIES = (
     REFLECTING,
 )  # read in segments, so asked FAR too
 RIVALS = (PUBLISHED, TRANSFORMER, SHIFTED, CONVOLVED_TRANSFORMER)
-LOOKS: dict[str, tuple[str, Any]] = {  # colour and line; the last is painted on top
+LOOKS: dict[str, tuple[str, Any]] = {  # colour and line of what is drawn; the last is on top
     PUBLISHED: (SERIES[0], "-"),
     TRANSFORMER: (SERIES[1], "-"),
-    SHIFTED: (SERIES[1], "-."),
     CONVOLVED_TRANSFORMER: (SERIES[1], "--"),
     **dict(zip(LINEAR, ((color, "-") for color in (*SERIES[3:], MUTED)), strict=True)),
-    REFLECTING: (SERIES[2], (0, (1, 2, 4, 2))),
-    BOTH_REFLECTING: (SERIES[2], ":"),
-    OURS: (SERIES[2], "-."),
-    CLOSING: (SERIES[2], (0, (1, 3))),
+    BOTH_REFLECTING: (INK, "-"),
     BOTH: (SERIES[2], "--"),
     CONVOLVED: (SERIES[2], "-"),
 }
