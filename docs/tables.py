@@ -18,6 +18,7 @@ from typing import Any
 from spectral_window.lab import scaling
 from spectral_window.lab.bench import gpu_roofline
 from spectral_window.lab.experiments import ablate
+from spectral_window.lab.experiments import recall as suite
 from spectral_window.lab.paper import claims
 from spectral_window.ops.methods import HAS_TRITON
 
@@ -40,7 +41,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # ------------------------------------------------------------------------------- memory and recall
 
 TASKS = ("Recall, 4 pairs", "Needle", "Induction")
-CONVOLVED = "SWH with memory, short convolutions"
+RIVALS = {
+    "Transformer": "Transformer",
+    "Transformer, short conv.": "Transformer, short convolutions",
+    "Kimi": "Kimi delta attention",
+    "Mamba-2": "Mamba-2",
+}
 
 
 def _share(model: str, training: str, task: str, times: int) -> str:
@@ -50,38 +56,55 @@ def _share(model: str, training: str, task: str, times: int) -> str:
         for row in read("memory/recall.json")["rows"]
         if (row["model"], row["training"], row["ability"]) == (model, training, task)
         for test in row["tests"]
-        if test["length"] == times * 32
+        if test["length"] == times * suite.ABILITIES[task].base
     ]
+    if not shares:
+        return "-"
     mean = sum(shares) / len(shares)
     return f"{mean:.3f}" if mean >= 0.995 else f"{mean:.2f}"
 
 
 def recall() -> str:
     """Right answers at 32 times the length of training."""
-    models = {
-        "SWH with memory": (CONVOLVED, "fixed"),
-        "SWH as published": ("SWH", "fixed"),
-        "Transformer": ("Transformer", "fixed"),
-        "Transformer, trained at 32 to 256": ("Transformer", "mixed"),
-    }
-    rows = ([task, *(_share(*model, task, 32) for model in models.values())] for task in TASKS)
+    models = {"SWH with memory": suite.CONVOLVED, "SWH as published": "SWH", **RIVALS}
+    rows = (
+        [task, *(_share(model, "fixed", task, 32) for model in models.values())] for task in TASKS
+    )
     return markdown(["right answers at 1,024 tokens", *models], rows)
 
 
 def recall_far() -> str:
-    """Right answers of three forms of the memory at 32, 256 and 1,024 times the length of
-    training."""
+    """Right answers of forms of the memory at 256 and 1,024 times the length of training."""
     forms = {
-        "": CONVOLVED,
-        ", without short convolution": "SWH with memory",
-        ", without it, closing gate": "SWH with memory, closing gate",
+        "recommended": (suite.CONVOLVED, "fixed"),
+        "recommended, trained at 32 to 256": (suite.CONVOLVED, "mixed"),
+        "closing gate": (suite.BOTH, "fixed"),
+        "closing gate, trained at 32 to 256": (suite.BOTH, "mixed"),
+        "reflecting gate, one seed": (suite.BOTH_REFLECTING, "fixed"),
+        "no short convolution": (suite.OURS, "fixed"),
+        "no short convolution, closing gate": (suite.CLOSING, "fixed"),
     }
     rows = (
-        [f"{times * 32:,}{form}", *(_share(model, "fixed", task, times) for task in TASKS)]
-        for form, model in forms.items()
-        for times in (32, 256, 1024)
+        [form, *(_share(*run, task, times) for task in TASKS for times in suite.FAR)]
+        for form, run in forms.items()
     )
-    return markdown(["trained at 32 tokens, asked at", *(task.lower() for task in TASKS)], rows)
+    head = [f"{task.split(',')[0].lower()} at {32 * k:,}" for task in TASKS for k in suite.FAR]
+    return markdown(["the memory", *head], rows)
+
+
+def recall_hard() -> str:
+    """Right answers at 32 times the length on tasks without the memory's bias."""
+    models = {
+        "recommended": suite.CONVOLVED,
+        "reflecting gate": suite.BOTH_REFLECTING,
+        **RIVALS,
+        "Gated delta net": "Gated delta net (Qwen3-Next)",
+    }
+    rows = (
+        [task, *(_share(model, "mixed", task, 32) for model in models.values())]
+        for task in (*suite.HARDER, *suite.HARDEST)
+    )
+    return markdown(["right answers at 1,024 tokens", *models], rows)
 
 
 def _losses(path: str) -> dict[str, float]:
@@ -124,8 +147,8 @@ def text_longer() -> str:
 def _longest(path: str) -> dict[str, tuple[dict[int, float], float | None]]:
     """Model -> its curve and its loss at the end, of the run of seed 0 that came farthest, and of
     those the best."""
-    suite, found = read(path), {}
-    runs = [*(r for r in suite["rows"] if r["part"] == "main"), *suite.get("unfinished", ())]
+    saved, found = read(path), {}
+    runs = [r for r in (*saved["rows"], *saved.get("unfinished", ())) if r["part"] == "main"]
     for model in {row["variant"] for row in runs}:
         own = [row for row in runs if row["variant"] == model and row["seed"] == 0]
         longest = max(row["eval_curve"][-1][0] for row in own)
@@ -137,12 +160,30 @@ def _longest(path: str) -> dict[str, tuple[dict[int, float], float | None]]:
 
 
 def ablate_memory() -> str:
-    """What each part of the memory is worth on text."""
+    """What each part of the memory is worth on text, and for recall at 16 times the length."""
     rows, lines = read("memory/ablate.json")["rows"], []
     for line in ablate.table({"rows": rows}, ablate.BEYOND):
-        if line["text"] is not None:
-            lines.append([line["variant"], f"{line['text'].value:.3f}"])
-    return markdown(["variant", "held-out nats per token"], lines)
+        text, far = line["text"], line[f"{ablate.TASK} {ablate.REACH[-1]}x"]
+        cells = [f"{cell.value:.3f}" if cell is not None else "-" for cell in (text, far)]
+        lines.append([line["variant"], *cells])
+    return markdown(["variant", "held-out nats per token", "recall at 1,024 tokens"], lines)
+
+
+def text_linear() -> str:
+    """Held-out loss on the way through 5 million tokens, of one schedule."""
+    found = read("memory/lm-small.json")
+    runs = [r for r in (*found["rows"], *found["unfinished"]) if r["part"] == "branches"]
+    marks = (2_048_000, 3_072_000, 4_096_000)
+    curves = {r["variant"]: {int(at): loss for at, loss in r["eval_curve"]} for r in runs}
+    ends = {r["variant"]: r.get("eval_loss") for r in runs}
+    lines = [
+        [
+            model,
+            *(f"{loss:.3f}" if loss else "-" for loss in (*map(curve.get, marks), ends[model])),
+        ]
+        for model, curve in sorted(curves.items(), key=lambda item: item[1][marks[0]])
+    ]
+    return markdown(["model", *(f"{mark / 1e6:.1f} million" for mark in marks), "5 million"], lines)
 
 
 _LONGER = (
@@ -350,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper,
     "recall": recall,
     "recall-far": recall_far,
+    "recall-hard": recall_hard,
     "roofline": roofline,
     "roofline-measured": roofline_measured,
     "roofline-sums": roofline_sums,
@@ -360,6 +402,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharded": sharded,
     "spans": spans,
     "text": text,
+    "text-linear": text_linear,
     "text-longer": text_longer,
     "ablate-memory": ablate_memory,
 }
