@@ -93,6 +93,7 @@ class Baseline(Mixer):
 class Borrowed(Baseline):
     """A mixer of transformers: `inner`, made and started by its own library."""
 
+    inner: Any
     inner_config: Any
 
     def __init__(self, **options: Any):
