@@ -80,7 +80,7 @@ def recall_far() -> str:
         "recommended, trained at 32 to 256": (suite.CONVOLVED, "mixed"),
         "closing gate": (suite.BOTH, "fixed"),
         "closing gate, trained at 32 to 256": (suite.BOTH, "mixed"),
-        "reflecting gate, one seed": (suite.BOTH_REFLECTING, "fixed"),
+        "reflecting gate": (suite.BOTH_REFLECTING, "fixed"),
         "no short convolution": (suite.OURS, "fixed"),
         "no short convolution, closing gate": (suite.CLOSING, "fixed"),
     }
