@@ -44,8 +44,9 @@ from spectral_window.ops import memory_step
 from spectral_window.ops.context_parallel import SpanDocuments
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
-from spectral_window.ops.fir import Taps
+from spectral_window.ops.fir import Taps, fir_conv
 from spectral_window.ops.memory_step import Parameters
+from spectral_window.ops.methods import resolve
 from spectral_window.ops.pointwise import gated_add, unit
 from spectral_window.ops.spans import Share, delta_map, last_inputs, read_from
 from spectral_window.ops.window import WindowState
@@ -224,8 +225,22 @@ class MemoryMixer(SpectralWindowMixer):
         convolution = self.short_convolution
         if convolution is None:
             return (None,)
-        inputs, method = torch.cat(projected[:3], -1), self.method(convolution.operator)
-        before = None if state is None else state.inputs
+        weights, method = convolution().weights, self.method(convolution.operator)
+        before, spans = (
+            None if state is None else state.inputs,
+            isinstance(documents, SpanDocuments),
+        )
+        if not spans and resolve("fir", method, projected[0], weights).name == "compiled":
+            # as one tensor they would be copied before and after a single pass over memory
+            parts: list[Any] = [None] * 3 if before is None else [*before.chunk(3, -1)]
+            each = zip(projected[:3], weights.chunk(3), parts, strict=True)
+            found = [
+                fir_conv(x, Taps(own), state=part, positions=documents, method=method)
+                for x, own, part in each
+            ]
+            projected[:3] = [y for y, _ in found]
+            return (torch.cat([after for _, after in found], -1),)
+        inputs = torch.cat(projected[:3], -1)
         if isinstance(documents, SpanDocuments):
             share = convolution.share(inputs, documents, method)
             inputs, (before,) = documents.receive(inputs, [share])
