@@ -230,6 +230,9 @@ class MemoryMixer(SpectralWindowMixer):
             None if state is None else state.inputs,
             isinstance(documents, SpanDocuments),
         )
+        if memory_step.convolves(self.methods, projected[:3], weights, before):
+            *projected[:3], after = memory_step.convolve(projected[:3], weights, before, documents)
+            return (after,)
         if not spans and resolve("fir", method, projected[0], weights).name == "compiled":
             # as one tensor they would be copied before and after a single pass over memory
             parts: list[Any] = [None] * 3 if before is None else [*before.chunk(3, -1)]

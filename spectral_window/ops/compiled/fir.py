@@ -143,12 +143,12 @@ def number_at(row, c, bfloat16):
 
 
 @inner
-def sum_rows(rows, count, weights, size, bfloat16, target):
+def sum_rows(rows, count, weights, channels, size, bfloat16, target):
     """target = the sum of `count` rows, each times its row of weights: one pass, sums in registers.
 
-    rows: the rows' addresses. weights: float32 [L, size].
+    rows: the rows' addresses. weights: those of `size` channels in float32 [L, channels].
     """
-    whole, step = size // LANES, 4 * size
+    whole, step = size // LANES, 4 * channels
     i = 0
     while i + 4 <= whole:
         at = weights + i * BYTES
@@ -230,7 +230,7 @@ def _convolve(args):
         for i in range(tile * _BLOCK, min((tile + 1) * _BLOCK, args.tokens)):
             count = inputs_of(args, i, rows)
             target = args.out + rows[0] - args.u
-            sum_rows(rows, count, weights, size, args.bfloat16, target)
+            sum_rows(rows, count, weights, size, size, args.bfloat16, target)
         tile = claim_tile(args)
     buffer[0] = 0  # alive until here
 
@@ -256,7 +256,7 @@ def _convolve_backward(args):
                     break
                 later[j] = args.out + place_of(args, source(args, i + j, 0)) - args.u
                 count = j + 1
-            sum_rows(later, count, weights, size, args.bfloat16, args.d_u + here)
+            sum_rows(later, count, weights, size, size, args.bfloat16, args.d_u + here)
             count = inputs_of(args, i, rows)
             add_products(rows, count, later[0], dw, size, args.bfloat16)
         tile = claim_tile(args)
