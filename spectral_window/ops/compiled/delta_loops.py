@@ -43,7 +43,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 from spectral_window.errors import UserError, UserTypeError
@@ -57,6 +56,7 @@ from spectral_window.ops.compiled.addresses import (
     optional,
 )
 from spectral_window.ops.compiled.simd import (
+    AVX512,
     BYTES,
     LANES,
     ONE,
@@ -90,7 +90,7 @@ _AHEAD = 8  # rows that are prefetched
 FRESH, ENTERS = -1, -2  # a chunk starts with an empty state, or with the one that was given
 
 # Sums of a tile stay in registers: 12 of 16 with AVX2, where a vector takes two; of 32 elsewhere.
-_TALL = 12 if get_host_cpu_features().get("avx512f", False) else 6
+_TALL = 12 if AVX512 else 6
 _tall, _short = product(_TALL, 1, apart=True), product(4, 1, apart=True)
 _line, _dot = product(1, 4, apart=True), product(1, 1, apart=True)
 TERMS = 64  # are added up before they join the whole: many more would cost precision

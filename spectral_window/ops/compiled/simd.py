@@ -46,7 +46,10 @@ always = numba.njit(forceinline=True, error_model="numpy")
 
 LANES = 16
 BYTES = 4 * LANES  # of a float32 vector in memory
-LANES64 = 16 if get_host_cpu_features().get("avx512f") else 8  # what registers hold nine times
+# 32 registers that each hold a whole vector, and not 16 of half. Told of another processor, numba
+# compiles for that one.
+AVX512 = bool(get_host_cpu_features().get("avx512f")) and not numba.config.CPU_NAME
+LANES64 = 16 if AVX512 else 8  # what registers hold nine times
 ZERO, ONE = np.float32(0), np.float32(1)
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
