@@ -226,24 +226,23 @@ class MemoryMixer(SpectralWindowMixer):
         if convolution is None:
             return (None,)
         weights, method = convolution().weights, self.method(convolution.operator)
-        before, spans = (
-            None if state is None else state.inputs,
-            isinstance(documents, SpanDocuments),
-        )
-        if memory_step.convolves(self.methods, projected[:3], weights, before):
-            *projected[:3], after = memory_step.convolve(projected[:3], weights, before, documents)
+        before = None if state is None else state.inputs
+        together, alone = projected[:3], not isinstance(documents, SpanDocuments)
+        steps = alone and memory_step.convolves(self.methods, together, weights, before)
+        if steps and before is not None:
+            *projected[:3], after = memory_step.convolve(together, weights, before, documents)
             return (after,)
-        if not spans and resolve("fir", method, projected[0], weights).name == "compiled":
+        if alone and resolve("fir", method, projected[0], weights).name == "compiled":
             # as one tensor they would be copied before and after a single pass over memory
             parts: list[Any] = [None] * 3 if before is None else [*before.chunk(3, -1)]
-            each = zip(projected[:3], weights.chunk(3), parts, strict=True)
+            each = zip(together, weights.chunk(3), parts, strict=True)
             found = [
                 fir_conv(x, Taps(own), state=part, positions=documents, method=method)
                 for x, own, part in each
             ]
             projected[:3] = [y for y, _ in found]
             return (torch.cat([after for _, after in found], -1),)
-        inputs = torch.cat(projected[:3], -1)
+        inputs = torch.cat(together, -1)
         if isinstance(documents, SpanDocuments):
             share = convolution.share(inputs, documents, method)
             inputs, (before,) = documents.receive(inputs, [share])

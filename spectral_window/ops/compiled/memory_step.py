@@ -257,7 +257,7 @@ def convolve(
     q, k, v = (dense(x) for x in inputs)
     out, after = q.new_empty((3, *q.shape)), torch.empty_like(before)
     convolve_once(len(q), q, k, v, at, before, dense(weights), out, after)
-    return *out.unbind(0), after
+    return out[0], out[1], out[2], after
 
 
 def step(
