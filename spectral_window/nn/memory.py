@@ -48,8 +48,9 @@ from spectral_window.ops import memory_step
 from spectral_window.ops.context_parallel import SpanDocuments
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
-from spectral_window.ops.fir import Taps
+from spectral_window.ops.fir import Taps, fir_conv
 from spectral_window.ops.memory_step import WRITE_GATES, Parameters
+from spectral_window.ops.methods import resolve
 from spectral_window.ops.pointwise import gated_add, unit
 from spectral_window.ops.spans import Share, delta_map, last_inputs, read_from
 from spectral_window.ops.window import WindowState
@@ -228,8 +229,24 @@ class MemoryMixer(SpectralWindowMixer):
         convolution = self.short_convolution
         if convolution is None:
             return (None,)
-        inputs, method = torch.cat(projected[:3], -1), self.method(convolution.operator)
+        weights, method = convolution().weights, self.method(convolution.operator)
         before = None if state is None else state.inputs
+        together, alone = projected[:3], not isinstance(documents, SpanDocuments)
+        steps = alone and memory_step.convolves(self.methods, together, weights, before)
+        if steps and before is not None:
+            *projected[:3], after = memory_step.convolve(together, weights, before, documents)
+            return (after,)
+        if alone and resolve("fir", method, projected[0], weights).name == "compiled":
+            # as one tensor they would be copied before and after a single pass over memory
+            parts: list[Any] = [None] * 3 if before is None else [*before.chunk(3, -1)]
+            each = zip(together, weights.chunk(3), parts, strict=True)
+            found = [
+                fir_conv(x, Taps(own), state=part, positions=documents, method=method)
+                for x, own, part in each
+            ]
+            projected[:3] = [y for y, _ in found]
+            return (torch.cat([after for _, after in found], -1),)
+        inputs = torch.cat(together, -1)
         if isinstance(documents, SpanDocuments):
             share = convolution.share(inputs, documents, method)
             inputs, (before,) = documents.receive(inputs, [share])

@@ -1,4 +1,4 @@
-"""One token of a layer's memory in a single compiled call.
+"""One token of a layer's memory in a single compiled call, its short convolution in another.
 
 For one token the work is so small that five calls (filter, normalisation, gates, recurrence, sum)
 would cost more than the work itself. This call computes the same as `nn.memory` by those operators.
@@ -8,7 +8,7 @@ recurrence, and no other method was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.methods import resolve
-from spectral_window.ops.tracing import is_recorded
+from spectral_window.ops.tracing import is_recorded, may_bypass
 
 # how much of a value is written: sigmoid(x), tanh(max(x, 0)), 2 sigmoid(x)
 WRITE_GATES = ("sigmoid", "closing", "reflecting")
@@ -40,6 +40,51 @@ class Parameters(NamedTuple):
     scale: Tensor
     shortest: float
     write_gate: str = "sigmoid"
+
+
+def convolves(
+    methods: Mapping[str, str], inputs: Sequence[Tensor], weights: Tensor, before: Tensor | None
+) -> bool:
+    """Return whether `convolve` can be called.
+
+    Args:
+        methods: the methods asked for, by operator.
+        inputs, weights, before: as for `convolve`; a state may be missing.
+    """
+    if is_recorded() or before is None:  # a graph must not depend on sizes
+        return False
+    q = inputs[0]
+    if q.dim() != 3 or q.shape[1] != 1 or not q.numel() or methods.get("fir", "auto") != "auto":
+        return False
+    batch, _, channels = q.shape
+    wide, taps = weights.shape
+    if wide != 3 * channels or before.shape != (batch, taps - 1, wide):
+        return False
+    if any(x.shape != q.shape or x.dtype != q.dtype for x in inputs) or before.dtype != q.dtype:
+        return False
+    if weights.dtype != torch.float32 or not may_bypass(*inputs, weights, before):
+        return False
+    return resolve("fir", "auto", q, weights).name == "compiled"
+
+
+def convolve(
+    inputs: Sequence[Tensor], weights: Tensor, before: Tensor, documents: Documents | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Convolve one token per row.
+
+    Args:
+        inputs: q, k and v, each [B, 1, D].
+        weights: FIR filters of their channels, one after the other: [3 D, L] float32.
+        before: their last values [B, L - 1, 3 D], oldest first.
+        documents: documents and padding, or None.
+
+    Returns:
+        q, k and v [B, 1, D] (0 at padding), and their last values after the token.
+    """
+    from spectral_window.ops.compiled import memory_step
+
+    positions = None if documents is None else documents.positions
+    return memory_step.convolve(inputs, weights, before, positions)
 
 
 def serves(

@@ -240,11 +240,15 @@ def test_a_token_in_a_single_call_is_what_the_operators_make_of_it(
     layer = drawn(MemoryMixer, memory_heads=heads, short_convolution=convolved).float().to(dtype)
     start, token = torch.randn(3, 9, DIM).to(dtype), torch.randn(3, 1, DIM).to(dtype)
     state, asked = layer(start)[1], []
-    serves = memory_step.serves
+    serves, convolves = memory_step.serves, memory_step.convolves
     for at in (None, torch.tensor([[9], [0], [-1]])):
         monkeypatch.setattr(memory_step, "serves", lambda *x: asked.append(serves(*x)) or asked[-1])
+        monkeypatch.setattr(
+            memory_step, "convolves", lambda *x: asked.append(convolves(*x)) or asked[-1]
+        )
         single = layer(token, at, state)
         monkeypatch.setattr(memory_step, "serves", lambda *x: False)
+        monkeypatch.setattr(memory_step, "convolves", lambda *x: False)
         apart = layer(token, at, state)
         pairs = list(zip(single[1][:4], apart[1][:4], strict=True))
         for mine, true in [(single[0], apart[0]), *pairs[2:]]:
@@ -253,7 +257,7 @@ def test_a_token_in_a_single_call_is_what_the_operators_make_of_it(
         assert torch.equal(single[1].queries, apart[1].queries)
         if convolved:
             assert torch.equal(single[1].inputs, apart[1].inputs)
-    assert asked == [HAS_NUMBA, HAS_NUMBA]
+    assert asked == [HAS_NUMBA] * (4 if convolved else 2)
 
 
 @pytest.mark.parametrize("split", [1, 7])

@@ -163,6 +163,13 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
         opened = torch.sigmoid(gates[..., len(write) :].to(wide) + read)
         return gated_add(attended, found, opened, scale), memory, after
 
+    def convolved(q, k, v, weights, before, at, method=None):
+        if not method and memory_step.convolves({}, (q, k, v), weights, before):
+            return memory_step.convolve((q, k, v), weights, before, given_documents(at, None, q))
+        u = torch.cat((q, k, v), -1)
+        y, after = fir_conv(u, Taps(weights), state=before, positions=at, method=method or "auto")
+        return *y.chunk(3, -1), after
+
     found: dict[str, Any] = {
         "norm": (norm, [torch.randn(3, 2, 8), torch.rand(8)], slow),
         "gate": (gate, [torch.randn(3, 2, 8), torch.randn(3, 2, 8)], slow),
@@ -191,6 +198,8 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
     own = [torch.randn(8, 4), torch.randn(2), torch.randn(2), torch.randn(8)]
     at = torch.tensor([[4], [-1], [0]])
     found["token"] = token, [*vectors, *past, *own, at], slow
+    filters = torch.randn(24, 4), torch.randn(3, 3, 24)
+    found["convolved token"] = convolved, [*vectors, *filters, at], slow
     for time in (1, 66):
         qkv = [F.normalize(torch.randn(3, time, 2, 4), dim=-1) for _ in range(3)]
         gates = [torch.rand(3, time, 2) for _ in range(2)]

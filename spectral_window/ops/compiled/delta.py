@@ -223,10 +223,15 @@ def _(q, k, v, beta, decay, state, positions, checkpoints, grad, grad_state):
 def _save(ctx, inputs, output):
     *tensors, _, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)  # nobody differentiates the checkpoints: large zeros
 
 
 def _differentiate(ctx, grad, grad_state, _):
     *tensors, positions, checkpoints = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(tensors[2])
+    if grad_state is None:
+        grad_state = torch.zeros_like(tensors[5])
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return *differentiate_again(tensors, positions, grad, grad_state), *[None] * 3
     *d_inputs, d_decay, d_state = delta_rule_backward(

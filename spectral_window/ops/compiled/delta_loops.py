@@ -43,7 +43,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 from spectral_window.errors import UserError, UserTypeError
@@ -57,6 +56,7 @@ from spectral_window.ops.compiled.addresses import (
     optional,
 )
 from spectral_window.ops.compiled.simd import (
+    AVX512,
     BYTES,
     LANES,
     ONE,
@@ -90,11 +90,15 @@ _AHEAD = 8  # rows that are prefetched
 FRESH, ENTERS = -1, -2  # a chunk starts with an empty state, or with the one that was given
 
 # Sums of a tile stay in registers: 12 of 16 with AVX2, where a vector takes two; of 32 elsewhere.
-_TALL = 12 if get_host_cpu_features().get("avx512f", False) else 6
+# Four rows by four vectors need the fewest loads, where there is space for them.
+_TALL = 12 if AVX512 else 6
 _tall, _short = product(_TALL, 1, apart=True), product(4, 1, apart=True)
 _line, _dot = product(1, 4, apart=True), product(1, 1, apart=True)
+_SQUARE = 4 if AVX512 else 1 << 40  # panels
+_square = product(4, 4, apart=True, panels=True)
+_STRIPS = 4  # sixteen columns of a transposed state each, for such a product
 TERMS = 64  # are added up before they join the whole: many more would cost precision
-_DEEP = 256  # terms for which a panel stays in the nearest cache
+_DEEP = 128 if AVX512 else 256  # terms for which what is read again stays in the nearest cache
 
 # A chunk's system, in float32 numbers: -A and P [64, 64], e^g and e^(g_C - g) [64], and g in
 # float64 [64]
@@ -212,7 +216,16 @@ def multiply(c, c_row, c_panel, a, a_row, a_step, b, b_step, b_panel, rows, pane
         tall -= 1
     for begin in range(0, count, _DEEP):
         end = min(begin + _DEEP, count)
-        for j in range(panels):
+        j = 0
+        while j + _SQUARE <= panels:
+            for i in range(0, rows, 4):
+                out = c + j * c_panel + i * c_row
+                for k in range(begin, end, TERMS):
+                    left, right = a + i * a_row + k * a_step, b + j * b_panel + k * b_step
+                    terms = min(TERMS, end - k)
+                    _square(out, c_row, left, a_row, a_step, right, b_step, terms, c_panel, b_panel)
+            j += 4
+        while j < panels:
             i = 0
             while i < rows:
                 high = i < tall * _TALL
@@ -225,6 +238,7 @@ def multiply(c, c_row, c_panel, a, a_row, a_step, b, b_step, b_panel, rows, pane
                     else:
                         _short(out, c_row, left, a_row, a_step, right, b_step, terms)
                 i += _TALL if high else 4
+            j += 1
 
 
 @inner
@@ -918,12 +932,18 @@ def retreat(args):
 @inner
 def times_transposed(args, c, c_row, a, a_row, rows, state, strip):
     """c [rows, K] += a [rows, V] times the transpose of a state in panels."""
-    values, panel = vectors_of(args.value_dim), panel_bytes(args)
-    for i in range(vectors_of(args.key_dim)):
-        for j in range(values):
-            source = state + j * panel + i * LANES * BYTES
-            transpose(source, BYTES, strip + j * LANES * BYTES)
-        multiply(c + i * BYTES, c_row, 0, a, a_row, 4, strip, BYTES, 0, rows, 1, values * LANES)
+    values, panel, size = vectors_of(args.value_dim), panel_bytes(args), vectors_of(args.key_dim)
+    strip_bytes = values * LANES * BYTES
+    for first in range(0, size, _STRIPS):
+        strips = min(_STRIPS, size - first)
+        for i in range(strips):
+            for j in range(values):
+                source = state + j * panel + (first + i) * LANES * BYTES
+                transpose(source, BYTES, strip + i * strip_bytes + j * LANES * BYTES)
+        multiply(
+            c + first * BYTES, c_row, BYTES, a, a_row, 4, strip, BYTES, strip_bytes,
+            rows, strips, values * LANES,
+        )  # fmt: skip
 
 
 @inner
@@ -943,7 +963,8 @@ def collect(args):
     size, key_vectors, vectors = args.key_dim, vectors_of(args.key_dim), vectors_of(args.value_dim)
     key_step, step, whole = row_bytes(size), row_bytes(args.value_dim), vectors * BYTES
     buffer = np.empty(
-        (CHUNK * (4 * key_step + 3 * step + whole + 2 * ROW) + LANES * whole) // 4 + 16 * LANES,
+        (CHUNK * (4 * key_step + 3 * step + whole + 2 * ROW) + _STRIPS * LANES * whole) // 4
+        + 16 * LANES,
         np.float32,
     )
     keys = aligned(buffer)
@@ -955,7 +976,7 @@ def collect(args):
     dp = panels + CHUNK * whole
     da = dp + CHUNK * ROW
     strip = da + CHUNK * ROW
-    betas_buffer = strip + LANES * whole
+    betas_buffer = strip + _STRIPS * LANES * whole
     between = betas_buffer + 4 * BYTES
     d_sums, dots = np.empty(CHUNK), np.empty(CHUNK)
     tile = claim_tile(args)

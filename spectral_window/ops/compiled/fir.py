@@ -28,8 +28,21 @@ from spectral_window.ops.compiled.addresses import (
     optional,
 )
 from spectral_window.ops.compiled.pages import empty
-from spectral_window.ops.compiled.pointwise import read_row, row_for, write_row
-from spectral_window.ops.compiled.simd import float32s, inner, int64s
+from spectral_window.ops.compiled.simd import (
+    BYTES,
+    LANES,
+    bfloat16s,
+    float32s,
+    fused,
+    inner,
+    int64s,
+    load,
+    load_bfloat16,
+    narrow,
+    store,
+    store_bfloat16,
+    widen,
+)
 from spectral_window.ops.compiled.threads import claim_tile, kernel
 
 NOTHING = -(1 << 62)  # in a table of sources: there is no such input
@@ -90,21 +103,107 @@ def source(args, i, j):
 
 
 @inner
-def input_of(args, at, buffer):
-    """The input at a source."""
-    if at >= 0:
-        return read_row(args.bfloat16, args.u, at * args.channels, buffer)
-    return read_row(args.bfloat16, args.before, (-1 - at) * args.channels, buffer)
+def place_of(args, at):
+    """The address of the input at a source."""
+    size = args.channels * (2 if args.bfloat16 else 4)
+    return args.u + at * size if at >= 0 else args.before + (-1 - at) * size
 
 
 @inner
-def by_taps(args, buffers):
-    """The weights [D, L] as [L, D] in `buffers`."""
+def inputs_of(args, i, rows):
+    """Writes the addresses of the inputs of token i to `rows`, and says how many there are."""
+    for j in range(args.taps):
+        at = source(args, i, j)
+        if at == NOTHING:
+            return j
+        rows[j] = place_of(args, at)
+    return args.taps
+
+
+@inner
+def by_taps(args, target):
+    """The weights [D, L] as [L, D] at `target`."""
     size, taps = args.channels, args.taps
     weights = float32s(args.weights, size * taps)
     for j in range(taps):
+        row = float32s(target + 4 * j * size, size)
         for c in range(size):
-            buffers[j, c] = weights[c * taps + j]
+            row[c] = weights[c * taps + j]
+
+
+@inner
+def vector_at(row, i, bfloat16):
+    """Vector i of a row of inputs."""
+    return load_bfloat16(row + i * BYTES // 2) if bfloat16 else load(row + i * BYTES)
+
+
+@inner
+def number_at(row, c, bfloat16):
+    return widen(bfloat16s(row, c + 1)[c]) if bfloat16 else float32s(row, c + 1)[c]
+
+
+@inner
+def sum_rows(rows, count, weights, channels, size, bfloat16, target):
+    """target = the sum of `count` rows, each times its row of weights: one pass, sums in registers.
+
+    rows: the rows' addresses. weights: those of `size` channels in float32 [L, channels].
+    """
+    whole, step = size // LANES, 4 * channels
+    i = 0
+    while i + 4 <= whole:
+        at = weights + i * BYTES
+        a = vector_at(rows[0], i, bfloat16) * load(at)
+        b = vector_at(rows[0], i + 1, bfloat16) * load(at + BYTES)
+        c = vector_at(rows[0], i + 2, bfloat16) * load(at + 2 * BYTES)
+        d = vector_at(rows[0], i + 3, bfloat16) * load(at + 3 * BYTES)
+        for j in range(1, count):
+            row, at = rows[j], at + step
+            a = fused(vector_at(row, i, bfloat16), load(at), a)
+            b = fused(vector_at(row, i + 1, bfloat16), load(at + BYTES), b)
+            c = fused(vector_at(row, i + 2, bfloat16), load(at + 2 * BYTES), c)
+            d = fused(vector_at(row, i + 3, bfloat16), load(at + 3 * BYTES), d)
+        put_vector(a, target, i, bfloat16)
+        put_vector(b, target, i + 1, bfloat16)
+        put_vector(c, target, i + 2, bfloat16)
+        put_vector(d, target, i + 3, bfloat16)
+        i += 4
+    while i < whole:
+        a = vector_at(rows[0], i, bfloat16) * load(weights + i * BYTES)
+        for j in range(1, count):
+            a = fused(vector_at(rows[j], i, bfloat16), load(weights + j * step + i * BYTES), a)
+        put_vector(a, target, i, bfloat16)
+        i += 1
+    for c in range(whole * LANES, size):
+        y = number_at(rows[0], c, bfloat16) * float32s(weights, size)[c]
+        for j in range(1, count):
+            y += number_at(rows[j], c, bfloat16) * float32s(weights + j * step, size)[c]
+        if bfloat16:
+            bfloat16s(target, size)[c] = narrow(y)
+        else:
+            float32s(target, size)[c] = y
+
+
+@inner
+def put_vector(x, row, i, bfloat16):
+    if bfloat16:
+        store_bfloat16(row + i * BYTES // 2, x)
+    else:
+        store(row + i * BYTES, x)
+
+
+@inner
+def add_products(rows, count, grad, sums, size, bfloat16):
+    """sums [L, size] += each of `count` rows times the row `grad`."""
+    whole = size // LANES
+    for j in range(count):
+        row, to = rows[j], sums + 4 * j * size
+        for i in range(whole):
+            at = to + i * BYTES
+            g = vector_at(grad, i, bfloat16)
+            store(at, fused(vector_at(row, i, bfloat16), g, load(at)))
+        for c in range(whole * LANES, size):
+            g = number_at(grad, c, bfloat16)
+            float32s(to, size)[c] += number_at(row, c, bfloat16) * g
 
 
 @inner
@@ -122,54 +221,46 @@ def add_multiplied(x, weight, y):
 @kernel(Filter, _forward)
 def _convolve(args):
     """Tiles: blocks of tokens."""
-    bfloat16, size, taps = args.bfloat16, args.channels, args.taps
-    buffers = np.empty((taps + 2, size), np.float32)
-    by_taps(args, buffers)
+    size, taps = args.channels, args.taps
+    buffer, rows = np.empty(taps * size, np.float32), np.empty(taps, np.int64)
+    weights = buffer.ctypes.data
+    by_taps(args, weights)
     tile = claim_tile(args)
     while tile >= 0:
         for i in range(tile * _BLOCK, min((tile + 1) * _BLOCK, args.tokens)):
-            at = source(args, i, 0)
-            y = row_for(bfloat16, args.out, at * size, buffers[taps])
-            multiply(input_of(args, at, buffers[taps + 1]), buffers[0], y)
-            for j in range(1, taps):
-                earlier = source(args, i, j)
-                if earlier == NOTHING:
-                    break
-                add_multiplied(input_of(args, earlier, buffers[taps + 1]), buffers[j], y)
-            write_row(bfloat16, args.out, at * size, y)
+            count = inputs_of(args, i, rows)
+            target = args.out + rows[0] - args.u
+            sum_rows(rows, count, weights, size, size, args.bfloat16, target)
         tile = claim_tile(args)
+    buffer[0] = 0  # alive until here
 
 
 @kernel(Filter, _backward)
 def _convolve_backward(args):
     """The gradients of u and of the weights. Tiles: blocks of tokens."""
-    bfloat16, size, taps = args.bfloat16, args.channels, args.taps
-    buffers = np.empty((taps + 3, size), np.float32)
-    by_taps(args, buffers)
+    size, taps = args.channels, args.taps
+    buffer, rows = np.empty(taps * size, np.float32), np.empty(taps, np.int64)
+    later = np.empty(taps, np.int64)
+    weights = buffer.ctypes.data
+    by_taps(args, weights)
     tile = claim_tile(args)
     while tile >= 0:
         dw = args.d_weights + 4 * tile * taps * size
         float32s(dw, taps * size)[:] = np.float32(0)
         for i in range(tile * _BLOCK, min((tile + 1) * _BLOCK, args.tokens)):
-            at = source(args, i, 0)
-            grad = read_row(bfloat16, args.out, at * size, buffers[taps])
-            du = row_for(bfloat16, args.d_u, at * size, buffers[taps + 1])
-            multiply(grad, buffers[0], du)
+            at, count = source(args, i, 0), 1
+            here = place_of(args, at) - args.u
+            later[0] = args.out + here
             for j in range(1, min(taps, args.tokens - i)):
                 if source(args, i + j, j) != at:  # the document has ended
                     break
-                later = source(args, i + j, 0) * size
-                add_multiplied(
-                    read_row(bfloat16, args.out, later, buffers[taps + 2]), buffers[j], du
-                )
-            write_row(bfloat16, args.d_u, at * size, du)
-            for j in range(taps):
-                earlier = source(args, i, j)
-                if earlier == NOTHING:
-                    break
-                x = input_of(args, earlier, buffers[taps + 2])
-                add_multiplied(x, grad, float32s(dw + 4 * j * size, size))
+                later[j] = args.out + place_of(args, source(args, i + j, 0)) - args.u
+                count = j + 1
+            sum_rows(later, count, weights, size, size, args.bfloat16, args.d_u + here)
+            count = inputs_of(args, i, rows)
+            add_products(rows, count, later[0], dw, size, args.bfloat16)
         tile = claim_tile(args)
+    buffer[0] = 0  # alive until here
 
 
 def _tiles(u: Tensor, sources: Tensor | None) -> int:

@@ -1,5 +1,5 @@
 """One token of the memory that reads with the window's queries (`nn.memory`), from its queries and
-values to its sum with what the window found, in three kernels.
+values to its sum with what the window found, in three kernels, and its short convolution in one.
 
 Between them lie vectors alone, so what a token costs beyond its state is the calls: `prepare` takes
 the place of a filter, two normalisations, two gates and four conversions.
@@ -7,6 +7,7 @@ the place of a filter, two normalisations, two gates and four conversions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from spectral_window.ops.compiled.addresses import (
     dense,
     optional,
 )
-from spectral_window.ops.compiled.fir import add_multiplied, multiply
+from spectral_window.ops.compiled.fir import add_multiplied, by_taps, multiply, sum_rows
 from spectral_window.ops.compiled.pointwise import (
     dot,
     exp_number,
@@ -41,6 +42,35 @@ from spectral_window.ops.compiled.simd import (
     widen,
 )
 from spectral_window.ops.compiled.threads import claim_tile, kernel
+
+
+class Inputs(NamedTuple):
+    q: Address  # [B, D]
+    k: Address
+    v: Address
+    positions: Address  # int64 [B], or none
+    before: Address  # their last values [B, L - 1, 3 D]
+    weights: Address  # float32 [3 D, L]
+    channels: int  # 3 D
+    taps: int
+    bfloat16: bool
+    out: Address  # [3, B, D]
+    after: Address  # like `before`
+
+
+def _inputs(tiles, q, k, v, positions, before, weights, out, after):
+    dtype, (channels, taps) = BFLOAT16 if q.dtype is BFLOAT16 else FLOAT32, weights.shape
+    if channels % 3:
+        raise UserError(f"{channels} channels (compiled memory): expected those of q, k and v")
+    each, earlier = tiles * channels // 3, tiles * (taps - 1) * channels
+    return Inputs(
+        *(address(q, dtype, each), address(k, dtype, each), address(v, dtype, each)),
+        optional(positions, INT64, tiles),
+        address(before, dtype, earlier),
+        address(weights, FLOAT32, channels * taps),
+        *(channels, taps, dtype is BFLOAT16),
+        *(address(out, dtype, 3 * each), address(after, dtype, earlier)),
+    )
 
 
 class Token(NamedTuple):
@@ -132,6 +162,42 @@ def copied(bfloat16, source, target, begin, count):
             numbers[i] = float32s(source + 4 * begin, count)[i] if source else np.float32(0)
 
 
+@kernel(Inputs, _inputs)
+def convolve_once(args):
+    """Tiles: rows."""
+    bfloat16, channels, taps = args.bfloat16, args.channels, args.taps
+    size, earlier, number = channels // 3, taps - 1, 2 if args.bfloat16 else 4
+    buffer, rows = np.empty(taps * channels, np.float32), np.empty(taps, np.int64)
+    weights = buffer.ctypes.data
+    by_taps(args, weights)
+    tile = claim_tile(args)
+    while tile >= 0:
+        p = int64s(args.positions, tile + 1)[tile] if args.positions else 1
+        before = args.before + number * tile * earlier * channels
+        after = args.after + number * tile * earlier * channels
+        if p < 0:
+            copied(bfloat16, before, after, 0, earlier * channels)
+        elif earlier > 0:
+            copied(bfloat16, before if p else 0, after, channels, (earlier - 1) * channels)
+        for part in range(3):
+            u = args.q if part == 0 else args.k if part == 1 else args.v
+            begin = part * size
+            out = args.out + number * (part * args.tiles + tile) * size
+            if p < 0:
+                copied(bfloat16, 0, out, 0, size)
+                continue
+            rows[0] = u + number * tile * size
+            for j in range(1, taps):
+                rows[j] = before + number * ((earlier - j) * channels + begin)
+            at = weights + 4 * begin
+            sum_rows(rows, taps if p else 1, at, channels, size, bfloat16, out)
+            if earlier > 0:
+                last = after + number * ((earlier - 1) * channels + begin)
+                copied(bfloat16, rows[0], last, 0, size)
+        tile = claim_tile(args)
+    buffer[0] = 0  # alive until here
+
+
 @kernel(Token, _token)
 def prepare(args):
     """Tiles: rows."""
@@ -182,6 +248,21 @@ def prepare(args):
             copied(bfloat16, before if p else 0, after, channels, last)
             copied(bfloat16, args.q, after + number * last, tile * channels, channels)
         tile = claim_tile(args)
+
+
+def convolve(
+    inputs: Sequence[Tensor], weights: Tensor, before: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """inputs: q, k, v [B, 1, D] in one dtype, float32 or bfloat16; weights [3 D, L] float32; before
+    [B, L - 1, 3 D] in the inputs' dtype; positions [B, 1] int64 or None.
+
+    Returns q, k, v [B, 1, D] convolved, and the last inputs after the token.
+    """
+    before, at = dense(before), None if positions is None else dense(positions)
+    q, k, v = (dense(x) for x in inputs)
+    out, after = q.new_empty((3, *q.shape)), torch.empty_like(before)
+    convolve_once(len(q), q, k, v, at, before, dense(weights), out, after)
+    return out[0], out[1], out[2], after
 
 
 def step(

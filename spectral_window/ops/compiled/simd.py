@@ -46,7 +46,10 @@ always = numba.njit(forceinline=True, error_model="numpy")
 
 LANES = 16
 BYTES = 4 * LANES  # of a float32 vector in memory
-LANES64 = 16 if get_host_cpu_features().get("avx512f") else 8  # what registers hold nine times
+# 32 registers that each hold a whole vector, and not 16 of half. Told of another processor, numba
+# compiles for that one.
+AVX512 = bool(get_host_cpu_features().get("avx512f")) and not numba.config.CPU_NAME
+LANES64 = 16 if AVX512 else 8  # what registers hold nine times
 ZERO, ONE = np.float32(0), np.float32(1)
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -674,7 +677,9 @@ def store_row(source, bfloat16, size, rotations, scale, target):
 # ---------------------------------------------------------------- the product
 
 
-def product(rows: int, columns: int, *, fresh: bool = False, apart: bool = False) -> Any:
+def product(
+    rows: int, columns: int, *, fresh: bool = False, apart: bool = False, panels: bool = False
+) -> Any:
     """A tile of a matrix product, as a function for kernels: for i < rows, j < 16 columns
 
         c[i, j] += sum over k < count of a[i, k] b[k, j]
@@ -682,6 +687,8 @@ def product(rows: int, columns: int, *, fresh: bool = False, apart: bool = False
     or = in place of += if `fresh`. Called with (c, c_row, a, a_row, a_step, b, b_step, count):
     addresses, and the bytes from one row, or one k, to the next. The sum runs in the order of k;
     from c on, or, if `apart`, from 0, and joins c at its end: a large c is then rounded only once.
+    If `panels`, each sixteen columns are apart from the next; c_panel and b_panel, the bytes
+    between them, then come last.
 
     The tile of sums stays in registers while its two operands stream by: a step loads rows +
     columns values for rows x columns multiply-adds.
@@ -697,7 +704,13 @@ def product(rows: int, columns: int, *, fresh: bool = False, apart: bool = False
         right: Any,
         right_step: Any,
         count: Any,
+        *apart_by: Any,
     ) -> None:
+        def column(head: Any, j: int, which: int) -> Any:
+            if not panels:
+                return _place(b, head, j * BYTES)
+            return row(head, apart_by[which], j)
+
         def row(head: Any, step: Any, i: int) -> Any:
             return b.add(head, b.mul(step, ir.Constant(step.type, i)))
 
@@ -705,11 +718,11 @@ def product(rows: int, columns: int, *, fresh: bool = False, apart: bool = False
             (i, j): cgutils.alloca_once(b, _FLOATS) for i in range(rows) for j in range(columns)
         }
         for (i, j), place in sums.items():
-            target = _place(b, row(out, out_row, i), j * BYTES)
+            target = column(row(out, out_row, i), j, 0)
             b.store(_constant(_FLOATS, 0.0) if fresh or apart else _read(b, target), place)
         with cgutils.for_range(b, count) as loop:
             along, down = b.mul(loop.index, left_step), b.mul(loop.index, right_step)
-            line = [_read(b, _place(b, b.add(right, down), j * BYTES)) for j in range(columns)]
+            line = [_read(b, column(b.add(right, down), j, 1)) for j in range(columns)]
             for i in range(rows):
                 head = b.add(row(left, left_row, i), along)
                 number = _spread(b, _read(b, head, _F32))
@@ -717,8 +730,28 @@ def product(rows: int, columns: int, *, fresh: bool = False, apart: bool = False
                     place = sums[i, j]
                     b.store(_fused(b, number, line[j], b.load(place)), place)
         for (i, j), place in sums.items():
-            target, sum_ = _place(b, row(out, out_row, i), j * BYTES), b.load(place)
+            target, sum_ = column(row(out, out_row, i), j, 0), b.load(place)
             _write(b, b.fadd(_read(b, target), sum_) if apart else sum_, target)
+
+    if panels:
+
+        @intrinsic
+        def tile_of_panels(
+            typingctx: Any,
+            c: Any,
+            c_row: Any,
+            a: Any,
+            a_row: Any,
+            a_step: Any,
+            b: Any,
+            b_step: Any,
+            count: Any,
+            c_panel: Any,
+            b_panel: Any,
+        ) -> Any:
+            return types.void(*[_A] * 10), _gives(emit)
+
+        return tile_of_panels
 
     @intrinsic
     def tile(

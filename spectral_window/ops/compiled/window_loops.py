@@ -59,6 +59,7 @@ from spectral_window.ops.compiled.addresses import (
     strided,
 )
 from spectral_window.ops.compiled.simd import (
+    AVX512,
     BYTES,
     LANES,
     ONE,
@@ -94,8 +95,10 @@ SEGMENT = 256  # queries whose keys and values are in the scratch at a time
 AHEAD = 8  # rows of keys that are prefetched
 _INFINITY = np.float32(np.inf)
 
-scores_of = product(8, 1, fresh=True)
-tile_4_4, tile_4_1, tile_1_1 = product(4, 4), product(4, 1), product(1, 1)
+# Sums of a tile stay in registers: 16 of 32, or, where a vector takes two, 12 and 8 of 16.
+_KEYS, _COLUMNS = (16, 4) if AVX512 else (6, 1)
+scores_of = product(_KEYS, 1, fresh=True)
+tile_wide, tile_4_1, tile_1_1 = product(4, _COLUMNS), product(4, 1), product(1, 1)
 
 
 class Window(NamedTuple):
@@ -397,7 +400,7 @@ def first_seen(args, b, begin, end):
 def most_keys(args):
     """The most keys that a segment sees, and space for products to run over the end."""
     before = args.time + (2 * args.window if args.ring_key else 0)
-    return min(args.time, SEGMENT) + min(2 * args.window, before) + 8
+    return min(args.time, SEGMENT) + min(2 * args.window, before) + _KEYS + 4
 
 
 @inner
@@ -514,10 +517,10 @@ def mask(scores, visible, hidden):
 def score(keys, columns, size, visible, scores):
     """scores [keys, 16] = keys [keys, size] columns [size, 16], over the keys that are visible."""
     row = vectors_of(size) * BYTES
-    for j in range(visible.first, visible.last + 1, 8):
+    for j in range(visible.first, visible.last + 1, _KEYS):
         prefetch_row(
-            keys + (j + 8) * row, False, 8 * row // 4
-        )  # no processor foresees eight rows at once
+            keys + (j + _KEYS) * row, False, _KEYS * row // 4
+        )  # no processor foresees so many rows at once
         scores_of(scores + j * BYTES, BYTES, keys + j * row, row, 4, columns, BYTES, size)
 
 
@@ -548,9 +551,9 @@ def multiply(c, c_row, a, a_row, a_step, b, b_step, rows, vectors, count):
             left, right = a + begin * a_step + i * a_row, b + begin * b_step
             at = c + i * c_row
             j = 0
-            while j + 4 <= vectors:
-                tile_4_4(at, c_row, left, a_row, a_step, right, b_step, steps)
-                at, right, j = at + 4 * BYTES, right + 4 * BYTES, j + 4
+            while j + _COLUMNS <= vectors:
+                tile_wide(at, c_row, left, a_row, a_step, right, b_step, steps)
+                at, right, j = at + _COLUMNS * BYTES, right + _COLUMNS * BYTES, j + _COLUMNS
             while j < vectors:
                 tile_4_1(at, c_row, left, a_row, a_step, right, b_step, steps)
                 at, right, j = at + BYTES, right + BYTES, j + 1

@@ -1,7 +1,8 @@
 """One token a row, straight along the ring of 2W keys and values, in compiled code (numba).
 
 A step reads the ring once and writes the new one beside it: the state that was given stays as it
-was. Slots that no later query can see become zeros. A tile is a share of one row's heads.
+was. Reading and writing the rings takes the time of a step, not the products. Slots that no later
+query can see become zeros. A tile is a share of one row's heads.
 """
 
 from __future__ import annotations
@@ -113,70 +114,102 @@ def _once(tiles, call, out, new_key, new_value, after, shares):
     )
 
 
+@inner
+def copy_slots(args, b, slot, first, stop, live):
+    """`copy_slot` of keys and values."""
+    copy_slot(args, args.ring_key, args.new_key, args.key_dim, b, slot, first, stop, live)
+    copy_slot(args, args.ring_value, args.new_value, args.value_dim, b, slot, first, stop, live)
+
+
 @kernel(Window, _once)
 def attend_once(args):
-    """Tiles: (row, share of the heads)."""
-    window, slots = args.window, 2 * args.window
-    key_vectors, value_vectors = vectors_of(args.key_dim), vectors_of(args.value_dim)
-    buffer = np.empty(
-        LANES * (5 * key_vectors + 4 * value_vectors + vectors_of(slots) + 1), np.float32
-    )
+    """Tiles: (row, share of the heads). A slot of keys, and then of values, is read once: it goes
+    to all heads and to the new ring."""
+    window, slots, bfloat16 = args.window, 2 * args.window, args.bfloat16
+    key_dim, value_dim = args.key_dim, args.value_dim
+    key_vectors, value_vectors = vectors_of(key_dim), vectors_of(value_dim)
+    key_row, value_row = key_vectors * BYTES, value_vectors * BYTES
+    weight_row = vectors_of(slots) * BYTES
+    most = (args.heads + args.shares - 1) // args.shares
+    block_vectors = most * (key_vectors + value_vectors + vectors_of(slots)) + 1
+    buffer = np.empty(LANES * (block_vectors + 3 * key_vectors + 2 * value_vectors), np.float32)
     angles = np.empty(2 * key_vectors * LANES)
-    query = aligned(buffer)
-    new_key = query + key_vectors * BYTES
-    rotations_buffer = new_key + key_vectors * BYTES
-    between = rotations_buffer + key_vectors * BYTES
-    new_value = between + max(key_vectors, value_vectors) * BYTES
-    out = new_value + value_vectors * BYTES
-    weights = out + value_vectors * BYTES
+    queries = aligned(buffer)
+    outs = queries + most * key_row
+    weights = outs + most * value_row
+    new_key = weights + most * weight_row
+    rotations_buffer = new_key + key_row
+    between = rotations_buffer + key_row
+    new_value = between + max(key_row, value_row)
+    scale = np.float32(1 / math.sqrt(key_dim))
     tile = claim_tile(args)
     while tile >= 0:
         b, share = tile // args.shares, tile % args.shares
         first = args.heads * share // args.shares
         stop = args.heads * (share + 1) // args.shares
         p = position(args, b, 0)
-        token = p >= 0
-        if share == 0 and token:
-            int64s(args.new_position, args.batch)[b] = p + 1
-        for slot in range(slots):
-            remembered = p - 1 - (p - 1 - slot) % slots
-            live = not token or remembered >= oldest(p + 1, window)
-            copy_slot(args, args.ring_key, args.new_key, args.key_dim, b, slot, first, stop, live)
-            copy_slot(
-                args, args.ring_value, args.new_value, args.value_dim, b, slot, first, stop, live
-            )
-        rotations = 0
-        if token and args.frequency:
-            rotations = rotations_buffer
-            fill_rotations(args, b, 0, 1, rotations, angles)
+        clear(outs, most * value_vectors)
+        if p < 0:
+            for slot in range(slots):
+                copy_slots(args, b, slot, first, stop, True)
+        else:
+            if share == 0:
+                int64s(args.new_position, args.batch)[b] = p + 1
+            rotations = 0
+            if args.frequency:
+                rotations = rotations_buffer
+                fill_rotations(args, b, 0, 1, rotations, angles)
+            for h in range(first, stop):
+                query = queries + (h - first) * key_row
+                load_row(query_at(args, b, 0, h), bfloat16, key_dim, rotations, scale, query)
+            past = p - oldest(p, window)
+            begin, live = (p - past) % slots, oldest(p + 1, window) - (p - past)
+            for i in range(past):
+                for h in range(first, stop):
+                    row = row_in_ring(args, args.ring_key, key_dim, b, begin + i, h, between)
+                    score = dot_vectors(queries + (h - first) * key_row, row, key_vectors)
+                    float32s(weights + (h - first) * weight_row, slots)[i] = score
+                slot = (begin + i) % slots
+                copy_slot(
+                    args, args.ring_key, args.new_key, key_dim, b, slot, first, stop, i >= live
+                )
+            for h in range(first, stop):
+                at = weights + (h - first) * weight_row
+                load_row(key_at(args, b, 0, h), bfloat16, key_dim, rotations, ONE, new_key)
+                score = dot_vectors(queries + (h - first) * key_row, new_key, key_vectors)
+                float32s(at, slots)[past] = score
+                normalise(at, past + 1)
+            for i in range(past):
+                for h in range(first, stop):
+                    row = row_in_ring(args, args.ring_value, value_dim, b, begin + i, h, between)
+                    weight = float32s(weights + (h - first) * weight_row, slots)[i]
+                    add_row(outs + (h - first) * value_row, weight, row, value_vectors)
+                slot = (begin + i) % slots
+                copy_slot(
+                    args,
+                    args.ring_value,
+                    args.new_value,
+                    value_dim,
+                    b,
+                    slot,
+                    first,
+                    stop,
+                    i >= live,
+                )
+            for i in range(1, slots - past):
+                copy_slots(args, b, (p + i) % slots, first, stop, False)
+            for h in range(first, stop):
+                load_row(key_at(args, b, 0, h), bfloat16, key_dim, rotations, ONE, new_key)
+                target = ring_row(args, args.new_key, b, p, h, key_dim)
+                store_row(new_key, bfloat16, key_dim, 0, ONE, target)
+                load_row(value_at(args, b, 0, h), bfloat16, value_dim, 0, ONE, new_value)
+                weight = float32s(weights + (h - first) * weight_row, slots)[past]
+                add_row(outs + (h - first) * value_row, weight, new_value, value_vectors)
+                target = ring_row(args, args.new_value, b, p, h, value_dim)
+                store_row(new_value, bfloat16, value_dim, 0, ONE, target)
         for h in range(first, stop):
-            clear(out, value_vectors)
-            if token:
-                key_row, value_row = key_at(args, b, 0, h), value_at(args, b, 0, h)
-                scale = np.float32(1 / math.sqrt(args.key_dim))
-                query_row = query_at(args, b, 0, h)
-                load_row(query_row, args.bfloat16, args.key_dim, rotations, scale, query)
-                load_row(key_row, args.bfloat16, args.key_dim, rotations, ONE, new_key)
-                load_row(value_row, args.bfloat16, args.value_dim, 0, ONE, new_value)
-                past = p - oldest(p, window)
-                scores, slot = float32s(weights, past + 1), (p - past) % slots
-                for i in range(past):
-                    row = row_in_ring(args, args.ring_key, args.key_dim, b, slot + i, h, between)
-                    scores[i] = dot_vectors(query, row, key_vectors)
-                scores[past] = dot_vectors(query, new_key, key_vectors)
-                normalise(weights, past + 1)
-                for i in range(past):
-                    row = row_in_ring(
-                        args, args.ring_value, args.value_dim, b, slot + i, h, between
-                    )
-                    add_row(out, scores[i], row, value_vectors)
-                add_row(out, scores[past], new_value, value_vectors)
-                target = ring_row(args, args.new_key, b, p, h, args.key_dim)
-                store_row(new_key, args.bfloat16, args.key_dim, 0, ONE, target)
-                target = ring_row(args, args.new_value, b, p, h, args.value_dim)
-                store_row(new_value, args.bfloat16, args.value_dim, 0, ONE, target)
-            target = args.out + (b * args.heads + h) * args.value_dim * (2 if args.bfloat16 else 4)
-            store_row(out, args.bfloat16, args.value_dim, 0, ONE, target)
+            target = args.out + (b * args.heads + h) * value_dim * (2 if bfloat16 else 4)
+            store_row(outs + (h - first) * value_row, bfloat16, value_dim, 0, ONE, target)
         tile = claim_tile(args)
     buffer[0] = 0  # alive until here
 
