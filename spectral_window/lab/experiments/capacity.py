@@ -131,7 +131,7 @@ def figure(rows: Rows, path: Path) -> Path:
         ),
     ]  # fmt: skip
     about = "multi-query recall at 256 tokens: share of right answers, one seed"
-    return sheet(panels, 2, about, path, legend_columns=3)
+    return sheet(panels, 2, about, path, legend_columns=3, handlelength=2.6)
 
 
 def _paint_pairs(axes: Axes, rows: Rows) -> None:

@@ -76,7 +76,7 @@ LOOKS: dict[str, tuple[str, Any]] = {  # colour and line of what is drawn; the l
     PUBLISHED: (SERIES[0], "-"),
     TRANSFORMER: (SERIES[1], "-"),
     CONVOLVED_TRANSFORMER: (SERIES[1], "--"),
-    **dict(zip(LINEAR, ((color, "-") for color in (*SERIES[3:], MUTED)), strict=True)),
+    **dict(zip(LINEAR, (*((color, "-") for color in SERIES[3:]), (MUTED, ":")), strict=True)),
     BOTH_REFLECTING: (INK, "-"),
     BOTH: (SERIES[2], "--"),
     CONVOLVED: (SERIES[2], "-"),
@@ -291,7 +291,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     if not panels:
         panels = [_panel(rows, *line) for line in there]
     about = "right answers, means over seeds; band: their range; dotted: chance"
-    return sheet(panels, min(4, len(panels)), about, path, legend_columns=3)
+    return sheet(panels, min(4, len(panels)), about, path, legend_columns=3, handlelength=2.6)
 
 
 def look(model: str) -> dict[str, Any]:
