@@ -78,9 +78,9 @@ def recall_far() -> str:
     forms = {
         "recommended": (suite.CONVOLVED, "fixed"),
         "recommended, trained at 32 to 256": (suite.CONVOLVED, "mixed"),
-        "closing gate": (suite.BOTH, "fixed"),
-        "closing gate, trained at 32 to 256": (suite.BOTH, "mixed"),
-        "reflecting gate": (suite.BOTH_REFLECTING, "fixed"),
+        "closing gate": (suite.CONVOLVED_CLOSING, "fixed"),
+        "closing gate, trained at 32 to 256": (suite.CONVOLVED_CLOSING, "mixed"),
+        "reflecting gate": (suite.CONVOLVED_REFLECTING, "fixed"),
         "no short convolution": (suite.OURS, "fixed"),
         "no short convolution, closing gate": (suite.CLOSING, "fixed"),
     }
@@ -96,7 +96,7 @@ def recall_hard() -> str:
     """Right answers at 32 times the length on tasks without the memory's bias."""
     models = {
         "recommended": suite.CONVOLVED,
-        "reflecting gate": suite.BOTH_REFLECTING,
+        "reflecting gate": suite.CONVOLVED_REFLECTING,
         **RIVALS,
         "Gated delta net": "Gated delta net (Qwen3-Next)",
     }

@@ -13,11 +13,7 @@ from spectral_window.errors import ResourceError, unknown
 
 EXAMPLE = "reproduce synthetic --quick"
 PAPER = ("synthetic", "efficiency", "lm")
-BEYOND = (
-    "memory",
-    "recall",
-    "capacity",
-)  # beyond the paper: only by their names, with results of their own
+BEYOND = ("memory", "recall", "capacity")  # beyond the paper, with results of their own: by name
 SUITES = (*PAPER, *BEYOND)
 BEYOND_RESULTS = Path("results/memory")
 QUICK_NOTE = "quick version: it shows the way, and its numbers mean nothing"
