@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,7 @@ SEVERAL = {  # what is asked may stand several times, and why
     "two-token-keys": "each token of a key stands in other keys",
     "overwriting": "a key is written again",
     "parity": "there are two tokens",
+    "permutations": "there are six tokens",
 }
 
 
@@ -113,6 +116,18 @@ def test_distance_leads_from_the_question_to_its_key(name):
     assert (inputs[rows, place] == inputs[rows, at]).all()
     if LATER[name] is not None:
         assert (inputs[rows, place + LATER[name]] == labels[rows, at]).all()
+
+
+def test_permutations_move_three_things_one_after_another():
+    every = list(itertools.permutations(range(3)))
+    inputs, labels, _ = draw("permutations", rows=20)
+    for row, label in zip(inputs, labels, strict=True):
+        places = [0, 1, 2]  # of the three things
+        for token, product in zip(row, label, strict=True):
+            places = [every[token][place] for place in places]
+            assert places == list(every[product])
+    task = make("permutations")
+    assert task.solve(np.array([[2, 1, 1, 5]])).tolist() == [[2, 4, 2, 3]]
 
 
 def looked_up(inputs: np.ndarray, labels: np.ndarray, distance: np.ndarray):

@@ -7,7 +7,7 @@ associative recall.
     published-*   the paper's tasks (section 2 of its experiments), including their flaws
     recall, needle, induction, sorting, mqar
                   the same questions, posed so that each has one answer (ceiling 1)
-    gap, value-first, two-token-keys, overwriting, two-hops, parity
+    gap, value-first, two-token-keys, overwriting, two-hops, parity, permutations
                   recall beyond "what followed this token", and state tracking (ceiling 1)
 
 To add one, subclass `Task` and decorate it with `@register("name")`; the contract suite

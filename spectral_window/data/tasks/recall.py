@@ -10,11 +10,13 @@ the end, after a separator, all keys are repeated in another order, each asking 
     overwriting, pairs = 2         K3 V7 . K1 V2 K3 V5 . ? K1 K3   -> V2 at K1, V5 at K3
     two-hops, pairs = 2            K4 V2 . K3 K4 . K1 K6 K6 V7 ? K1 K3 -> V7 at K1, V2 at K3
     parity                         1 0 1 1 0 -> 1 1 0 1 1          the sum of all bits so far, mod 2
+    permutations                   2 1 1 5 -> 2 4 2 3              the product so far, 2 = (1 0 2)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 
@@ -264,3 +266,31 @@ class Parity(Task):
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:
         return np.cumsum(inputs, 1) % 2
+
+
+@register("permutations")
+@dataclass(frozen=True)
+class Permutations(Task):
+    """State tracking: random permutations of three; the question at each is their product so far.
+
+    The word problem of the smallest group in which order counts. A token is the number of a
+    permutation in lexicographic order.
+    """
+
+    vocab_size: int = 6
+
+    def draw(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
+        inputs = rng.integers(0, 6, (rows, length))
+        return Batch(inputs, self.solve(inputs), np.zeros_like(inputs))
+
+    def solve(self, inputs: np.ndarray) -> np.ndarray:
+        every = list(permutations(range(3)))
+        # the number of "first b, then a" is after[a, b]
+        after = np.array(
+            [[every.index(tuple(a[i] for i in b)) for b in every] for a in every], dtype=np.int64
+        )
+        product, state = np.empty_like(inputs), np.zeros(len(inputs), dtype=np.int64)
+        for at in range(inputs.shape[1]):
+            state = after[inputs[:, at], state]
+            product[:, at] = state
+        return product

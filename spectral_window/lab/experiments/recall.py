@@ -134,6 +134,7 @@ HARDER = {
 HARDEST = {
     "Two hops": Ability("two-hops"),
     "Parity": Ability("parity"),
+    "Permutations of three": Ability("permutations"),
 }
 MORE = {
     "Gap of 1": Ability("gap", {"gap": 1}),
