@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,6 +155,56 @@ def test_generate_with_session(run, model, tmp_path):
     shown.append(run(script, model, tmp_path / "other.session", "Once upon a time", 40))
     start, rest, whole = (text.rpartition("\n[")[0] for text in shown)
     assert start + rest == whole
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="packages of Debian are unpacked by dpkg")
+def test_debian_text(run, monkeypatch, tmp_path):
+    """From packages of our own; in the place of apt-get stands a script that copies them."""
+
+    def sentence(number: int) -> str:
+        return (
+            f"This is paragraph {'abcdefghij'[number % 10] * (1 + number // 10)} of the text, "
+            + ("and it has the words that a sentence in English is made of, as you can see for it.")
+        )
+
+    files = {
+        "doc/a.txt": "\n\n".join(sentence(number) for number in range(90)),
+        "doc/b.html": f"<html><p>{sentence(3)}</p><pre>x = 1</pre><p>{sentence(95)}</p></html>",
+        "doc/c.txt.gz": f"{sentence(96)}\n\nShort.\n\n{'1 2 3 4 ' * 40}",
+        "doc/de/d.txt": sentence(97),
+        "doc/image.png": sentence(98),
+    }
+    for package in ("dict-gcide", "anarchism", "dict-foldoc", "fortunes"):
+        for name, text in files.items():
+            path = tmp_path / package / "usr" / "share" / package / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".gz":
+                path.write_bytes(gzip.compress(text.encode()))
+            else:
+                path.write_text(text)
+        control = tmp_path / package / "DEBIAN" / "control"
+        control.parent.mkdir()
+        control.write_text(
+            f"Package: {package}\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\n"
+            "Description: text\n"
+        )
+        subprocess.run(
+            ["dpkg-deb", "--build", tmp_path / package, tmp_path / f"{package}_1_all.deb"],
+            check=True,
+            capture_output=True,
+        )
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "apt-get").write_text(f'#!/bin/sh\ncp "{tmp_path}/$3"_1_all.deb .\n')
+    (programs / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        run("debian_text.py", "dictionary", out)
+    assert ended.value.code == 0
+    train, valid = ((out / name).read_text() for name in ("train.txt", "valid.txt"))
+    found = sorted(filter(None, (train + valid).split("\n\n")))
+    assert found == sorted(sentence(number) for number in (*range(90), 95, 96))
 
 
 def test_every_example_has_a_test():

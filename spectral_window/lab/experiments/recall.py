@@ -165,7 +165,7 @@ def stages(*, quick: bool = False) -> list[list[Trial[Probe]]]:
         (hard, tuple(LINEAR), "mixed", first),
         (hard, RIVALS, "mixed", every),
         (long, (CONVOLVED, CONVOLVED_CLOSING), "mixed", every),
-        (long, (CONVOLVED_REFLECTING,), "mixed", first),
+        (long, (CONVOLVED_REFLECTING,), "mixed", every),
         (KNOWN, (SHIFTED, CONVOLVED_TRANSFORMER), "fixed", every),
         (long, (SHIFTED, CONVOLVED_TRANSFORMER), "mixed", every),
         (HARDER, (CONVOLVED, *RIVALS), "fixed", first),
