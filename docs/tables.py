@@ -81,6 +81,7 @@ def recall_far() -> str:
         "closing gate": (suite.CONVOLVED_CLOSING, "fixed"),
         "closing gate, trained at 32 to 256": (suite.CONVOLVED_CLOSING, "mixed"),
         "reflecting gate": (suite.CONVOLVED_REFLECTING, "fixed"),
+        "reflecting gate, trained at 32 to 256": (suite.CONVOLVED_REFLECTING, "mixed"),
         "no short convolution": (suite.OURS, "fixed"),
         "no short convolution, closing gate": (suite.CLOSING, "fixed"),
     }
