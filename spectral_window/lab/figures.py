@@ -158,15 +158,19 @@ def sheet(
                 named.setdefault(str(name), handle)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
+        note = figure.supxlabel(about, fontsize=8, color=MUTED, x=0.995, ha="right")
         if named:
             if legend_columns is None:  # in two lines where one would reach `about`
                 legend_columns = len(named) if len(named) <= columns + 1 else -(-len(named) // 2)
-            figure.legend(
-                list(named.values()), list(named), loc="outside lower left",
-                ncols=min(len(named), legend_columns),
-                **({"fontsize": 9, "labelcolor": INK} | legend),
-            )  # fmt: skip
-        figure.supxlabel(about, fontsize=8, color=MUTED, x=0.995, ha="right")
+            for ncols in range(min(len(named), legend_columns), 0, -1):
+                key = figure.legend(
+                    list(named.values()), list(named), loc="outside lower left", ncols=ncols,
+                    **({"fontsize": 9, "labelcolor": INK} | legend),
+                )  # fmt: skip
+                figure.draw_without_rendering()
+                if ncols == 1 or not key.get_window_extent().overlaps(note.get_window_extent()):
+                    break
+                key.remove()  # `about` is longer than was thought of
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi, metadata={"Software": None})
     return path
