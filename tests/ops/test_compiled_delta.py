@@ -150,7 +150,7 @@ def test_writes_up_to_two_meet_the_bar_of_keys_that_nearly_agree(agree, bar):
 
 
 @pytest.mark.parametrize("agree", [0.0, 3.0, 1e4])
-def test_mirrors_alone_are_the_hardest(agree):
+def test_mirrors_alone_cost_no_more_than_four_digits(agree):
     inputs, given = draw(1, 600, 1, 64, 64, agree=agree)
     inputs[4] = None
     inputs[3] = torch.full_like(inputs[3], 2.0)
