@@ -72,9 +72,25 @@ def run(
     questions: Annotated[
         int, typer.Option(min=1, metavar="N", help="With --needle: questions a length.")
     ] = 50,
+    repeats: Annotated[
+        bool,
+        typer.Option(
+            "--repeats",
+            help="Instead of one loss: the loss by how often the last tokens occurred before.",
+        ),
+    ] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL...", help="With --repeats: models to compare, of the same tokenizer."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="With --needle: write long-context.json and .png there."),
+        typer.Option(
+            metavar="DIR",
+            help="With --needle or --repeats: write long-context or repeats .json and .png there.",
+        ),
     ] = None,
     json: Json = False,
     device: Device = "auto",
@@ -88,13 +104,17 @@ def run(
     from spectral_window.training.loading import load, read_run
 
     if tasks is not None:
-        if data or length or max_tokens or needle:
+        if data or length or max_tokens or needle or repeats:
             raise UserError("--tasks beside a measure of text (eval): give one")
         return _judge(model, tasks, max_length, limit, json, device)
     if max_length or limit:
         raise UserError("--max-length or --limit without --tasks (eval): they are of tasks")
-    if out is not None and needle is None:
-        raise UserError("--out without --needle (eval): only it makes files")
+    if needle is not None and repeats:
+        raise UserError("--needle beside --repeats (eval): give one")
+    if out is not None and needle is None and not repeats:
+        raise UserError("--out without --needle or --repeats (eval): only they make files")
+    if beside and not repeats:
+        raise UserError("--beside without --repeats (eval): only it compares models")
     lengths = [] if needle is None else _read_lengths(needle)
     notes: list[str] = []
     data = data or []
@@ -121,6 +141,9 @@ def run(
             stream = corpus.valid
         if lengths:
             return _long_context(loaded, stream, lengths, questions, out, json)
+        if repeats:
+            others = [load(name, device=device) for name in beside or ()]
+            return _repeats([loaded, *others], stream, length, max_tokens, out, json)
         scores = evaluate(loaded.model, stream, length=length, max_tokens=max_tokens)
         documents = len(stream.documents)
         del stream  # its files are removed with the folder
@@ -207,6 +230,52 @@ def _long_context(
     ]
     head = ("positions", "one row", f"rows of {found['training_length']:,}")
     return print_table("loss, nats a token", head, rows)
+
+
+def _repeats(
+    models: list[Loaded],
+    stream: TokenStream,
+    length: int,
+    max_tokens: int | None,
+    out: Path | None,
+    json: bool,
+) -> None:
+    from spectral_window.lab.repeats import measure, picture
+
+    first, *others = models
+    for other in others:
+        warn(other.notes)
+        if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+            raise UserError(
+                f"another tokenizer than that of {first.folder} ({other.folder}): compare models "
+                "of one"
+            )
+    names = [str(one.folder) for one in models]
+    if len(set(names)) < len(names):
+        raise UserError("a model twice (eval --beside): name each once")
+    found = measure(
+        {name: one.model for name, one in zip(names, models, strict=True)},
+        stream,
+        length=length,
+        max_tokens=max_tokens,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "repeats.json", found)
+        picture(found, out / "repeats.png")
+    if json:
+        return print_json(found)
+    rows = [
+        (
+            row["context"],
+            row["next"],
+            f"{row['tokens']:,}",
+            *(f"{x:.4f}" for x in row["loss"].values()),
+        )
+        for row in found["rows"]
+    ]
+    head = (f"last {found['context_tokens']} tokens", "next token", "tokens", *names)
+    return print_table(f"loss, nats a token, rows of {length:,}", head, rows)
 
 
 def _check_text(run: Run, fingerprint: str) -> None:

@@ -64,15 +64,16 @@ class SWHLayer(GradientCheckpointingLayer):
     A pure function, so gradient checkpointing can recompute it.
     """
 
-    def __init__(self, config: SWHConfig):
+    def __init__(self, config: SWHConfig, number: int = 0):
         super().__init__()
         self.config = config
         size, eps = config.hidden_size, config.rms_norm_eps
         self.mixer_norm = RMSNorm(size, eps)
         fields = config.recorded()
         self.mixer: Mixer = MIXERS.make(
-            fields, config.mixer, hidden_size=size, num_heads=config.num_attention_heads, eps=eps
-        )
+            fields, config.mixer, hidden_size=size, num_heads=config.num_attention_heads, eps=eps,
+            layer=number,
+        )  # fmt: skip
         self.mlp_norm = RMSNorm(size, eps)
         self.mlp = MLPS.make(fields, config.mlp, size, cast(int, config.intermediate_size))
 
@@ -177,7 +178,7 @@ class SWHModel(SWHPreTrainedModel):
     def __init__(self, config: SWHConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(SWHLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(SWHLayer(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

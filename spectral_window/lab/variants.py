@@ -21,6 +21,7 @@ from spectral_window.ops.documents import Documents
 # what a memory's key is: the query of the token before, mixed with its neighbours by learned
 # weights or not, or the window's own key
 KEYS = ("lagged", "before", "window")
+LAYERS = ("every", "first", "others")
 VARIANT = (
     Option("memory_key", str, KEYS[0], choices=KEYS, help="what the memory's key is made of"),
     Option("memory_query", bool, False, help="the memory has a query projection of its own"),
@@ -28,6 +29,7 @@ VARIANT = (
     Option("read_gate", bool, True, help="what is read passes a gate"),
     Option("memory_decay", bool, False, help="the memory forgets, by a gate a head and token"),
     Option("delta_rule", bool, True, help="a value replaces what its key held, or is added to it"),
+    Option("memory_in", str, LAYERS[0], choices=LAYERS, help="the layers that have a memory"),
 )
 
 
@@ -47,6 +49,14 @@ class MemoryVariant(MemoryMixer):
             {name: nn.Linear(dim, out, bias=False) for name, out in own.items()
              if self.settings[name]}
         )  # fmt: skip
+        chosen = self.settings["memory_in"]
+        self.remembers = chosen == "every" or (chosen == "first") == (self.layer == 0)
+        if not self.remembers:
+            self.own = nn.ModuleDict()
+            del self.memory, self.gate_proj
+
+    def _local_maps(self) -> list[nn.Linear]:
+        return super()._local_maps() if self.remembers else SpectralWindowMixer._local_maps(self)
 
     def forward(
         self, x: Tensor, positions: Tensor | Documents | None = None, state: Any = None
@@ -65,8 +75,10 @@ class MemoryVariant(MemoryMixer):
     def _local(
         self, projected: list[Tensor], documents: Documents | None, state: Any
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        q, k, v, gates = projected
+        q, k, v, *gates = projected
         attended, states = SpectralWindowMixer._local(self, [q, k, v], documents, None)
+        if not self.remembers:
+            return attended, states
         chosen, own, x = self.settings, self.memory, self._x
         if chosen["memory_query"]:
             q = self.own["memory_query"](x)
@@ -78,7 +90,7 @@ class MemoryVariant(MemoryMixer):
             key = nn.functional.pad(q, (0, 0, 1, -1))
         else:
             key, _ = own.convolve(q, state=None, positions=None, method="auto")
-        write, read = gates.float().chunk(2, -1)
+        write, read = gates[0].float().chunk(2, -1)
         beta = self._amount(write + own.write_bias)
         query, key, value = self._unit(q), self._unit(key), self._heads(v).float()
         decay = None

@@ -52,6 +52,7 @@ class Mixer(Part, nn.Module):
         hidden_size: D.
         num_heads: H; the head size is D / H.
         eps: of norms.
+        layer: the number of its block, from 0.
         options: the options that the mixer is registered with, and those of the parts that these
             name. The attribute `settings` has all of them, with defaults for those not given.
 
@@ -73,6 +74,7 @@ class Mixer(Part, nn.Module):
         hidden_size: int,
         num_heads: int,
         eps: float = 1e-6,
+        layer: int = 0,
         **options: Any,
     ):
         super().__init__()
@@ -82,6 +84,7 @@ class Mixer(Part, nn.Module):
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.eps = eps
+        self.layer = layer
         # a choice of speed: see `set_methods`
         self.methods = dict.fromkeys(METHODS, "auto")
 

@@ -117,6 +117,25 @@ def test_each_option_of_a_variant_changes_what_it_says():
         assert all(n.endswith(expected[name]) for n in unused) if name in expected else not unused
 
 
+def test_a_variant_has_the_memory_in_the_layers_that_are_named():
+    papers = SWHForCausalLM(SWHConfig(**SHAPE, mixer="spectral_window", window=8))
+    ids = torch.randint(40, (2, 70))
+    for option, has in {"every": {0, 1}, "first": {0}, "others": {1}}.items():
+        config = SWHConfig(**SHAPE, mixer="memory_variant", window=8, memory_in=option)
+        model = SWHForCausalLM(config)
+        layers = {n for n, layer in enumerate(model.model.layers) if hasattr(layer.mixer, "memory")}
+        assert layers == has
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+        for number in {0, 1} - has:
+            bare = model.model.layers[number].mixer
+            same = papers.model.layers[number].mixer
+            same.load_state_dict(bare.state_dict())
+            x = torch.randn(2, 20, SHAPE["hidden_size"])
+            with torch.no_grad():
+                assert torch.equal(bare(x)[0], same(x)[0])
+
+
 def test_a_probe_knows_baselines_also_at_lengths_that_others_read_in_segments():
     shape = {k: v for k, v in SHAPE.items() if k != "vocab_size"} | {"window": 8}
     tests = (Exam("recall", 32, 4), Exam("recall", 1100, 2))

@@ -80,6 +80,8 @@ BEYOND: dict[str, dict[str, dict[str, Any]]] = {
         "own query": VARIANT | {"memory_query": True},
         "own query and value": VARIANT | {"memory_query": True, "memory_value": True},
         "decay": VARIANT | {"memory_decay": True},
+        "in the first layer of two": VARIANT | {"memory_in": "first"},
+        "in the second layer of two": VARIANT | {"memory_in": "others"},
         "W = 16": MEMORY | {"window": 16},
         "W = 64": MEMORY | {"window": 64},
         "W = 128": MEMORY | {"window": 128},
