@@ -7,7 +7,8 @@ use (`baselines/mixers.py`).
 
 On the tasks of the suite `synthetic` its rows stand for the paper's SWH and the Transformer,
 trained on 2 to 5 times as many sequences as the others are here. "mixed" models have seen longer
-sequences (`Ability.mixed`) in the second half of their training.
+sequences (`Ability.mixed`) in the second half of their training, and "long" ones still longer, in
+more steps (`LONG`, `LONGER`): how far a memory reaches depends on what it has learned to leave out.
 
 Every test at the base length has 2,048 held-out sequences; longer ones have fewer (`ROWS`). Beyond
 1,024 tokens a model with a state of constant size reads a text in segments, each from the state
@@ -83,6 +84,9 @@ LOOKS: dict[str, tuple[str, Any]] = {  # colour and line of what is drawn; the l
 }
 ROWS = {1: 2048, 4: 512, 32: 512, 256: 64, 1024: 32}  # of a test, by times the base length
 FAR = (256, 1024)  # for the memories alone
+LONG = tuple(2**k for k in range(8))  # times the base length, of "long" training
+LONGER = 2  # times the steps
+TRAININGS = ("fixed", "mixed", "long")
 EACH = 5  # probes in one process
 Shares = dict[int, list[float]]
 
@@ -101,6 +105,12 @@ class Ability:
     reach: tuple[int, ...] = (1, 4, 32)
     mixed: tuple[int, ...] = (1, 2, 4)
 
+    def lengths(self, training: str) -> tuple[int, ...]:
+        """The lengths of a training, one of `TRAININGS`."""
+        return tuple(
+            self.base * k for k in {"fixed": (1,), "mixed": self.mixed, "long": LONG}[training]
+        )
+
     def probe(self, model: str, training: str, seed: int) -> Probe:
         reach = [k for k in self.reach if k not in FAR or model in MEMORIES]
         return Probe(
@@ -108,9 +118,9 @@ class Ability:
             synthetic.WELL_POSED_SHAPE | MODELS[model],
             tuple(Exam(self.task, self.base * k, ROWS[k]) for k in reach),
             options=self.options,
-            lengths=tuple(self.base * k for k in (self.mixed if training == "mixed" else (1,))),
+            lengths=self.lengths(training),
             rows=self.rows,
-            steps=self.steps,
+            steps=self.steps * (LONGER if training == "long" else 1),
             lr=3e-3,
             seed=seed,
         )
@@ -166,6 +176,8 @@ def stages(*, quick: bool = False) -> list[list[Trial[Probe]]]:
         (hard, RIVALS, "mixed", every),
         (long, (CONVOLVED, CONVOLVED_CLOSING), "mixed", every),
         (long, (CONVOLVED_REFLECTING,), "mixed", every),
+        (long, (CONVOLVED_REFLECTING,), "long", every),
+        (long, (CONVOLVED, CONVOLVED_CLOSING), "long", every),
         (KNOWN, (SHIFTED, CONVOLVED_TRANSFORMER), "fixed", every),
         (long, (SHIFTED, CONVOLVED_TRANSFORMER), "mixed", every),
         (HARDER, (CONVOLVED, *RIVALS), "fixed", first),
@@ -185,7 +197,7 @@ def stages(*, quick: bool = False) -> list[list[Trial[Probe]]]:
 
 
 def _trial(ability: str, model: str, training: str, probe: Probe) -> Trial[Probe]:
-    """Labels: the line of the table, the model, and training with "fixed" or "mixed" lengths."""
+    """Labels: the line of the table, the model, and the training, one of `TRAININGS`."""
     name = f"{ability}, {model}, {training}, seed {probe.seed}"
     return Trial(name, probe, {"ability": ability, "model": model, "training": training})
 
@@ -253,7 +265,7 @@ def shares(rows: Sequence[dict[str, Any]], ability: str, model: str, training: s
 def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """(ability, training) of every line of the table, in the suite's order."""
     there = {(row["ability"], row["training"]) for row in rows}
-    return [(a, t) for a in ABILITIES for t in ("fixed", "mixed") if (a, t) in there]
+    return [(a, t) for a in ABILITIES for t in TRAININGS if (a, t) in there]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -262,10 +274,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     text = "| task | trained at | model | seeds | " + " | ".join(f"{k:,}x" for k in reach) + " |\n"
     text += "|---|---|---|---|" + "---|" * len(reach) + "\n"
     for ability, training in lines(rows):
-        about = ABILITIES[ability]
-        trained = f"{about.base}" + (
-            f" ... {about.base * about.mixed[-1]}" if training == "mixed" else ""
-        )
+        first, *more = ABILITIES[ability].lengths(training)
+        trained = f"{first:,} ... {more[-1]:,}" if more else f"{first:,}"
         for model in MODELS:
             of = shares(rows, ability, model, training)
             if of:
