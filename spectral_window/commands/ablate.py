@@ -53,6 +53,7 @@ def run(
     beyond = ablate.is_beyond(groups)
     beyond_out = out or (None if quick else BEYOND_RESULTS)
     out, work = folders(out, work, quick)
+    papers = out
     if beyond:
         out = beyond_out or out
     if quick:
@@ -66,6 +67,7 @@ def run(
         quick=quick,
         workers=workers_here(jobs),
         command=context.obj,
+        earlier=papers if beyond else None,
         log=log,
     )
     chosen = ablate.named(groups)

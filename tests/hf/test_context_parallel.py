@@ -20,6 +20,7 @@ MODELS = {
     "memory": {"mixer": "memory", "memory_heads": 2},
     "short convolution": {"mixer": "memory", "short_convolution": True},
     "closing": {"mixer": "memory", "write_gate": "closing", "kernel": "multi_mode"},
+    "reflecting": {"mixer": "memory", "write_gate": "reflecting", "memory_heads": 2},
     "short filter": {"mixer": "memory", "kernel": "short_filter", "window": 1},
     "long filter": {"mixer": "spectral_window", "kernel": "free_form"},
     "window alone": {"mixer": "spectral_window", "branches": ("window",)},

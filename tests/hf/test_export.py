@@ -18,6 +18,7 @@ from spectral_window.hf.export import Prefill, export
 from spectral_window.nn.kernels import KERNELS
 from spectral_window.ops import recorded
 from spectral_window.ops.chunked_delta import _solve
+from spectral_window.ops.memory_step import WRITE_GATES
 from tests.hf.small import small_model
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "generate_onnx.py"
@@ -119,6 +120,13 @@ def test_rows_are_sorted_without_a_sort():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gate", WRITE_GATES)
+def test_every_write_gate_is_exported(gate, tmp_path):
+    model = model_of(write_gate=gate)
+    errors = export(model, load_tokenizer("bytes"), tmp_path / "out", "torch")
+    assert max(errors.values()) <= 1e-5
+
+
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
 def test_every_kernel_is_exported(kernel, tmp_path):
     model = model_of(mixer="spectral_window", kernel=kernel)

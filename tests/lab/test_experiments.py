@@ -14,6 +14,7 @@ from spectral_window.errors import IntegrityError, UserError
 from spectral_window.hf.model import count_parameters
 from spectral_window.lab import results
 from spectral_window.lab.experiments import ablate, lm, memory, probes, synthetic
+from spectral_window.lab.experiments.experiment import Experiment
 from spectral_window.lab.experiments.trainings import Text, Training
 from spectral_window.nn.fusions import FUSIONS
 from spectral_window.nn.kernels import KERNELS
@@ -425,6 +426,28 @@ def test_the_short_size_is_a_sweep_alone():
     assert not any(
         suite.stage(stage, ended) for stage in ("main", "seeds", "branches", "published")
     )
+
+
+def test_the_memory_s_ablation_takes_over_the_papers_rows(tmp_path, text, monkeypatch):
+    """Of the variants that are the paper's layer, and no others."""
+    out, papers = tmp_path / "out", tmp_path / "paper"
+    known = [
+        {"key": trial.run.key, **trial.labels, "parameters": 1, "tests": []}
+        for overrides in ({}, {"kernel": "pure_decay"})
+        for trial in ablate.probes_of(overrides)
+    ]
+    results.save(papers, "ablate", {"rows": known})
+    asked: list[str] = []
+    monkeypatch.setattr(Experiment, "run", lambda self, trials, **_: asked.extend(
+        trial.run.key for trial in trials if trial.run.key not in self.earlier
+    ))  # fmt: skip
+    found = ablate.run(
+        out, tmp_path / "work", groups=["memory"], text=text, quick=False, workers=1, command="c",
+        earlier=papers, log=lambda _: None,
+    )  # fmt: skip
+    assert found["rows"] == known[:3]
+    assert not {row["key"] for row in known} & set(asked)
+    assert ablate.probes_of({"mixer": "memory"})[0].run.key in asked
 
 
 def test_the_memory_s_ablation_has_results_of_its_own():

@@ -28,6 +28,7 @@ from spectral_window.lab.experiments.experiment import EACH, Experiment, Trial
 from spectral_window.lab.experiments.probes import Exam, Probe
 from spectral_window.lab.experiments.trainings import RECIPES_OWN, Text, Training
 from spectral_window.lab.jobs import Log
+from spectral_window.lab.results import load
 
 PAPER: dict[str, Any] = {}
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -113,11 +114,13 @@ def run(
     quick: bool,
     workers: int,
     command: str,
+    earlier: Path | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
     """Run what is missing of the `groups` (none: the paper's), and write out/ablate.json, at the
     end or when it is stopped, with the rows of earlier groups.
 
+    earlier: the folder of another ablate.json, whose rows of these variants are not run again.
     quick: a few steps of one probe for each variant, and two language models: shows the way.
     work: where probes keep their rows and trainings their folders. Raises UserError for an unknown
     group, Interrupted on a signal; the next call continues.
@@ -126,9 +129,12 @@ def run(
     trials = trials_of(unique(named(groups)), text, quick=quick, beyond=beyond)
     first = next(trial.run for trial in trials if isinstance(trial.run, Training))
     text.prepare(first.resolved())
+    keys = {trial.run.key for trial in trials}
+    shared = (load(earlier, "ablate") if earlier else None) or {"rows": []}
     experiment = Experiment(
-        "ablate", out, work, quick=quick, workers=workers, command=command, log=log
-    )
+        "ablate", out, work, quick=quick, workers=workers, command=command, log=log,
+        earlier=[row for row in shared["rows"] if row["key"] in keys],
+    )  # fmt: skip
     saved: dict[str, Any] = {}
     try:
         experiment.run(trials, each=9 if quick else EACH)
