@@ -78,10 +78,13 @@ def recall_far() -> str:
     forms = {
         "recommended": (suite.CONVOLVED, "fixed"),
         "recommended, trained at 32 to 256": (suite.CONVOLVED, "mixed"),
+        "recommended, trained at 32 to 4,096": (suite.CONVOLVED, "long"),
         "closing gate": (suite.CONVOLVED_CLOSING, "fixed"),
         "closing gate, trained at 32 to 256": (suite.CONVOLVED_CLOSING, "mixed"),
+        "closing gate, trained at 32 to 4,096": (suite.CONVOLVED_CLOSING, "long"),
         "reflecting gate": (suite.CONVOLVED_REFLECTING, "fixed"),
         "reflecting gate, trained at 32 to 256": (suite.CONVOLVED_REFLECTING, "mixed"),
+        "reflecting gate, trained at 32 to 4,096": (suite.CONVOLVED_REFLECTING, "long"),
         "no short convolution": (suite.OURS, "fixed"),
         "no short convolution, closing gate": (suite.CLOSING, "fixed"),
     }
@@ -168,6 +171,21 @@ def ablate_memory() -> str:
         cells = [f"{cell.value:.3f}" if cell is not None else "-" for cell in (text, far)]
         lines.append([line["variant"], *cells])
     return markdown(["variant", "held-out nats per token", "recall at 1,024 tokens"], lines)
+
+
+def text_repeats() -> str:
+    """Held-out loss by how often a token's context occurred before."""
+    found = read("memory/repeats.json")["rows"]
+    models = list(found[0]["loss"])
+    total = sum(row["tokens"] for row in found)
+    lines = []
+    for row in found:
+        losses = (f"{loss:.3f}" for loss in row["loss"].values())
+        lines.append([row["context"], row["next"], f"{row['tokens'] / total:.0%}", *losses])
+    head = ["last two tokens occurred", "next token", "of the tokens"]
+    names = {"recommended": "recommended", "conv": "Transformer, short conv.", "swh": "SWH"}
+    labels = [names[model.split("/")[1]] for model in models]
+    return markdown([*head, *labels], lines)
 
 
 def text_linear() -> str:
@@ -404,6 +422,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "spans": spans,
     "text": text,
     "text-linear": text_linear,
+    "text-repeats": text_repeats,
     "text-longer": text_longer,
     "ablate-memory": ablate_memory,
 }

@@ -39,10 +39,13 @@ CONVOLVED: dict[str, dict[str, Any]] = {  # the recommended layer is the second
         "window": 128,
     },
 }
+RECOMMENDED = list(CONVOLVED)[-1]
+REFLECTING = f"{RECOMMENDED}, reflecting gate"
 VARIANTS: dict[str, dict[str, Any]] = {
     **NEAREST,
     "SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"},
     **CONVOLVED,
+    REFLECTING: {**CONVOLVED[RECOMMENDED], "write_gate": "reflecting"},
     **{MIXERS[name].label: {"mixer": name} for name in BASELINES},
 }
 LONGEST = (*NEAREST, *CONVOLVED, MIXERS["conv_attention"].label)
@@ -57,16 +60,17 @@ TITLES = {
 }
 OURS = "SWH with memory"
 COLORS = {"SWH": SERIES[0], "Transformer": SERIES[1], OURS: SERIES[2]}
-RECOMMENDED = list(CONVOLVED)[-1]
-LINES = {  # what follows a family's name -> its line in a picture
+LINES: dict[str, Any] = {  # what follows a family's name -> its line in a picture
     "": "-",
     "short convolutions": "--",
     "short convolutions, W = 128": "-",
     "shifted keys": "-.",
     "closing gate": (0, (1, 3)),
+    "short convolutions, W = 128, reflecting gate": (0, (6, 1)),
 }
 SHORT = {
     RECOMMENDED: "SWH with memory, recommended",
+    REFLECTING: "SWH with memory, recommended, reflecting gate",
     next(iter(CONVOLVED)): "SWH with memory, short conv., W = 32",
     OURS: "SWH with memory, W = 32",
     "Transformer, short convolutions": "Transformer, short conv.",
