@@ -73,12 +73,14 @@ MEMORIES = (  # read in segments, so asked FAR too
     *(OURS, CLOSING, REFLECTING),
 )
 RIVALS = (PUBLISHED, TRANSFORMER, SHIFTED, CONVOLVED_TRANSFORMER)
+TRAINED_LONG = f"{CONVOLVED_REFLECTING}, trained at up to 4,096"
 LOOKS: dict[str, tuple[str, Any]] = {  # colour and line of what is drawn; the last is on top
     PUBLISHED: (SERIES[0], "-"),
     TRANSFORMER: (SERIES[1], "-"),
     CONVOLVED_TRANSFORMER: (SERIES[1], "--"),
     **dict(zip(LINEAR, (*((color, "-") for color in SERIES[3:]), (MUTED, ":")), strict=True)),
     CONVOLVED_REFLECTING: (INK, "-"),
+    TRAINED_LONG: (INK, (0, (1, 1.5))),
     CONVOLVED_CLOSING: (SERIES[2], "--"),
     CONVOLVED: (SERIES[2], "-"),
 }
@@ -312,7 +314,9 @@ def look(model: str) -> dict[str, Any]:
 
 
 def _panel(rows: Sequence[dict[str, Any]], ability: str, training: str) -> Panel:
-    drawn = {model: points for model in LOOKS if (points := shares(rows, ability, model, training))}
+    runs = {model: (model, training) for model in LOOKS}
+    runs[TRAINED_LONG] = CONVOLVED_REFLECTING, "long"
+    drawn = {name: points for name, run in runs.items() if (points := shares(rows, ability, *run))}
     return Panel(
         f"recall-{ability}",
         ability,
