@@ -58,6 +58,14 @@ class MemoryVariant(MemoryMixer):
     def _local_maps(self) -> list[nn.Linear]:
         return super()._local_maps() if self.remembers else SpectralWindowMixer._local_maps(self)
 
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        return super().operators() if self.remembers else SpectralWindowMixer.operators(self)
+
+    def flops_per_token(self, context: int) -> int:
+        if self.remembers:
+            return super().flops_per_token(context)
+        return SpectralWindowMixer.flops_per_token(self, context)
+
     def forward(
         self, x: Tensor, positions: Tensor | Documents | None = None, state: Any = None
     ) -> tuple[Tensor, Any]:

@@ -131,6 +131,8 @@ def test_a_variant_has_the_memory_in_the_layers_that_are_named():
             bare = model.model.layers[number].mixer
             same = papers.model.layers[number].mixer
             same.load_state_dict(bare.state_dict())
+            assert [name for name, _ in bare.operators()] == [name for name, _ in same.operators()]
+            assert bare.flops_per_token(512) == same.flops_per_token(512)
             x = torch.randn(2, 20, SHAPE["hidden_size"])
             with torch.no_grad():
                 assert torch.equal(bare(x)[0], same(x)[0])
