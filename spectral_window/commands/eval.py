@@ -216,7 +216,9 @@ def _long_context(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "long-context.json", found)
-        picture(found, loaded.folder.name, out / "long-context.png")
+        folder = loaded.folder
+        name = folder.parent.name if folder.name == "model" else folder.name  # of a run, or its own
+        picture(found, name, out / "long-context.png")
     if json:
         return print_json(found)
     title = f"{loaded.folder}: {questions} questions each, chance {found['chance']:.2f}"
