@@ -22,8 +22,9 @@ then stands for several tokens in a row.
 
 Every write weakens earlier ones. A sigmoid gate writes a little of every token, and after 32,768
 tokens half of the needles are lost, unless training has shown long sequences, from which it learns
-what to leave out. A closing gate can write nothing of tokens that training has shown to be noise: it
-finds 0.8 to 0.9 of the needles there, and costs about 0.02 nats per token on text (results/memory).
+what to leave out. A closing gate can write nothing of tokens that training has shown to be noise:
+it finds 0.8 to 0.9 of the needles there, and costs about 0.02 nats per token on text
+(results/memory).
 
 A write of 1 replaces what was stored under a key, a write of 2 mirrors it: S is multiplied by
 I - 2 kappa kappa^T. Products of mirrors can count (arXiv 2411.12537), so a reflecting gate learns
