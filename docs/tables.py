@@ -184,7 +184,7 @@ def text_repeats() -> str:
         lines.append([row["context"], row["next"], f"{row['tokens'] / total:.0%}", *losses])
     head = ["last two tokens occurred", "next token", "of the tokens"]
     names = {"recommended": "recommended", "conv": "Transformer, short conv.", "swh": "SWH"}
-    labels = [names[model.split("/")[1]] for model in models]
+    labels = [names[model] for model in models]
     return markdown([*head, *labels], lines)
 
 

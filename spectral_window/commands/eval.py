@@ -216,9 +216,7 @@ def _long_context(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "long-context.json", found)
-        folder = loaded.folder
-        name = folder.parent.name if folder.name == "model" else folder.name  # of a run, or its own
-        picture(found, name, out / "long-context.png")
+        picture(found, _name(loaded), out / "long-context.png")
     if json:
         return print_json(found)
     title = f"{loaded.folder}: {questions} questions each, chance {found['chance']:.2f}"
@@ -252,15 +250,19 @@ def _repeats(
                 f"another tokenizer than that of {first.folder} ({other.folder}): compare models "
                 "of one"
             )
-    names = [str(one.folder) for one in models]
-    if len(set(names)) < len(names):
+    folders = [str(one.folder) for one in models]
+    if len(set(folders)) < len(folders):
         raise UserError("a model twice (eval --beside): name each once")
+    names = [_name(one) for one in models]
+    if len(set(names)) < len(names):
+        names = folders
     found = measure(
         {name: one.model for name, one in zip(names, models, strict=True)},
         stream,
         length=length,
         max_tokens=max_tokens,
     )
+    found = {"models": dict(zip(names, folders, strict=True)), **found}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "repeats.json", found)
@@ -278,6 +280,12 @@ def _repeats(
     ]
     head = (f"last {found['context_tokens']} tokens", "next token", "tokens", *names)
     return print_table(f"loss, nats a token, rows of {length:,}", head, rows)
+
+
+def _name(loaded: Loaded) -> str:
+    """The folder that a user knows a model by: of a run, or its own."""
+    folder = loaded.folder
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def _check_text(run: Run, fingerprint: str) -> None:

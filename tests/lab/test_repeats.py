@@ -118,10 +118,14 @@ def test_the_command_compares_models_and_draws_a_picture(tmp_path, capsys):
     command.run(first, beside=[second], out=out, json=True, **given)
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads((out / "repeats.json").read_text())
-    assert {label for row in shown["rows"] for label in row["loss"]} == {first, second}
+    assert shown["models"] == {"one": first, "two": second}
+    assert {label for row in shown["rows"] for label in row["loss"]} == {"one", "two"}
     assert (out / "repeats.png").stat().st_size > 10_000
     command.run(first, **given)
     assert "2 or 3 times" in capsys.readouterr().out
+    other = save(tmp_path / "else" / "one", 2)
+    command.run(first, beside=[other], json=True, **given)
+    assert json.loads(capsys.readouterr().out)["models"] == {first: first, other: other}
     with pytest.raises(UserError, match="a model twice"):
         command.run(first, beside=[first], **given)
     with pytest.raises(UserError, match="--beside without --repeats"):
