@@ -183,7 +183,11 @@ def text_repeats() -> str:
         losses = (f"{loss:.3f}" for loss in row["loss"].values())
         lines.append([row["context"], row["next"], f"{row['tokens'] / total:.0%}", *losses])
     head = ["last two tokens occurred", "next token", "of the tokens"]
-    names = {"recommended": "recommended", "conv": "Transformer, short conv.", "swh": "SWH"}
+    names = {
+        "recommended": "recommended",
+        "conv-transformer": "Transformer, short conv.",
+        "swh": "SWH",
+    }
     labels = [names[model] for model in models]
     return markdown([*head, *labels], lines)
 
