@@ -178,7 +178,7 @@ def test_the_memory_is_compared_with_all_of_them_at_equal_size():
             recipe = Training("paper-lm-small", shape | overrides).resolved()
             counts.add(count_parameters(model_config(recipe, 4096)))
         assert max(counts) <= 1.001 * min(counts), size
-    assert len(memory.PLAN.variants) == 6 + len(memory.CONVOLVED) + len(BASELINES)
+    assert len(memory.PLAN.variants) == 7 + len(memory.CONVOLVED) + len(BASELINES)
 
 
 def test_the_doctor_measures_a_mixer_whose_maps_have_other_names():

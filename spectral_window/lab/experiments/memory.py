@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 
 from spectral_window.files import write_text
 from spectral_window.lab.baselines.mixers import BASELINES
+from spectral_window.lab import variants  # noqa: F401 - registers its mixer
 from spectral_window.lab.experiments import lm
 from spectral_window.lab.experiments.trainings import Text
 from spectral_window.lab.figures import MUTED, SERIES, Panel, count, name_lines, sheet
@@ -41,11 +42,13 @@ CONVOLVED: dict[str, dict[str, Any]] = {  # the recommended layer is the second
 }
 RECOMMENDED = list(CONVOLVED)[-1]
 REFLECTING = f"{RECOMMENDED}, reflecting gate"
+FIRST = f"{RECOMMENDED}, memory in the first layer alone"
 VARIANTS: dict[str, dict[str, Any]] = {
     **NEAREST,
     "SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"},
     **CONVOLVED,
     REFLECTING: {**CONVOLVED[RECOMMENDED], "write_gate": "reflecting"},
+    FIRST: {**CONVOLVED[RECOMMENDED], "mixer": "memory_variant", "memory_in": "first"},
     **{MIXERS[name].label: {"mixer": name} for name in BASELINES},
 }
 LONGEST = (*NEAREST, *CONVOLVED, MIXERS["conv_attention"].label)
@@ -67,10 +70,12 @@ LINES: dict[str, Any] = {  # what follows a family's name -> its line in a pictu
     "shifted keys": "-.",
     "closing gate": (0, (1, 3)),
     "short convolutions, W = 128, reflecting gate": (0, (6, 1)),
+    "short convolutions, W = 128, memory in the first layer alone": (0, (4, 1, 1, 1)),
 }
 SHORT = {
     RECOMMENDED: "SWH with memory, recommended",
     REFLECTING: "SWH with memory, recommended, reflecting gate",
+    FIRST: "SWH with memory, recommended, first layer alone",
     next(iter(CONVOLVED)): "SWH with memory, short conv., W = 32",
     OURS: "SWH with memory, W = 32",
     "Transformer, short convolutions": "Transformer, short conv.",
