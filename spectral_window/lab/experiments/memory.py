@@ -20,8 +20,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from spectral_window.files import write_text
-from spectral_window.lab.baselines.mixers import BASELINES
 from spectral_window.lab import variants  # noqa: F401 - registers its mixer
+from spectral_window.lab.baselines.mixers import BASELINES
 from spectral_window.lab.experiments import lm
 from spectral_window.lab.experiments.trainings import Text
 from spectral_window.lab.figures import MUTED, SERIES, Panel, count, name_lines, sheet
