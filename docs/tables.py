@@ -81,7 +81,6 @@ def recall_far() -> str:
         "recommended, trained at 32 to 4,096": (suite.CONVOLVED, "long"),
         "closing gate": (suite.CONVOLVED_CLOSING, "fixed"),
         "closing gate, trained at 32 to 256": (suite.CONVOLVED_CLOSING, "mixed"),
-        "closing gate, trained at 32 to 4,096": (suite.CONVOLVED_CLOSING, "long"),
         "reflecting gate": (suite.CONVOLVED_REFLECTING, "fixed"),
         "reflecting gate, trained at 32 to 256": (suite.CONVOLVED_REFLECTING, "mixed"),
         "reflecting gate, trained at 32 to 4,096": (suite.CONVOLVED_REFLECTING, "long"),
