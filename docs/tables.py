@@ -17,7 +17,7 @@ from typing import Any
 
 from spectral_window.lab import scaling
 from spectral_window.lab.bench import gpu_roofline
-from spectral_window.lab.experiments import ablate
+from spectral_window.lab.experiments import ablate, memory
 from spectral_window.lab.experiments import recall as suite
 from spectral_window.lab.paper import claims
 from spectral_window.ops.methods import HAS_TRITON
@@ -200,7 +200,7 @@ def text_linear() -> str:
     ends = {r["variant"]: r.get("eval_loss") for r in runs}
     lines = [
         [
-            model,
+            memory.short(model),
             *(f"{loss:.3f}" if loss else "-" for loss in (*map(curve.get, marks), ends[model])),
         ]
         for model, curve in sorted(curves.items(), key=lambda item: item[1][marks[0]])

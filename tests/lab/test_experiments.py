@@ -349,7 +349,7 @@ def test_the_memory_passes_through_the_sweep_and_both_seeds_beside_the_paper_s_t
     sweep = suite.stage("sweep", [])
     assert {t.labels["variant"] for t in sweep} == set(memory.PLAN.variants)
     ours = [t for t in sweep if "memory" in t.labels["variant"]]
-    assert all("mixer=memory" in t.run.words() for t in ours)
+    assert all({"mixer=memory", "mixer=memory_variant"} & {*t.run.words()} for t in ours)
     rows = [{**t.labels, "eval_loss": 4.0 + sum(t.labels[name] for name in lm.PAIR)} for t in sweep]
     main = suite.stage("main", rows)
     assert [t.labels["variant"] for t in main] == list(memory.PLAN.main)
