@@ -14,7 +14,7 @@ import typer
 
 from spectral_window.cli.options import Debug, Device, Json, Model, Threads
 from spectral_window.cli.output import print_json, print_table, warn
-from spectral_window.commands.eval import LENGTH, tokenize
+from spectral_window.commands.eval import tokenize
 from spectral_window.files import scratch_folder, write_json
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spectral_window.training.loading import Loaded, Run
 
 EXAMPLE = "analyze runs/tiny --out runs/tiny/analysis"
+LENGTH = 1024  # tokens of a sequence, unless a run tells its own
 TOKENS, QUICK_TOKENS = 16_384, 2_048
 FILES = 24  # of Python's library, if there is no other text: some 100,000 tokens
 QUICK_NOTE = "quick: few tokens, so the losses and energies are rough"

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from spectral_window.training.loading import Loaded, Run
 
 EXAMPLE = "eval runs/tiny --data texts/"
-LENGTH = 1024  # tokens of an evaluated sequence, unless a run tells its own
 
 
 def run(
@@ -121,11 +120,11 @@ def run(
     sources = find_sources(data, notes) if data else []  # refused before the model loads
     folder = Path(os.path.expanduser(model))
     trained = read_run(folder) if (folder / "data").is_dir() else None
-    length = length or _trained_length(trained)
     if not data and trained is None:
         raise UserError(f"no text to measure on ({model}): name some with --data")
     loaded = load(model, device=device)
     warn([*notes, *loaded.notes])
+    length = length or loaded.model.config.training_length
     with scratch_folder() as scratch:
         if sources:
             stream = tokenize(sources, loaded.tokenizer, scratch, " ".join(data))
@@ -295,11 +294,6 @@ def _check_text(run: Run, fingerprint: str) -> None:
             f"not the text of the run (data fingerprint, {run.folder / 'data'}): put its own back, "
             "or name text with --data"
         )
-
-
-def _trained_length(run: Run | None) -> int:
-    length = run.recipe.get("sequence_length") if run and run.recipe else None
-    return length if isinstance(length, int) and length > 0 else LENGTH
 
 
 def tokenize(sources: list[Any], tokenizer: Any, folder: Path, name: str) -> TokenStream:

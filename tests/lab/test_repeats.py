@@ -141,6 +141,15 @@ def test_models_of_other_tokenizers_are_not_compared(tmp_path):
         command.run(first, data=[str(tmp_path / "text.txt")], repeats=True, beside=[second])
 
 
+def test_rows_are_as_long_as_in_training_whatever_the_text(tmp_path, capsys):
+    """They were 1,024 tokens where text was named beside a model that saw other rows."""
+    model = save(tmp_path / "one", 0, training_length=96)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    for more in ({}, {"repeats": True}):
+        command.run(model, data=[str(tmp_path / "text.txt")], json=True, **more)
+        assert json.loads(capsys.readouterr().out)["length"] == 96
+
+
 def test_a_picture_of_one_kind_alone_is_drawn(tmp_path):
     row = {"context": "new", "next": "other", "tokens": 3, "loss": {"a": 1.0}}
     found = {"length": 8, "context_tokens": 2, "rows": [row]}
