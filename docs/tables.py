@@ -172,6 +172,23 @@ def ablate_memory() -> str:
     return markdown(["variant", "held-out nats per token", "recall at 1,024 tokens"], lines)
 
 
+_RUNS = {
+    "recommended": "SWH with memory, recommended",
+    "swh": "SWH",
+    "conv-transformer": "Transformer, short conv.",
+}
+
+
+def text_lengths() -> str:
+    """Held-out loss in rows of the training length and in longer ones."""
+    losses: dict[str, dict[int, float]] = {}
+    for row in read("memory/lengths.json")["rows"]:
+        losses.setdefault(Path(row["model"]).parent.name, {})[row["length"]] = row["loss"]
+    lengths = next(iter(losses.values()))
+    lines = [[_RUNS[run], *(f"{x:.3f}" for x in of.values())] for run, of in losses.items()]
+    return markdown(["model", *(f"rows of {length:,}" for length in lengths)], lines)
+
+
 def text_repeats() -> str:
     """Held-out loss by how often a token's context occurred before."""
     found = read("memory/repeats.json")["rows"]
@@ -425,6 +442,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "spans": spans,
     "text": text,
     "text-linear": text_linear,
+    "text-lengths": text_lengths,
     "text-repeats": text_repeats,
     "text-longer": text_longer,
     "ablate-memory": ablate_memory,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from spectral_window.training.loading import Loaded, Run
 
 EXAMPLE = "analyze runs/tiny --out runs/tiny/analysis"
-LENGTH = 1024  # tokens of a sequence, unless a run tells its own
 TOKENS, QUICK_TOKENS = 16_384, 2_048
 FILES = 24  # of Python's library, if there is no other text: some 100,000 tokens
 QUICK_NOTE = "quick: few tokens, so the losses and energies are rough"
@@ -79,7 +78,7 @@ def run(
             summary = analyze(
                 loaded.model,
                 stream,
-                length=recipe.get("sequence_length", LENGTH),
+                length=loaded.model.config.training_length,
                 max_tokens=max_tokens or (QUICK_TOKENS if quick else TOKENS),
                 begun=initial,
                 progress=progress,
