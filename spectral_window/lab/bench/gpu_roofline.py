@@ -693,7 +693,7 @@ def _steps(folder: Path, batch: int, time: int) -> dict[tuple[str, int], tuple[s
             continue
         if how not in WAYS and (how or mixer == "memory"):  # the first results had other heads
             continue
-        key, spent = (mixer, WINDOWS[0]), 1000 * row["milliseconds"]
+        key, spent = (mixer, row.get("window", WINDOWS[0])), 1000 * row["milliseconds"]
         if key not in found or spent < found[key][1]:
             found[key] = how or WAYS[0], spent
     return found

@@ -6,11 +6,11 @@ A step is forward, backward and AdamW, in bfloat16 autocast over float32 weights
     graph         the whole step is a CUDA graph
     compiled      layers and loss by torch.compile, then the whole step as a graph
 
-Contestants are this package's models (SWH, with a memory, the Transformer by fused attention),
-which share everything but the mixer; transformers' Llama; and, where the package `fla` is
-installed, its gated DeltaNet, KDA and Mamba-2 with all of its fused kernels. `warm` compiles a
-contestant in a process of its own: what it leaves in the compiler's cache makes the measuring
-process start at once.
+Contestants are this package's models (SWH, the recommended layer with a memory, the Transformer by
+fused attention), which share everything but the mixer; transformers' Llama; and, where the package
+`fla` is installed, its gated DeltaNet, KDA and Mamba-2 with all of its fused kernels. `warm`
+compiles a contestant in a process of its own: what it leaves in the compiler's cache makes the
+measuring process start at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _ours(mixer: str) -> Callable[[SWHConfig], nn.Module]:
             return SWHForCausalLM(config)
         other = config.papers_layer(mixer)
         if mixer == "memory":
-            other.memory_heads = recommended(config.hidden_size)["memory_heads"]
+            other = SWHConfig(**other.recorded() | recommended(config.hidden_size))
         return SWHForCausalLM(match_parameters(other, count(config)))
 
     return build
@@ -159,6 +159,7 @@ def bench(
         ids = torch.randint(config.vocab_size, (batch, length), device=device)
         calls: dict[str, Call] = {}
         flops: dict[str, int] = {}
+        windows: dict[str, int] = {}
         sizes: dict[str, int] = {}
         peaks: dict[str, int] = {}
         models: list[nn.Module] = []
@@ -180,6 +181,7 @@ def bench(
                     sizes[key] = sum(p.numel() for p in model.parameters())
                     if isinstance(model, SWHForCausalLM):
                         flops[key] = 3 * model.flops_per_token(length)
+                        windows[key] = model.config.window
                 except Exception as error:
                     calls.pop(key, None)
                     failed = {"contestant": key, "status": reason(error)}
@@ -195,6 +197,7 @@ def bench(
                 row["peak_bytes_of_a_step"] = peaks.get(key)
                 if key in flops:
                     row["TFLOP_per_s"] = float(f"{rate * flops[key] / 1e12:.4g}")
+                    row["window"] = windows[key]
             yield row
         calls.clear()
         models.clear()

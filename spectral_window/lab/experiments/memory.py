@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     FIRST: {**CONVOLVED[RECOMMENDED], "mixer": "memory_variant", "memory_in": "first"},
     **{MIXERS[name].label: {"mixer": name} for name in BASELINES},
 }
-LONGEST = (*NEAREST, *CONVOLVED, MIXERS["conv_attention"].label)
+LONGEST = (*NEAREST, *CONVOLVED, REFLECTING, FIRST, MIXERS["conv_attention"].label)
 PLAN = lm.Plan(VARIANTS, ("sweep", "main", "seeds", "branches"), LONGEST, tuple(VARIANTS))
 FEW = lm.Plan(NEAREST, ("sweep", "main", "seeds"), tuple(NEAREST))  # of the quick version
 TITLES = {
