@@ -66,7 +66,7 @@ def _share(model: str, training: str, task: str, times: int) -> str:
 
 def recall() -> str:
     """Right answers at 32 times the length of training."""
-    models = {"SWH with memory": suite.CONVOLVED, "SWH as published": "SWH", **RIVALS}
+    models = {"SWH with memory": suite.RECOMMENDED, "SWH as published": "SWH", **RIVALS}
     rows = (
         [task, *(_share(model, "fixed", task, 32) for model in models.values())] for task in TASKS
     )
@@ -76,16 +76,16 @@ def recall() -> str:
 def recall_far() -> str:
     """Right answers of forms of the memory at 256 and 1,024 times the length of training."""
     forms = {
-        "recommended": (suite.CONVOLVED, "fixed"),
-        "recommended, trained at 32 to 256": (suite.CONVOLVED, "mixed"),
-        "recommended, trained at 32 to 4,096": (suite.CONVOLVED, "long"),
+        "recommended": (suite.RECOMMENDED, "fixed"),
+        "recommended, trained at 32 to 256": (suite.RECOMMENDED, "mixed"),
+        "recommended, trained at 32 to 4,096": (suite.RECOMMENDED, "long"),
+        "sigmoid gate": (suite.CONVOLVED, "fixed"),
+        "sigmoid gate, trained at 32 to 256": (suite.CONVOLVED, "mixed"),
+        "sigmoid gate, trained at 32 to 4,096": (suite.CONVOLVED, "long"),
         "closing gate": (suite.CONVOLVED_CLOSING, "fixed"),
         "closing gate, trained at 32 to 256": (suite.CONVOLVED_CLOSING, "mixed"),
-        "reflecting gate": (suite.CONVOLVED_REFLECTING, "fixed"),
-        "reflecting gate, trained at 32 to 256": (suite.CONVOLVED_REFLECTING, "mixed"),
-        "reflecting gate, trained at 32 to 4,096": (suite.CONVOLVED_REFLECTING, "long"),
-        "no short convolution": (suite.OURS, "fixed"),
-        "no short convolution, closing gate": (suite.CLOSING, "fixed"),
+        "sigmoid gate, no short convolution": (suite.OURS, "fixed"),
+        "closing gate, no short convolution": (suite.CLOSING, "fixed"),
     }
     rows = (
         [form, *(_share(*run, task, times) for task in TASKS for times in suite.FAR)]
@@ -98,8 +98,8 @@ def recall_far() -> str:
 def recall_hard() -> str:
     """Right answers at 32 times the length on tasks without the memory's bias."""
     models = {
-        "recommended": suite.CONVOLVED,
-        "reflecting gate": suite.CONVOLVED_REFLECTING,
+        "recommended": suite.RECOMMENDED,
+        "sigmoid gate": suite.CONVOLVED,
         **RIVALS,
         "Gated delta net": "Gated delta net (Qwen3-Next)",
     }
@@ -130,26 +130,34 @@ def text() -> str:
 
 
 def text_longer() -> str:
-    """Held-out loss on the way through 20 million tokens, seed 0, of each model's best rate and
-    width."""
+    """Held-out loss on the way through 20 million tokens of the manuals (seed 0), and at their end
+    and at that of the dictionaries, means over seeds; each model at its best rate and width."""
     sweep = _losses("memory/lm-small.json")
-    marks = (5_120_000, 13_312_000, 18_432_000)
-    manuals, prose = (_longest(f"memory/{folder}lm-small.json") for folder in ("", "prose/"))
+    marks = (5_120_000, 18_432_000)
+    curves = _curves("memory/lm-small.json")
+    ends = [
+        memory.ends(read(f"memory/{folder}lm-small.json")["rows"], "main")
+        for folder in ("", "dictionary/")
+    ]
     lines = []
-    for model in _LONGER:
-        curve, end = manuals[model]
-        first = f"{sweep[model]:.3f}" if model in sweep else "-"
-        ends = end, prose[model][1] if model in prose else None
-        cells = ("-" if loss is None else f"{loss:.3f}" for loss in (*map(curve.get, marks), *ends))
-        lines.append([model, first, *cells])
+    for model in sorted(curves, key=lambda m: ends[0].get(m, [curves[m][marks[-1]]])[0]):
+        losses = sweep.get(model), *map(curves[model].get, marks)
+        cells = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
+        lines.append([memory.short(model), *cells, *(_end(found.get(model)) for found in ends)])
     head = [f"{mark / 1e6:.1f} million" for mark in marks]
     return markdown(["model", "1.05 million, a schedule of that length", *head,
-                     "20 million", "20 million, prose"], lines)  # fmt: skip
+                     "20 million", "20 million, dictionaries"], lines)  # fmt: skip
 
 
-def _longest(path: str) -> dict[str, tuple[dict[int, float], float | None]]:
-    """Model -> its curve and its loss at the end, of the run of seed 0 that came farthest, and of
-    those the best."""
+def _end(end: tuple[float, Sequence[Row]] | None) -> str:
+    if end is None:
+        return "-"
+    seeds = f" ({len(end[1])} seeds)" if len(end[1]) > 1 else ""
+    return f"{end[0]:.3f}{seeds}"
+
+
+def _curves(path: str) -> dict[str, dict[int, float]]:
+    """Model -> the curve of the run of seed 0 that came farthest, and of those the best."""
     saved, found = read(path), {}
     runs = [r for r in (*saved["rows"], *saved.get("unfinished", ())) if r["part"] == "main"]
     for model in {row["variant"] for row in runs}:
@@ -157,8 +165,7 @@ def _longest(path: str) -> dict[str, tuple[dict[int, float], float | None]]:
         longest = max(row["eval_curve"][-1][0] for row in own)
         late = [row for row in own if row["eval_curve"][-1][0] == longest]
         run = min(late, key=lambda row: row["eval_curve"][-1][1])
-        curve = {int(tokens): loss for tokens, loss in run["eval_curve"]}
-        found[model] = curve, run.get("eval_loss")  # that over all held-out tokens
+        found[model] = {int(tokens): loss for tokens, loss in run["eval_curve"]}
     return found
 
 
@@ -209,8 +216,10 @@ def text_repeats() -> str:
 
 
 def text_linear() -> str:
-    """Held-out loss on the way through 5 million tokens, of one schedule."""
-    found = read("memory/lm-small.json")
+    """Held-out loss on the way through 5 million tokens of the manuals, of one schedule, and at
+    the end of those of the dictionaries."""
+    found, second = read("memory/lm-small.json"), read("memory/dictionary/lm-small.json")
+    others = {r["variant"]: r["eval_loss"] for r in second["rows"] if r["part"] == "branches"}
     runs = [r for r in (*found["rows"], *found["unfinished"]) if r["part"] == "branches"]
     marks = (2_048_000, 3_072_000, 4_096_000)
     curves = {r["variant"]: {int(at): loss for at, loss in r["eval_curve"]} for r in runs}
@@ -218,23 +227,15 @@ def text_linear() -> str:
     lines = [
         [
             memory.short(model),
-            *(f"{loss:.3f}" if loss else "-" for loss in (*map(curve.get, marks), ends[model])),
+            *(
+                f"{loss:.3f}" if loss else "-"
+                for loss in (*map(curve.get, marks), ends[model], others.get(model))
+            ),
         ]
         for model, curve in sorted(curves.items(), key=lambda item: item[1][marks[0]])
     ]
-    return markdown(["model", *(f"{mark / 1e6:.1f} million" for mark in marks), "5 million"], lines)
-
-
-_LONGER = (
-    "SWH with memory, short convolutions, W = 128",
-    "SWH with memory, short convolutions",
-    "Transformer, short convolutions",
-    "SWH with memory",
-    "Transformer, shifted keys",
-    "SWH",
-    "Transformer",
-    "Gated short convolution (LFM2)",
-)
+    head = [f"{mark / 1e6:.1f} million" for mark in marks]
+    return markdown(["model", *head, "5 million", "5 million, dictionaries"], lines)
 
 
 # ------------------------------------------------------------------------------- speed

@@ -25,11 +25,12 @@ from spectral_window.lab.jobs import Log
 LENGTH = 256
 PAIRS = (8, 16, 32, 64)
 WIDTH, WIDTHS = 64, (96, 128)  # of the first panel, and the second's others
-HEADS = (2, 4)  # of the memory, beside one
+HEADS = (2, 4, 8)  # of the memory, beside one
 MODELS = (
-    recall.CONVOLVED, recall.PUBLISHED, recall.CONVOLVED_TRANSFORMER, *recall.LINEAR,
+    recall.RECOMMENDED, recall.CONVOLVED, recall.PUBLISHED, recall.CONVOLVED_TRANSFORMER,
+    *recall.LINEAR,
 )  # fmt: skip
-SIZED = tuple(model for model in MODELS if model != recall.PUBLISHED)
+SIZED = tuple(m for m in MODELS if m not in (recall.PUBLISHED, recall.RECOMMENDED))
 Rows = Sequence[dict[str, Any]]
 
 

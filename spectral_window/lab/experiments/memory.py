@@ -32,7 +32,7 @@ NEAREST = {name: lm.VARIANTS[name] for name in lm.BOTH} | {
     "SWH with memory": {"mixer": "memory"},
     "Transformer, shifted keys": {"mixer": "attention", "shifted_keys": True},
 }
-CONVOLVED: dict[str, dict[str, Any]] = {  # the recommended layer is the second
+CONVOLVED: dict[str, dict[str, Any]] = {
     "SWH with memory, short convolutions": {"mixer": "memory", "short_convolution": True},
     "SWH with memory, short convolutions, W = 128": {
         "mixer": "memory",
@@ -40,18 +40,18 @@ CONVOLVED: dict[str, dict[str, Any]] = {  # the recommended layer is the second
         "window": 128,
     },
 }
-RECOMMENDED = list(CONVOLVED)[-1]
-REFLECTING = f"{RECOMMENDED}, reflecting gate"
-FIRST = f"{RECOMMENDED}, memory in the first layer alone"
+SIGMOID = list(CONVOLVED)[-1]
+RECOMMENDED = f"{SIGMOID}, reflecting gate"
+FIRST = f"{SIGMOID}, memory in the first layer alone"
 VARIANTS: dict[str, dict[str, Any]] = {
     **NEAREST,
     "SWH with memory, closing gate": {"mixer": "memory", "write_gate": "closing"},
     **CONVOLVED,
-    REFLECTING: {**CONVOLVED[RECOMMENDED], "write_gate": "reflecting"},
-    FIRST: {**CONVOLVED[RECOMMENDED], "mixer": "memory_variant", "memory_in": "first"},
+    RECOMMENDED: {**CONVOLVED[SIGMOID], "write_gate": "reflecting"},
+    FIRST: {**CONVOLVED[SIGMOID], "mixer": "memory_variant", "memory_in": "first"},
     **{MIXERS[name].label: {"mixer": name} for name in BASELINES},
 }
-LONGEST = (*NEAREST, *CONVOLVED, REFLECTING, FIRST, MIXERS["conv_attention"].label)
+LONGEST = (*NEAREST, *CONVOLVED, RECOMMENDED, FIRST, MIXERS["conv_attention"].label)
 PLAN = lm.Plan(VARIANTS, ("sweep", "main", "seeds", "branches"), LONGEST, tuple(VARIANTS))
 FEW = lm.Plan(NEAREST, ("sweep", "main", "seeds"), tuple(NEAREST))  # of the quick version
 TITLES = {
@@ -66,16 +66,16 @@ COLORS = {"SWH": SERIES[0], "Transformer": SERIES[1], OURS: SERIES[2]}
 LINES: dict[str, Any] = {  # what follows a family's name -> its line in a picture
     "": "-",
     "short convolutions": "--",
-    "short convolutions, W = 128": "-",
+    "short convolutions, W = 128": (0, (6, 1)),
     "shifted keys": "-.",
     "closing gate": (0, (1, 3)),
-    "short convolutions, W = 128, reflecting gate": (0, (6, 1)),
+    "short convolutions, W = 128, reflecting gate": "-",
     "short convolutions, W = 128, memory in the first layer alone": (0, (4, 1, 1, 1)),
 }
 SHORT = {
     RECOMMENDED: "SWH with memory, recommended",
-    REFLECTING: "SWH with memory, recommended, reflecting gate",
-    FIRST: "SWH with memory, recommended, first layer alone",
+    SIGMOID: "SWH with memory, sigmoid gate",
+    FIRST: "SWH with memory, sigmoid gate, first layer alone",
     next(iter(CONVOLVED)): "SWH with memory, short conv., W = 32",
     OURS: "SWH with memory, W = 32",
     "Transformer, short convolutions": "Transformer, short conv.",
