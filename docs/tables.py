@@ -181,19 +181,28 @@ def ablate_memory() -> str:
 
 _RUNS = {
     "recommended": "SWH with memory, recommended",
+    "sigmoid": "SWH with memory, sigmoid gate",
+    "first-layer": "SWH with memory, sigmoid gate, first layer alone",
     "swh": "SWH",
     "conv-transformer": "Transformer, short conv.",
 }
 
 
 def text_lengths() -> str:
-    """Held-out loss in rows of the training length and in longer ones."""
-    losses: dict[str, dict[int, float]] = {}
-    for row in read("memory/lengths.json")["rows"]:
-        losses.setdefault(Path(row["model"]).parent.name, {})[row["length"]] = row["loss"]
-    lengths = next(iter(losses.values()))
-    lines = [[_RUNS[run], *(f"{x:.3f}" for x in of.values())] for run, of in losses.items()]
-    return markdown(["model", *(f"rows of {length:,}" for length in lengths)], lines)
+    """Held-out loss in rows of the training length and in longer ones, of the manuals and of the
+    dictionaries."""
+    losses: dict[str, dict[tuple[str, int], float]] = {}
+    for folder in ("", "dictionary/"):
+        for row in read(f"memory/{folder}lengths.json")["rows"]:
+            at = folder, row["length"]
+            losses.setdefault(Path(row["model"]).parent.name, {})[at] = row["loss"]
+    places = list(losses["recommended"])
+    lines = [
+        [_RUNS[run], *(f"{of[at]:.3f}" if at in of else "-" for at in places)]
+        for run, of in sorted(losses.items(), key=lambda item: list(_RUNS).index(item[0]))
+    ]
+    head = (f"{'dictionaries' if folder else 'manuals'}, {length:,}" for folder, length in places)
+    return markdown(["rows of", *head], lines)
 
 
 def text_repeats() -> str:

@@ -175,11 +175,13 @@ def table(rows: Rows) -> str:
 
 
 def figure(rows: Rows, path: Path) -> Path:
-    """A PNG: held-out loss against tokens, and where it ended, of the part in which most models
-    came far; where no model has a curve, where each part ended."""
+    """A PNG: held-out loss against tokens, and where it ended, of the longest part that the
+    recommended model ended, or else of that in which most models came far; where no model has a
+    curve, where each part ended."""
     there = {part: models for part in TITLES if (models := ends(rows, part))}
     far = [part for part in there if part != "sweep" and len(_curves(there[part])) > 1]
-    most = max(far, key=lambda part: len(there[part]), default=None)
+    ended = [part for part in ("main", "branches") if part in far and RECOMMENDED in there[part]]
+    most = next(iter(ended), max(far, key=lambda part: len(there[part]), default=None))
     panels = []
     if most is not None:
         curves = _curves(there[most])
