@@ -361,7 +361,7 @@ def _cut(row: Sequence[str], at: int) -> list[str]:
 def demo() -> str:
     """The two models of `spectral-window demo`."""
     rows = []
-    for name, folder in (("SWH", "swh"), ("Transformer", "transformer")):
+    for name, folder in (("SWH with memory", "swh"), ("Transformer", "transformer")):
         end = read(f"demo/{folder}/result.json")
         rows.append(
             [

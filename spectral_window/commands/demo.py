@@ -22,7 +22,8 @@ def run(
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Minutes on any computer: train SWH and a Transformer of equal size, and compare them."""
+    """Minutes on any computer: train SWH with a memory and a Transformer of equal size, and compare
+    them."""
     from spectral_window.lab import demo
 
     demo.run(out, quick=quick)

@@ -36,7 +36,7 @@ def test_a_quick_demo_claims_nothing_in_large_letters(page: Path) -> None:
 
 def test_demo_compares_like_with_like(runs: list[Run]) -> None:
     swh, transformer = runs
-    assert [run.label for run in runs] == ["SWH", "Transformer"]
+    assert [run.label for run in runs] == ["SWH with memory", "Transformer"]
     assert transformer.number("parameters") == pytest.approx(swh.number("parameters"), rel=0.01)
     assert swh.number("tokens") == transformer.number("tokens")
     assert swh.fingerprint() is not None
@@ -44,7 +44,8 @@ def test_demo_compares_like_with_like(runs: list[Run]) -> None:
     recipes = [run.config["recipe"] for run in runs]
     # what each model may have for itself: its mixer, that mixer's options, its initial weights
     own = {"mixer", "initializer_range"} | (recipes[0].keys() ^ recipes[1].keys())
-    assert own - {"mixer", "initializer_range"} <= {o.name for o in MIXERS["attention"].options}
+    options = {o.name for mixer in ("memory", "attention") for o in MIXERS[mixer].options}
+    assert own - {"mixer", "initializer_range"} <= options
     shared = [{k: v for k, v in recipe.items() if k not in own} for recipe in recipes]
     assert shared[0] == shared[1]
 
