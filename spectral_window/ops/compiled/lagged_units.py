@@ -41,13 +41,22 @@ from spectral_window.ops.compiled.pages import empty
 from spectral_window.ops.compiled.pointwise import (
     dot,
     read_row,
-    row_for,
     scaled,
-    unit_slope,
-    weighted_difference,
     write_row,
 )
-from spectral_window.ops.compiled.simd import float32s, inner
+from spectral_window.ops.compiled.simd import (
+    BYTES,
+    LANES,
+    ONE,
+    ZERO,
+    float32s,
+    fused,
+    inner,
+    load,
+    spread,
+    store,
+    total,
+)
 from spectral_window.ops.compiled.threads import claim_tile, kernel
 
 
@@ -112,27 +121,49 @@ def _normalise(x, heads, shortest, y):
 
 
 @inner
-def _add(x, y, z):
-    for c in range(x.shape[0]):
-        z[c] = x[c] + y[c]
+def _unit_gradient(x, g, size, shortest, more, dx):
+    """dx = f g - f^3 x (x . g), f = 1 / |x|, without the second term where x is shorter, and the
+    row `more`, where there is one: addresses of `size` numbers."""
+    whole = size // LANES
+    squares, products = spread(ZERO), spread(ZERO)
+    for i in range(whole):
+        vector = load(x + i * BYTES)
+        squares = fused(vector, vector, squares)
+        products = fused(vector, load(g + i * BYTES), products)
+    square, product = total(squares), total(products)
+    xs, gs, dxs = float32s(x, size), float32s(g, size), float32s(dx, size)
+    for c in range(whole * LANES, size):
+        square += xs[c] * xs[c]
+        product += xs[c] * gs[c]
+    length = np.sqrt(square)
+    factor = ONE / max(length, shortest)
+    slope = factor * factor * factor * product if length >= shortest else ZERO
+    scale, back = spread(factor), spread(-slope)
+    for i in range(whole):
+        at = i * BYTES
+        vector = load(g + at) * scale
+        if more:
+            vector = fused(load(g + at), scale, load(more + at))
+        store(dx + at, fused(load(x + at), back, vector))
+    for c in range(whole * LANES, size):
+        dxs[c] = gs[c] * factor - xs[c] * slope + (float32s(more, size)[c] if more else ZERO)
 
 
 @inner
-def _unit_gradient(x, g, heads, shortest, dx):
-    size = x.shape[0] // heads
+def _unit_gradients(x, g, heads, size, shortest, more, dx):
+    """The same in every head."""
     for h in range(heads):
-        begin, end = h * size, (h + 1) * size
-        factor, slope = unit_slope(x[begin:end], g[begin:end], shortest)
-        weighted_difference(g[begin:end], factor, x[begin:end], slope, dx[begin:end])
+        at = 4 * h * size
+        _unit_gradient(x + at, g + at, size, shortest, more + at if more else 0, dx + at)
 
 
 @kernel(Lagged, _forward)
 def _lagged_units(args):
     """Tiles: blocks of tokens."""
     size, taps, bfloat16 = args.channels, args.taps, args.bfloat16
-    buffers, rows = np.empty((taps + 2, size), np.float32), np.empty(taps, np.int64)
-    weights, filtered = buffers[:taps].ctypes.data, buffers[taps].ctypes.data
-    wide = buffers[taps + 1]
+    buffer, rows = np.empty((taps + 2, size), np.float32), np.empty(taps, np.int64)
+    weights = buffer.ctypes.data
+    filtered, wide = weights + 4 * taps * size, buffer[taps + 1]
     by_taps(args, weights)
     tile = claim_tile(args)
     while tile >= 0:
@@ -145,53 +176,62 @@ def _lagged_units(args):
             y = read_row(bfloat16, filtered, 0, wide)
             _normalise(y, args.heads, args.shortest, float32s(args.lagged + at, size))
         tile = claim_tile(args)
-    buffers[0, 0] = 0  # alive until here
+    buffer[0, 0] = 0  # alive until here
+
+
+@inner
+def _float32_row(bfloat16, row, size, buffer):
+    """The address of `size` numbers as float32: `row`, or bfloat16 widened in `buffer`."""
+    if not bfloat16:
+        return row
+    read_row(bfloat16, row, 0, float32s(buffer, size))
+    return buffer
 
 
 @kernel(Lagged, _backward)
 def _lagged_units_backward(args):
     """The gradients of u and of the weights. Tiles: blocks of tokens."""
-    size, taps, bfloat16, heads = args.channels, args.taps, args.bfloat16, args.heads
-    buffers, rows = np.empty((2 * taps + 4, size), np.float32), np.empty(taps, np.int64)
+    size, taps, bfloat16 = args.channels, args.taps, args.bfloat16
+    heads, line = args.heads, 4 * args.channels
+    buffer, rows = np.empty((2 * taps + 4, size), np.float32), np.empty(taps, np.int64)
     later = np.empty(taps, np.int64)
-    weights, ring = buffers[:taps].ctypes.data, buffers[taps : 2 * taps]
-    first, filtered = ring.ctypes.data, buffers[2 * taps].ctypes.data
-    wide, total, own = buffers[2 * taps + 1], buffers[2 * taps + 2], buffers[2 * taps + 3]
+    weights = buffer.ctypes.data
+    ring = weights + taps * line  # gradients of the filter's rows: of token i in row i % taps
+    filtered = ring + taps * line
+    wide, summed, narrowed = filtered + line, filtered + 2 * line, filtered + 3 * line
+    each = heads, size // heads, args.shortest
     by_taps(args, weights)
     tile = claim_tile(args)
     while tile >= 0:
         begin, end = tile * BLOCK, min((tile + 1) * BLOCK, args.tokens)
-        dw = args.d_weights + 4 * tile * taps * size
-        float32s(dw, taps * size)[:] = np.float32(0)
+        dw = args.d_weights + tile * taps * line
+        float32s(dw, taps * size)[:] = ZERO
         for i in range(begin, end + taps - 1):
             if i < args.tokens:
-                count = inputs_of(args, i, rows)
+                count, dy = inputs_of(args, i, rows), ring + i % taps * line
                 sum_rows(rows, count, weights, size, size, bfloat16, filtered)
-                y = read_row(bfloat16, filtered, 0, wide)
-                g = float32s(args.lagged + 4 * size * _index(args, rows[0]), size)
-                _unit_gradient(y, g, heads, args.shortest, ring[i % taps])
+                y = _float32_row(bfloat16, filtered, size, wide)
+                g = args.lagged + _index(args, rows[0]) * line
+                _unit_gradients(y, g, *each, NOWHERE, dy)
                 if i < end:
-                    dy = first + 4 * size * (i % taps)
                     add_products(rows, count, bfloat16, dy, False, dw, size)
             t = i - taps + 1
             if t < begin:
                 continue
             at, count = source(args, t, 0), 1
-            later[0] = first + 4 * size * (t % taps)
+            later[0] = ring + t % taps * line
             for j in range(1, min(taps, args.tokens - t)):
                 if source(args, t + j, j) != at:  # the document has ended
                     break
-                later[j] = first + 4 * size * ((t + j) % taps)
+                later[j] = ring + (t + j) % taps * line
                 count = j + 1
-            sum_rows(later, count, weights, size, size, False, total.ctypes.data)
-            u = read_row(bfloat16, place_of(args, at), 0, wide)
-            g = float32s(args.units + 4 * size * at, size)
-            _unit_gradient(u, g, heads, args.shortest, own)
-            du = row_for(bfloat16, args.d_u, at * size, wide)
-            _add(total, own, du)
-            write_row(bfloat16, args.d_u, at * size, du)
+            sum_rows(later, count, weights, size, size, False, summed)
+            u = _float32_row(bfloat16, place_of(args, at), size, wide)
+            du = narrowed if bfloat16 else args.d_u + at * line
+            _unit_gradients(u, args.units + at * line, *each, summed, du)
+            write_row(bfloat16, args.d_u, at * size, float32s(du, size))
         tile = claim_tile(args)
-    buffers[0, 0] = 0  # alive until here
+    buffer[0, 0] = 0  # alive until here
 
 
 def units(

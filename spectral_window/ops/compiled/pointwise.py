@@ -308,20 +308,14 @@ def _unit_backward(args):
             x = read_row(bfloat16, args.x, row * size, buffers[0])
             g = float32s(args.y + 4 * row * size, size)
             dx = row_for(bfloat16, args.dx, row * size, buffers[1])
-            factor, slope = unit_slope(x, g, args.shortest)
-            weighted_difference(g, factor, x, slope, dx)
+            length = np.sqrt(dot(x, x))
+            factor = np.float32(1) / max(length, args.shortest)
+            slope = np.float32(0)
+            if length >= args.shortest:
+                slope = factor * factor * factor * dot(x, g)
+            _weighted_difference(g, factor, x, slope, dx)
             write_row(bfloat16, args.dx, row * size, dx)
         tile = claim_tile(args)
-
-
-@inner
-def unit_slope(x, g, shortest):
-    """(f, f^3 (x . g)): see `_unit_backward`."""
-    length = np.sqrt(dot(x, x))
-    factor = np.float32(1) / max(length, shortest)
-    if length >= shortest:
-        return factor, factor * factor * factor * dot(x, g)
-    return factor, np.float32(0)
 
 
 @inner
@@ -331,7 +325,7 @@ def scaled(x, factor, y):
 
 
 @inner
-def weighted_difference(x, factor, y, slope, z):
+def _weighted_difference(x, factor, y, slope, z):
     for j in range(x.shape[0]):
         z[j] = x[j] * factor - y[j] * slope
 
