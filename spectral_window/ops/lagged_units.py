@@ -71,6 +71,8 @@ def lagged_units(
 
 def _compiled(u: Tensor, taps: Taps, method: str) -> bool:
     """Return whether both operators would run compiled code."""
+    if not isinstance(taps, Taps):
+        return False  # `fir_conv` refuses it
     filtered = resolve("fir", method, u, taps.weights)
     return filtered.name == "compiled" == resolve("unit", "auto", u).name
 

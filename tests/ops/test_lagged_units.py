@@ -244,6 +244,7 @@ U, F = torch.randn(2, 8, 6), Taps(torch.randn(6, 4))
         (ValueError, "heads are 4 for 6 channels", lambda: lagged_units(U, F, 4, SHORTEST)),
         (ValueError, "heads are 0 for 6 channels", lambda: lagged_units(U, F, 0, SHORTEST)),
         (ValueError, r"\[batch, time, channels\]", lambda: lagged_units(U[0], F, 2, SHORTEST)),
+        (TypeError, "pass Taps", lambda: lagged_units(U, F.weights, 2, SHORTEST)),
         (TypeError, "floating", lambda: lagged_units(U.int(), F, 2, SHORTEST)),
         (
             ValueError,
