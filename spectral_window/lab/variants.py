@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from spectral_window.lab.baselines.mixers import no_state, refuse_state
-from spectral_window.nn.memory import MemoryMixer
+from spectral_window.nn.memory import SHORTEST, MemoryMixer
 from spectral_window.nn.mixers import register
 from spectral_window.nn.options import Option
 from spectral_window.nn.spectral_window import SpectralWindowMixer, SpectralWindowState
 from spectral_window.ops.delta_memory import delta_memory
 from spectral_window.ops.documents import Documents
+from spectral_window.ops.pointwise import unit
 
 # what a memory's key is: the query of the token before, mixed with its neighbours by learned
 # weights or not, or the window's own key
@@ -100,7 +101,8 @@ class MemoryVariant(MemoryMixer):
             key, _ = own.convolve(q, state=None, positions=None, method="auto")
         write, read = gates[0].float().chunk(2, -1)
         beta = self._amount(write + own.write_bias)
-        query, key, value = self._unit(q), self._unit(key), self._heads(v).float()
+        query, key = (unit(self._heads(part), SHORTEST) for part in (q, key))
+        value = self._heads(v).float()
         decay = None
         if chosen["memory_decay"]:  # starts near 1: half of it is gone after some 80 tokens
             decay = torch.sigmoid(self.own["memory_decay"](x).float() + 4.75)

@@ -51,9 +51,10 @@ from spectral_window.ops.context_parallel import SpanDocuments
 from spectral_window.ops.delta_memory import delta_memory, state_dtype
 from spectral_window.ops.documents import Documents
 from spectral_window.ops.fir import Taps, fir_conv
+from spectral_window.ops.lagged_units import lagged_units
 from spectral_window.ops.memory_step import WRITE_GATES, Parameters
 from spectral_window.ops.methods import resolve
-from spectral_window.ops.pointwise import gated_add, unit
+from spectral_window.ops.pointwise import gated_add
 from spectral_window.ops.spans import Share, delta_map, last_inputs, read_from
 from spectral_window.ops.window import WindowState
 
@@ -276,17 +277,12 @@ class MemoryMixer(SpectralWindowMixer):
                 y, *after = memory_step.step(inputs, past, parameters, documents)
                 return y, (*states, *after)
         write, read = gates.to(state_dtype(q.dtype)).chunk(2, -1)
-        lagged, queries = own.convolve(
-            q,
-            state=None if state is None else state.queries,
-            positions=documents,
-            method=self.method(own.operator),
-        )
+        vector, key, queries = self._vectors(q, documents, state)
         # on a GPU 16-bit values stay so: they are the operands of tensor cores, and sums float32
         exact = v.dtype if v.is_cuda else write.dtype
         inputs = (
-            self._unit(q).to(exact),
-            self._unit(lagged).to(exact),
+            vector.to(exact),
+            key.to(exact),
             self._heads(v).to(exact),
             self._amount(write + own.write_bias),
         )
@@ -336,9 +332,19 @@ class MemoryMixer(SpectralWindowMixer):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.memory_heads, -1))
 
-    def _unit(self, x: Tensor) -> Tensor:
-        """Return x [B, T, D] with length 1 in each memory head, in at least float32."""
-        return unit(self._heads(x), SHORTEST)
+    def _vectors(
+        self, q: Tensor, documents: Documents | None, state: MemoryState | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the memory reads with and stores under, and the last queries of each row."""
+        return lagged_units(
+            q,
+            self.memory(),
+            self.memory_heads,
+            SHORTEST,
+            state=None if state is None else state.queries,
+            positions=documents,
+            method=self.method(self.memory.operator),
+        )
 
     def init_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> Any:
         paper = super().init_state(batch_size, dtype=dtype, device=device)

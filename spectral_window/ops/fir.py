@@ -326,13 +326,19 @@ def _table(documents: Documents | None, weights: Tensor) -> _Sources | None:
     return documents.plan(("fir", past, "sources"), lambda tokens: _sources(tokens, past, NOTHING))
 
 
+def sources_of(documents: Documents | None, weights: Tensor) -> Tensor | None:
+    """Return where compiled code finds the input of each tap [tokens, L], or None if each row is
+    one document."""
+    table = _table(documents, weights)
+    return None if table is None else table.taps
+
+
 def _in_one_pass(
     u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
 ) -> Tensor:
     from spectral_window.ops.compiled import fir
 
-    table = _table(documents, weights)
-    return fir.convolve(u, weights, before, None if table is None else table.taps)
+    return fir.convolve(u, weights, before, sources_of(documents, weights))
 
 
 class _InOnePass(torch.autograd.Function):
@@ -364,26 +370,30 @@ class _InOnePass(torch.autograd.Function):
                 gradients = iter(torch.autograd.grad(y, leaves, grad, create_graph=again))
             needed = ctx.needs_input_grad[:3]
             return *(next(gradients) if needs else None for needs in needed), None
-        table = _table(ctx.documents, weights)
-        sources = None if table is None else table.taps
+        sources = sources_of(ctx.documents, weights)
         return *fir.convolve_backward(u, weights, before, sources, grad), None, None
 
 
 def _compiled(
     u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    past = weights.shape[1] - 1
     if documents is not None:
         documents.check(None if before is None else anywhere(len(u)), wait=True)
     run = _InOnePass.apply if torch.is_grad_enabled() else _in_one_pass
-    y = run(u, weights, before, documents)
+    return run(u, weights, before, documents), state_after(u, weights, before, documents)
+
+
+def state_after(
+    u: Tensor, weights: Tensor, before: Tensor | None, documents: Documents | None
+) -> Tensor:
+    """Return the last inputs [B, L - 1, D] after each row of u, which follows `before`."""
     table = _table(documents, weights)
     if table is not None:
-        return y, _inputs_at(table, u, before)
-    time = u.shape[1]
+        return _inputs_at(table, u, before)
+    past, time = weights.shape[1] - 1, u.shape[1]
     if before is not None and time < past:
-        return y, torch.cat((before[:, time:], u), 1)
-    return y, _last(u, past)
+        return torch.cat((before[:, time:], u), 1)
+    return _last(u, past)
 
 
 def _inputs_at(table: _Sources, u: Tensor, before: Tensor | None) -> Tensor:

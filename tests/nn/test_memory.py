@@ -140,8 +140,10 @@ def test_the_short_convolution_starts_as_nothing_but_for_half_of_the_keys():
 
 
 class KeyNotNormalised(Alone):
-    def _unit(self, x):
-        return self._heads(x) / x.shape[-1]
+    def _vectors(self, q, positions, state):
+        queries, _, after = super()._vectors(q, positions, state)
+        lagged, _ = self.memory.convolve(q, state=None, positions=positions, method="auto")
+        return queries, self._heads(lagged) / q.shape[-1], after
 
 
 class KeyOfThisToken(Alone):

@@ -31,6 +31,7 @@ from spectral_window.ops import (
 )
 from spectral_window.ops.compiled.threads import KERNELS, Kernel
 from spectral_window.ops.documents import given_documents
+from spectral_window.ops.lagged_units import lagged_units
 from spectral_window.ops.linear import linear_maps
 from spectral_window.ops.memory_step import Parameters
 from spectral_window.ops.pointwise import gated_add, rms_norm, swiglu, unit
@@ -133,6 +134,15 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
     def filtered(u, weights, state, positions, method="auto"):
         return fir_conv(u, Taps(weights), state=state, positions=positions, method=method)
 
+    def lagged(u, weights, state, positions, method=None):
+        if not method:
+            return lagged_units(u, Taps(weights), 2, 1e-4, state=state, positions=positions)
+        y, after = fir_conv(u, Taps(weights), state=state, positions=positions, method=method)
+        away = u.new_zeros(1).bool() if positions is None else (positions < 0)[..., None, None]
+        parts = (x.unflatten(-1, (2, -1)) for x in (u, y))
+        rows = (x / x.norm(dim=-1, keepdim=True).clamp(min=1e-4) for x in parts)
+        return *(torch.where(away, 0.0, x) for x in rows), after
+
     def length(x, method=None):
         if method:
             return (x / x.norm(dim=-1, keepdim=True).clamp(min=1e-4),)
@@ -193,6 +203,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], list[Tensor | None], dict
         found[f"window {time}"] = attend, [*qkv, *ring, begin, at], slow
         tensors = [torch.randn(3, time, 8), torch.randn(8, 4), torch.randn(3, 3, 8), at]
         found[f"filter {time}"] = filtered, tensors, slow
+        found[f"lagged {time}"] = lagged, tensors, slow
     vectors = [torch.randn(3, 1, 8) for _ in range(3)]
     past = [torch.randn(3, 1, 4), torch.randn(3, 2, 4, 4), torch.randn(3, 3, 8)]
     own = [torch.randn(8, 4), torch.randn(2), torch.randn(2), torch.randn(8)]
@@ -312,7 +323,7 @@ def recorded_calls() -> dict[str, tuple[int, tuple[Any, ...]]]:
                     changed[0] = changed[0].requires_grad_()
                 if operator.__name__ == "remember":  # so does its state
                     changed[5] = inputs[5]
-                if operator.__name__ == "filtered":
+                if operator.__name__ in ("filtered", "lagged"):
                     changed[1] = inputs[1]
                 if operator.__name__ == "token":
                     changed[4], changed[6:] = inputs[4], inputs[6:]

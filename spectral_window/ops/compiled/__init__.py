@@ -8,6 +8,7 @@ ahead               all kernels compiled before anything is computed
 pages               fresh memory for large outputs
 
 pointwise, linear, fir                      an operator of `ops` each, with its kernels
+lagged_units                                fir and the unit vectors of pointwise in one pass
 scan, window, delta                         the same, as they are called and registered with torch;
 scan_loops, window_loops, delta_loops       ... their kernels for many tokens;
 window_step, delta_step, memory_step        ... and for one token per row

@@ -39,6 +39,7 @@ from spectral_window.ops.tracing import may_bypass
 _WIDEST, _NARROWEST = 8, 2  # vectors of a block of columns
 _SEGMENT = 16  # chunks, where the scratch memory allows
 _SCRATCH = 64 << 20  # bytes
+_CACHED = 2 << 20  # bytes of scratch memory that a core's cache still holds
 
 
 def _call(q, k, v, beta, decay, positions) -> Call:
@@ -59,9 +60,14 @@ def _call(q, k, v, beta, decay, positions) -> Call:
 
 def _segments(call: Call, numbers: int) -> tuple[int, list[int]]:
     """(chunks of a segment, the first chunk of each), so that `numbers` float32 numbers a chunk and
-    head fit into the scratch memory."""
+    head fit into the scratch memory.
+
+    On one thread they fit into its cache. A team waits for its last thread after each kernel, and
+    longer the busier the machine is, so it gets few segments and large ones.
+    """
     chunks = int(call.lengths.max())
-    size = max(1, min(_SEGMENT, chunks, _SCRATCH // (4 * call.heads * numbers)))
+    memory = _CACHED if torch.get_num_threads() == 1 else _SCRATCH
+    size = max(1, min(_SEGMENT, chunks, memory // (4 * call.heads * numbers)))
     return size, list(range(0, chunks, size))
 
 

@@ -46,7 +46,7 @@ from spectral_window.ops.compiled.simd import (
 from spectral_window.ops.compiled.threads import claim_tile, kernel
 
 NOTHING = -(1 << 62)  # in a table of sources: there is no such input
-_BLOCK = 64  # tokens of a tile
+BLOCK = 64  # tokens of a tile
 
 
 class Filter(NamedTuple):
@@ -69,8 +69,8 @@ def _forward(tiles, u, before, weights, sources, out):
     dtype = BFLOAT16 if u.dtype is BFLOAT16 else FLOAT32
     taps = weights.shape[1]
     tokens = batch * time if sources is None else sources.shape[0]
-    if tiles != -(-tokens // _BLOCK) or taps < 1:
-        raise UserError(f"{tiles} tiles for {tokens} tokens (compiled fir): see `_BLOCK`")
+    if tiles != -(-tokens // BLOCK) or taps < 1:
+        raise UserError(f"{tiles} tiles for {tokens} tokens (compiled fir): see `BLOCK`")
     return Filter(
         address(u, dtype, u.numel()),
         optional(before, dtype, batch * (taps - 1) * channels),
@@ -192,17 +192,18 @@ def put_vector(x, row, i, bfloat16):
 
 
 @inner
-def add_products(rows, count, grad, sums, size, bfloat16):
-    """sums [L, size] += each of `count` rows times the row `grad`."""
+def add_products(rows, count, bfloat16, grad, half, sums, size):
+    """sums [L, size] += each of `count` rows times the row `grad`; bfloat16 and half: whether the
+    rows are, and `grad`."""
     whole = size // LANES
     for j in range(count):
         row, to = rows[j], sums + 4 * j * size
         for i in range(whole):
             at = to + i * BYTES
-            g = vector_at(grad, i, bfloat16)
+            g = vector_at(grad, i, half)
             store(at, fused(vector_at(row, i, bfloat16), g, load(at)))
         for c in range(whole * LANES, size):
-            g = number_at(grad, c, bfloat16)
+            g = number_at(grad, c, half)
             float32s(to, size)[c] += number_at(row, c, bfloat16) * g
 
 
@@ -227,7 +228,7 @@ def _convolve(args):
     by_taps(args, weights)
     tile = claim_tile(args)
     while tile >= 0:
-        for i in range(tile * _BLOCK, min((tile + 1) * _BLOCK, args.tokens)):
+        for i in range(tile * BLOCK, min((tile + 1) * BLOCK, args.tokens)):
             count = inputs_of(args, i, rows)
             target = args.out + rows[0] - args.u
             sum_rows(rows, count, weights, size, size, args.bfloat16, target)
@@ -247,7 +248,7 @@ def _convolve_backward(args):
     while tile >= 0:
         dw = args.d_weights + 4 * tile * taps * size
         float32s(dw, taps * size)[:] = np.float32(0)
-        for i in range(tile * _BLOCK, min((tile + 1) * _BLOCK, args.tokens)):
+        for i in range(tile * BLOCK, min((tile + 1) * BLOCK, args.tokens)):
             at, count = source(args, i, 0), 1
             here = place_of(args, at) - args.u
             later[0] = args.out + here
@@ -258,17 +259,21 @@ def _convolve_backward(args):
                 count = j + 1
             sum_rows(later, count, weights, size, size, args.bfloat16, args.d_u + here)
             count = inputs_of(args, i, rows)
-            add_products(rows, count, later[0], dw, size, args.bfloat16)
+            add_products(rows, count, args.bfloat16, later[0], args.bfloat16, dw, size)
         tile = claim_tile(args)
     buffer[0] = 0  # alive until here
 
 
-def _tiles(u: Tensor, sources: Tensor | None) -> int:
+def tiles_of(u: Tensor, sources: Tensor | None) -> int:
+    """Blocks of the tokens of u that are no padding."""
     tokens = u.shape[0] * u.shape[1] if sources is None else sources.shape[0]
-    return -(-tokens // _BLOCK)
+    return -(-tokens // BLOCK)
 
 
-def _call(u, weights, before, sources):
+def settle(
+    u: Tensor, weights: Tensor, before: Tensor | None, sources: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(u, before, weights, sources) as kernels take them."""
     before = None if before is None else dense(before)
     return dense(u), before, dense(weights.float()), None if sources is None else dense(sources)
 
@@ -280,9 +285,9 @@ def convolve(u: Tensor, weights: Tensor, before: Tensor | None, sources: Tensor 
     [B, L - 1, D] in u's dtype, oldest first, or None. sources: [n, L] int64 of the n tokens that
     are no padding, see `source`; None where each row is one document.
     """
-    u, *rest = _call(u, weights, before, sources)
+    u, *rest = settle(u, weights, before, sources)
     y = empty(u.shape, u.dtype) if sources is None else u.new_zeros(u.shape)
-    _convolve(_tiles(u, sources), u, *rest, y)
+    _convolve(tiles_of(u, sources), u, *rest, y)
     return y
 
 
@@ -290,9 +295,9 @@ def convolve_backward(
     u: Tensor, weights: Tensor, before: Tensor | None, sources: Tensor | None, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of u and of the weights, given that of y."""
-    u, *rest = _call(u, weights, before, sources)
+    u, *rest = settle(u, weights, before, sources)
     du = empty(u.shape, u.dtype) if sources is None else u.new_zeros(u.shape)
-    tiles = _tiles(u, sources)
+    tiles = tiles_of(u, sources)
     channels, taps = weights.shape
     dw = torch.empty(tiles, taps, channels, dtype=torch.float32, device="cpu")
     _convolve_backward(tiles, u, *rest, dense(grad), du, dw)
