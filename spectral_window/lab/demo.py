@@ -1,8 +1,8 @@
 """The demo: in a few minutes, on any computer, from text that every Python has to a report.
 
 Two models of equal size learn the same text (source and docstrings of Python's standard library)
-for the same number of steps: SWH with a memory, the layer that we recommend, and a Transformer. Both
-are then measured on files they have never seen, both continue the same text, and a page shows it all.
+for the same number of steps: SWH with a memory, as we recommend it, and a Transformer. Both are then
+measured on files they have never seen, both continue the same text, and a page shows it all.
 
 Each training is a process of its own, started with the very command that the report prints. So
 peak memory is that of one model (a process's peak never falls, and the second model in one process
@@ -27,8 +27,8 @@ from spectral_window.files import try_lock, write_json
 from spectral_window.lab.jobs import Child
 from spectral_window.training.interrupt import Interrupted, catch_signals
 
-# folder -> overrides: the recommended layer but for its window, which must see less than a row; in a
-# training this short attention needs narrower initial weights
+# folder -> overrides: the recommended layer but for its window, which must see less than a row; in
+# a training this short attention needs narrower initial weights
 RUNS = {
     "swh": ("mixer=memory", "write_gate=reflecting", "short_convolution=true"),
     "transformer": ("mixer=attention", "initializer_range=0.02"),
