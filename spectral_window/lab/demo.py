@@ -1,7 +1,7 @@
 """The demo: in a few minutes, on any computer, from text that every Python has to a report.
 
 Two models of equal size learn the same text (source and docstrings of Python's standard library)
-for the same number of steps: SWH with a memory, as we recommend it, and a Transformer. Both are then
+for the same number of steps: SWH with a memory, as recommended, and a Transformer. Both are then
 measured on files they have never seen, both continue the same text, and a page shows it all.
 
 Each training is a process of its own, started with the very command that the report prints. So
