@@ -275,7 +275,7 @@ def _points_table(runs: Sequence[Run]) -> list[dict[str, str]]:
 def _numbers_beneath(figure: Figure, runs: Sequence[Run], colors: Sequence[str]) -> None:
     """The table of the README picture: a line for each run."""
     columns = [MEASURES[i] for i in (0, 1, 3, 4, 5, 7)]
-    xs = (0.215, 0.35, 0.48, 0.62, 0.765, 0.895)
+    xs = (0.285, 0.405, 0.52, 0.645, 0.775, 0.895)  # right of "SWH with memory"
     for x, measure in zip(xs, columns, strict=True):
         figure.text(x, 0.2, measure.name.lower(), color=figures.MUTED, fontsize=9.5, ha="center")
     line = mpl.lines.Line2D([0.05, 0.95], [0.178, 0.178], color=figures.RULE, lw=0.8)
