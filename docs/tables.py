@@ -49,14 +49,14 @@ RIVALS = {
 }
 
 
-def _share(model: str, training: str, task: str, times: int) -> str:
-    """The mean share of right answers over seeds, `times` the length of training."""
+def _share(model: str, training: str, tasks: Sequence[str], times: int) -> str:
+    """The mean share of right answers over tasks and seeds, `times` the length of training."""
     shares = [
         test["right"] / test["asked"]
         for row in read("memory/recall.json")["rows"]
-        if (row["model"], row["training"], row["ability"]) == (model, training, task)
+        if (row["model"], row["training"]) == (model, training) and row["ability"] in tasks
         for test in row["tests"]
-        if test["length"] == times * suite.ABILITIES[task].base
+        if test["length"] == times * suite.ABILITIES[row["ability"]].base
     ]
     if not shares:
         return "-"
@@ -68,9 +68,22 @@ def recall() -> str:
     """Right answers at 32 times the length of training."""
     models = {"SWH with memory": suite.RECOMMENDED, "SWH as published": "SWH", **RIVALS}
     rows = (
-        [task, *(_share(model, "fixed", task, 32) for model in models.values())] for task in TASKS
+        [task, *(_share(model, "fixed", [task], 32) for model in models.values())] for task in TASKS
     )
     return markdown(["right answers at 1,024 tokens", *models], rows)
+
+
+def recall_lengths() -> str:
+    """The same against length, means over the three tasks."""
+    models = {
+        "SWH with memory, trained at up to 4,096": (suite.RECOMMENDED, "long"),
+        "SWH with memory": (suite.RECOMMENDED, "fixed"),
+        **{name: (model, "fixed") for name, model in RIVALS.items()},
+        "SWH as published": ("SWH", "fixed"),
+    }
+    reaches = (1, 4, 32, *suite.FAR)
+    rows = ([name, *(_share(*run, TASKS, k) for k in reaches)] for name, run in models.items())
+    return markdown(["right answers at", *(f"{32 * k:,} tokens" for k in reaches)], rows)
 
 
 def recall_far() -> str:
@@ -88,7 +101,7 @@ def recall_far() -> str:
         "closing gate, no short convolution": (suite.CLOSING, "fixed"),
     }
     rows = (
-        [form, *(_share(*run, task, times) for task in TASKS for times in suite.FAR)]
+        [form, *(_share(*run, [task], times) for task in TASKS for times in suite.FAR)]
         for form, run in forms.items()
     )
     head = [f"{task.split(',')[0].lower()} at {32 * k:,}" for task in TASKS for k in suite.FAR]
@@ -104,7 +117,7 @@ def recall_hard() -> str:
         "Gated delta net": "Gated delta net (Qwen3-Next)",
     }
     rows = (
-        [task, *(_share(model, "mixed", task, 32) for model in models.values())]
+        [task, *(_share(model, "mixed", [task], 32) for model in models.values())]
         for task in (*suite.HARDER, *suite.HARDEST)
     )
     return markdown(["right answers at 1,024 tokens", *models], rows)
@@ -441,6 +454,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall": recall,
     "recall-far": recall_far,
     "recall-hard": recall_hard,
+    "recall-lengths": recall_lengths,
     "roofline": roofline,
     "roofline-measured": roofline_measured,
     "roofline-sums": roofline_sums,
