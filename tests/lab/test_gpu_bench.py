@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spectral_window.cli import main
-from spectral_window.lab.bench import gpu
+from spectral_window.lab.bench import gpu, gpu_train
 
 
 def test_ceilings_tokens_and_training_steps_are_walked_and_kept(tmp_path):
@@ -49,6 +49,14 @@ def test_a_part_that_runs_out_of_time_keeps_its_rows_and_is_named(tmp_path, monk
     assert "out of time" in unfinished[0]
     rows = json.loads((tmp_path / "ceilings.json").read_text())["rows"]
     assert rows[0]["contestant"] == "copy"
+
+
+def test_what_is_prepared_in_time_is_measured():
+    """A session on a card ended while the last models were built, and had no row."""
+    device, names = torch.device("cpu"), ["SWH", "Transformer"]
+    late, *rest = gpu_train.bench(device, True, names, ((1, 8),), ("as called",), seconds=0.0)
+    assert (late["contestant"], late["status"][:8]) == ("Transformer, as called", "left out")
+    assert [(row["contestant"], row["status"]) for row in rest] == [("SWH, as called", "ok")]
 
 
 @pytest.mark.parametrize(

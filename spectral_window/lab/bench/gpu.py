@@ -212,7 +212,8 @@ def decode(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
 
 def train(device: torch.device, quick: bool, seconds: float) -> Iterator[Row]:
     shapes = ((2, 40),) if quick else gpu_train.SHAPES
-    yield from gpu_train.bench(device, quick, list(gpu_train.CONTESTANTS), shapes)
+    names = list(gpu_train.CONTESTANTS)
+    yield from gpu_train.bench(device, quick, names, shapes, seconds=seconds)
 
 
 def warm(device: torch.device, quick: bool, seconds: float, contestant: str) -> Iterator[Row]:

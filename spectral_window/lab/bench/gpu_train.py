@@ -16,6 +16,7 @@ measuring process start at once.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -150,10 +151,19 @@ def warm(name: str, device: torch.device, quick: bool, shapes: Any) -> Iterator[
 
 
 def bench(
-    device: torch.device, quick: bool, names: list[str], shapes: Any, ways: tuple[str, ...] = WAYS
+    device: torch.device,
+    quick: bool,
+    names: list[str],
+    shapes: Any,
+    ways: tuple[str, ...] = WAYS,
+    seconds: float = math.inf,
 ) -> Iterator[Row]:
-    """Rows of every shape, contestant and way; ratios are to the first contestant that runs."""
-    config = config_for(quick)
+    """Rows of every shape, contestant and way; ratios are to the first contestant that runs.
+
+    seconds: of all. What is not prepared after two thirds of them is left out, so that what is
+    prepared is timed.
+    """
+    config, late = config_for(quick), time.perf_counter() + seconds * 2 / 3
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for batch, length in shapes:
         ids = torch.randint(config.vocab_size, (batch, length), device=device)
@@ -170,6 +180,10 @@ def bench(
                 if quick and way == "compiled" and name != names[0]:
                     continue  # a dry run compiles once
                 key = f"{name}, {way}"
+                if calls and time.perf_counter() > late:
+                    left = {"contestant": key, "status": "left out: no time to prepare it"}
+                    yield {"batch": batch, "length": length, **left}
+                    continue
                 try:
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats()
