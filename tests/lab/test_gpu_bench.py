@@ -52,7 +52,7 @@ def test_a_part_that_runs_out_of_time_keeps_its_rows_and_is_named(tmp_path, monk
 
 
 def test_what_is_prepared_in_time_is_measured():
-    """A session on a card ended while the last models were built, and had no row."""
+    """A bench on a card ended while its last models were built, and had no row."""
     device, names = torch.device("cpu"), ["SWH", "Transformer"]
     late, *rest = gpu_train.bench(device, True, names, ((1, 8),), ("as called",), seconds=0.0)
     assert (late["contestant"], late["status"][:8]) == ("Transformer, as called", "left out")
